@@ -1,0 +1,1 @@
+"""Images in: sources, the endless stream, transforms and the loader."""

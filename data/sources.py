@@ -1,0 +1,133 @@
+"""Where images come from: index -> (encoded bytes, label). Folders and synthetic images."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file or folder and what to do."""
+
+
+class ImageError(DataError):
+    """One image that cannot be read or decoded; only the rank that met it knows."""
+
+
+class Source(Protocol):
+    """A numbered set of labelled, encoded images."""
+
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Encoded image and label, an index into `classes`."""
+
+    def name(self, index: int) -> str:
+        """What to call an image when speaking to a person."""
+
+
+class FolderSource:
+    """ImageFolder layout: root/<class>/.../<image>, classes and images in sorted order.
+
+    Raises DataError for a missing folder, one without class folders, or a class without images.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = os.fspath(root)
+        if not os.path.isdir(self.root):
+            raise DataError(
+                f"{self.root}: no such data folder; expected {self.root}/<class>/<image>"
+            )
+        self.classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+        if not self.classes:
+            raise DataError(f"{self.root}: holds no class folders; expected <class>/<image> in it")
+        self._paths: list[str] = []  # relative to root
+        self._labels: list[int] = []
+        for label, name in enumerate(self.classes):
+            paths = sorted(_images_below(self.root, name))
+            if not paths:
+                kinds = ", ".join(IMG_EXTENSIONS)
+                raise DataError(f"{os.path.join(self.root, name)}: no images in it ({kinds})")
+            self._paths += paths
+            self._labels += [label] * len(paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        path = self.name(index)
+        try:
+            with open(path, "rb") as file:
+                return file.read(), self._labels[index]
+        except OSError as error:
+            raise ImageError(f"{path}: cannot be read ({error.strerror})") from None
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, self._paths[index])
+
+
+def _images_below(root: str, class_name: str) -> list[str]:
+    return [
+        os.path.relpath(os.path.join(folder, file), root)
+        for folder, _, files in os.walk(os.path.join(root, class_name), followlinks=True)
+        for file in files
+        if file.lower().endswith(IMG_EXTENSIONS)
+    ]
+
+
+class SyntheticSource:
+    """Noise around one colour a class: something to run on where there are no images."""
+
+    SIZE = 96  # px
+
+    def __init__(self, images: int, classes: int) -> None:
+        self.images = images
+        self.classes = [f"class{i:04d}" for i in range(classes)]
+
+    def __len__(self) -> int:
+        return self.images
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        label = index % len(self.classes)
+        colour = np.random.default_rng((1, label)).integers(32, 224, 3)
+        noise = np.random.default_rng((2, index)).integers(-32, 32, (self.SIZE, self.SIZE, 3))
+        buffer = io.BytesIO()
+        Image.fromarray((colour + noise).astype(np.uint8)).save(buffer, "BMP")
+        return buffer.getvalue(), label
+
+    def name(self, index: int) -> str:
+        return f"synthetic image {index}"
+
+
+def open_source(spec: str) -> Source:
+    """A folder's path, or "synthetic:IMAGESxCLASSES". Raises DataError."""
+    if not spec.startswith("synthetic:"):
+        return FolderSource(spec)
+    match = re.fullmatch(r"synthetic:([1-9]\d*)x([1-9]\d*)", spec)
+    if match is None or int(match[1]) < int(match[2]):
+        raise DataError(f"{spec}: expected synthetic:IMAGESxCLASSES, such as synthetic:6400x10")
+    return SyntheticSource(int(match[1]), int(match[2]))
+
+
+def check_same_classes(classes: list[str], expected: list[str], where: str, of: str) -> None:
+    """Raise DataError unless two class lists are equal, naming what differs."""
+    if classes == expected:
+        return
+    extra, missing = sorted(set(classes) - set(expected)), sorted(set(expected) - set(classes))
+    parts = [
+        f"{len(names)} {word} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for names, word in ((extra, "unknown"), (missing, "missing"))
+        if names
+    ]
+    raise DataError(
+        f"{where}: its classes are not those of {of}: {' and '.join(parts) or 'another order'}"
+    )

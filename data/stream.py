@@ -1,0 +1,63 @@
+"""The endless stream: position -> image. All that a run must remember of its data is a position.
+
+Position p is image `permutation(seed, p // N)[p % N]` of epoch `p // N`. A global batch is
+`stream[p : p + B]` and a rank's share a contiguous part of it, so the batches of a run are the
+same on any number of ranks, and every image is seen exactly once an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+Key = tuple[int, int]  # (epoch, image index)
+
+
+class Stream:
+    """The order in which a run sees `length` images, epoch after epoch."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed = length, seed
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """Order of the images in an epoch: int64 [length]."""
+        if epoch != self._epoch:
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            self._epoch = epoch
+        return self._order
+
+    def __getitem__(self, positions: slice) -> list[Key]:
+        """Keys of the positions [start, stop)."""
+        return [
+            (epoch, int(self.permutation(epoch)[offset]))
+            for epoch, offset in (
+                divmod(position, self.length) for position in range(positions.start, positions.stop)
+            )
+        ]
+
+
+def micro_batches(
+    stream: Stream, start: int, global_batch: int, micro_batch: int, rank: int, world_size: int
+) -> Iterator[list[Key]]:
+    """One rank's micro-batches from position `start` on, without end.
+
+    `global_batch` must be a multiple of `world_size * micro_batch`.
+    """
+    share = global_batch // world_size
+    while True:
+        begin = start + rank * share
+        for offset in range(0, share, micro_batch):
+            yield stream[begin + offset : begin + offset + micro_batch]
+        start += global_batch
+
+
+def evaluation_batches(length: int, batch: int, rank: int, world_size: int) -> list[list[Key]]:
+    """One rank's batches of an evaluation: all ranks together, every image once and none twice."""
+    start, stop = length * rank // world_size, length * (rank + 1) // world_size
+    return [
+        [(0, index) for index in range(first, min(first + batch, stop))]
+        for first in range(start, stop, batch)
+    ]

@@ -1,0 +1,1 @@
+"""Inception-ResNet-v2: the network and everything that trains it."""

@@ -1,0 +1,154 @@
+"""The world a process is part of: its rank, its device, and the few collectives a run needs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=10)  # a rank that hangs longer in a collective ends the run
+
+
+class WorldError(ValueError):
+    """The machine cannot give what was asked for."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. `control` is a CPU group for decisions ranks take together."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and talks."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def average_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its mean over all ranks, in one collective. All of one dtype."""
+        tensors = list(tensors)
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([t.detach().reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        flat /= self.size
+        parts = flat.split([t.numel() for t in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank; the device is not touched."""
+        if self.size == 1:
+            return flag
+        votes = torch.tensor([int(flag)])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(votes.item())
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """ "auto", "cpu" or "cuda" -> the device of this process. Raises WorldError if it is absent."""
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and available == 0):
+        return torch.device("cpu")
+    if available == 0:
+        raise WorldError(
+            "run.device=cuda: this machine has no usable GPU; use run.device=cpu or auto"
+        )
+    if local_rank >= available:
+        raise WorldError(
+            f"{available} GPUs here, but local rank {local_rank} was started: "
+            f"use torchrun --nproc-per-node={available} or fewer"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def divide_batch(global_batch: int, micro_batch: int, world_size: int) -> tuple[int, int]:
+    """(images a device takes at once, micro-batches accumulated) that make the global batch.
+
+    Takes the largest equal parts of at most `micro_batch` images. Raises WorldError, naming
+    possible values, where ranks or micro-batches cannot have equal parts of at least half that.
+    """
+    if global_batch % world_size:
+        ranks = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+        below = max(n for n in ranks if n < world_size)
+        above = next((n for n in ranks if n > world_size), None)
+        near = f"{below} or {above}" if above else f"{below}"
+        fitting = max(1, round(global_batch / world_size)) * world_size
+        raise WorldError(
+            f"train.global_batch={global_batch} cannot be divided among {world_size} ranks: "
+            f"start {near} ranks, or set train.global_batch={fitting}"
+        )
+    share = global_batch // world_size
+    sizes = [n for n in range(1, share + 1) if share % n == 0]
+    size = max(n for n in sizes if n <= micro_batch)
+    if size < min(micro_batch, share) / 2:
+        above = next(n for n in sizes if n > micro_batch)
+        fitting = -(-share // micro_batch) * micro_batch * world_size
+        raise WorldError(
+            f"{share} images a rank (train.global_batch={global_batch} on {world_size}) have no "
+            f"equal parts near train.micro_batch={micro_batch}: set train.micro_batch={size} or "
+            f"{above}, or train.global_batch={fitting}"
+        )
+    return size, share // size
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed memory instead of giving it back to the kernel.
+
+    A step on the CPU allocates and frees gigabytes; fetching them anew as zeroed pages took a
+    sixth of its time. Does nothing where the C library has no mallopt.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block comes straight from the kernel
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB at the heap's end
+
+
+@contextmanager
+def start(device_name: str) -> Iterator[World]:
+    """Join the process group torchrun describes (none: a world of one) and leave it at the end.
+
+    Float32 means float32: TF32 is off, so that two devices can be compared.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    else:
+        keep_freed_memory()
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+        control = dist.group.WORLD
+    try:
+        yield World(rank, size, device, control)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,161 @@
+"""One door for everything a run says: log.jsonl, TensorBoard, progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from irv2 import checkpoint
+
+
+class Logbook:
+    """What the main rank records; on other ranks (`directory=None`) every call does nothing."""
+
+    def __init__(self, directory: Path | None, step: int, total_steps: int) -> None:
+        """Open the log of a run that stands at `step`; lines of later steps are dropped."""
+        self.active = directory is not None
+        self.total_steps = total_steps
+        self.evals: list[dict[str, Any]] = []
+        self._bar: tqdm | None = None
+        if directory is None:
+            return
+        path = directory / "log.jsonl"
+        kept = [line for line in read(path) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+        self.evals = [line for line in kept if line["kind"] == "eval"]
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        self._start_step, self._started = step, time.perf_counter()
+        if sys.stdout.isatty():
+            self._bar = tqdm(
+                total=total_steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout
+            )
+
+    def say(self, text: str) -> None:
+        """A line for the person at the terminal."""
+        if self.active:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def stepped(self) -> None:
+        """One more step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def train(self, line: dict[str, Any]) -> None:
+        """Record a logged step, with the keys of a "train" line of log.jsonl."""
+        if not self.active:
+            return
+        self._write({"kind": "train", **line})
+        for key in ("loss", "lr", "grad_norm", "images_per_s", "data_wait"):
+            self._board.add_scalar(f"train/{key}", line[key], line["step"])
+        shown = f"loss {line['loss']:.3f}  lr {line['lr']:.4g}  {line['images_per_s']:.0f} images/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown)
+        else:
+            self.say(
+                f"step {line['step']}/{self.total_steps}  epoch {line['epoch']:.2f}  {shown}  "
+                f"{self._time_left(line['step'])} left"
+            )
+
+    def eval(self, line: dict[str, Any]) -> None:
+        """Record an evaluation: step, epoch, weights ("ema" or "raw"), top1, top5, loss, images."""
+        if not self.active:
+            return
+        line = {"kind": "eval", **line}
+        self._write(line)
+        self.evals.append(line)
+        for key in ("top1", "top5", "loss"):
+            self._board.add_scalar(f"eval_{line['weights']}/{key}", line[key], line["step"])
+        self.say(
+            f"epoch {line['epoch']:.2f}  {line['weights']:>3}  top-1 {line['top1']:.2f} %  "
+            f"top-5 {line['top5']:.2f} %  loss {line['loss']:.3f}  ({line['images']} images)"
+        )
+
+    def has_eval(self, step: int, weights: str) -> bool:
+        """Whether that evaluation is already in the log."""
+        return any(e["step"] == step and e["weights"] == weights for e in self.evals)
+
+    def best_top1(self) -> float:
+        """Highest top-1 so far, percent; -1 before the first evaluation."""
+        return max((e["top1"] for e in self.evals), default=-1.0)
+
+    def text(self, tag: str, content: str, step: int) -> None:
+        """Preformatted text in TensorBoard."""
+        if self.active:
+            indented = "".join(f"    {line}\n" for line in content.splitlines())
+            self._board.add_text(tag, indented, step)
+
+    def images(self, tag: str, pixels: Tensor, names: list[str]) -> None:
+        """A grid of images [B, 3, H, W] in [0, 1] with their class names, in TensorBoard."""
+        if self.active:
+            self._board.add_image(tag, _grid(pixels, names), self._start_step, dataformats="HWC")
+
+    @contextmanager
+    def progress(self, total: int, title: str) -> Iterator[tqdm]:
+        """A second bar, for an evaluation; nothing where the output is not a terminal."""
+        shown = self.active and sys.stdout.isatty()
+        with tqdm(
+            total=total, desc=title, unit="image", leave=False, disable=not shown, file=sys.stdout
+        ) as bar:
+            yield bar
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._bar is not None:
+            self._bar.close()
+        if self.active:
+            self._file.close()
+            self._board.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def _time_left(self, step: int) -> str:
+        elapsed = time.perf_counter() - self._started
+        return tqdm.format_interval(
+            elapsed / max(1, step - self._start_step) * (self.total_steps - step)
+        )
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log.jsonl; one cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _grid(pixels: Tensor, names: list[str], columns: int = 8, caption_px: int = 14) -> np.ndarray:
+    """Images and captions -> uint8 [H, W, 3]."""
+    tiles = pixels.clamp(0, 1).mul(255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+    count, height, width = tiles.shape[:3]
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    cell = height + caption_px
+    canvas = Image.new("RGB", (columns * width, rows * cell), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (tile, name) in enumerate(zip(tiles, names)):
+        left, top = i % columns * width, i // columns * cell
+        canvas.paste(Image.fromarray(tile), (left, top + caption_px))
+        draw.text((left + 2, top + 1), name[: width // 6], fill="black")
+    return np.asarray(canvas)

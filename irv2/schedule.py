@@ -1,0 +1,42 @@
+"""Images seen -> learning rate. Pure, so a resumed or rescaled run needs nothing restored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate as a function of the images a run has seen.
+
+    staircase: `base_lr * decay_rate ** floor(epoch / decay_epochs)` (the paper: 0.94 every 2).
+    cosine: from `base_lr` to `min_lr` over `total_epochs`, warm-up included.
+    Both: over the first `warmup_epochs` the rate is scaled linearly from 0 to its full value.
+    """
+
+    kind: Literal["staircase", "cosine"]
+    base_lr: float
+    images_per_epoch: int
+    total_epochs: float
+    decay_rate: float = 0.94
+    decay_epochs: float = 2.0
+    warmup_epochs: float = 0.0
+    min_lr: float = 0.0
+
+    def learning_rate(self, images_seen: int) -> float:
+        """Rate of the step that begins after `images_seen` images."""
+        epoch = images_seen / self.images_per_epoch
+        if self.kind == "staircase":
+            # Whole images, not a rounded quotient, decide when a stair is reached.
+            stair = math.floor(images_seen / (self.decay_epochs * self.images_per_epoch))
+            rate = self.base_lr * self.decay_rate**stair
+        else:
+            progress = min(1.0, epoch / self.total_epochs)
+            rate = (
+                self.min_lr + (self.base_lr - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+            )
+        if epoch < self.warmup_epochs:
+            rate *= epoch / self.warmup_epochs
+        return rate

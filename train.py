@@ -1,0 +1,289 @@
+#!/usr/bin/env python3
+"""Train an Inception-ResNet-v2 as a YAML file says.
+
+  python train.py --config configs/quickstart.yaml
+  torchrun --nproc-per-node=8 train.py --config configs/irv2_rmsprop.yaml data.train=DIR data.val=DIR
+
+The same command continues a run that was stopped. Exit status: 0 finished, 1 something must be
+mended first, 130 / 143 stopped by Ctrl-C / SIGTERM with a checkpoint written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data import loader, sources, stream, transforms
+from irv2 import checkpoint, config, distributed, engine, optim, rundir
+from irv2.config import Config
+from irv2.distributed import World
+from irv2.logbook import Logbook
+from irv2.metrics import Pace
+from irv2.model import inception_resnet_v2
+from irv2.preemption import StopRequest
+from irv2.schedule import Schedule
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+MISTAKES = (
+    config.ConfigError,
+    sources.DataError,
+    checkpoint.CheckpointError,
+    distributed.WorldError,
+)
+
+
+def train(cfg: Config, resume: str, world: World) -> int:
+    """A run from its config to its last evaluation; returns the exit status."""
+    # Batch: the config states the global one, the ranks say how it is carried out
+    global_batch = cfg.train.global_batch
+    micro_batch, accumulation = distributed.divide_batch(
+        global_batch, cfg.train.micro_batch, world.size
+    )
+
+    # Data
+    source, val_source = sources.open_source(cfg.data.train), sources.open_source(cfg.data.val)
+    sources.check_same_classes(val_source.classes, source.classes, cfg.data.val, cfg.data.train)
+    total_steps = math.ceil(cfg.train.epochs * len(source) / global_batch)
+    total_steps = min(total_steps, cfg.train.max_steps or total_steps)
+
+    # Model, optimizer, running average, learning rate
+    torch.manual_seed(cfg.run.seed)
+    model = inception_resnet_v2(len(source.classes), **cfg.model.model_dump(exclude={"freeze_bn"}))
+    model = model.to(world.device, memory_format=torch.channels_last)
+    state = engine.TrainState(
+        model,
+        engine.running_average(model, cfg.ema.decay),
+        optim.RMSpropTF(
+            optim.parameter_groups(model, cfg.optim.weight_decay),
+            **cfg.optim.model_dump(exclude={"weight_decay", "clip_norm"}),
+        ),
+        torch.amp.GradScaler(world.device.type, enabled=cfg.train.precision == "fp16"),
+    )
+    schedule = Schedule(
+        base_lr=cfg.optim.lr,
+        images_per_epoch=len(source),
+        total_epochs=cfg.train.epochs,
+        **cfg.schedule.model_dump(),
+    )
+
+    # Resume
+    origin = rundir.origin(cfg.directory, resume)
+    if origin is not None:
+        rundir.restore(state, origin, cfg, source.classes, len(source))
+    world.barrier()  # no rank writes before all have found the same origin
+    if world.is_main:
+        rundir.write_config(cfg)
+    log = Logbook(cfg.directory if world.is_main else None, state.step, total_steps)
+    announce(log, cfg, state, world, (len(source), len(val_source)), (accumulation, micro_batch))
+
+    # Loop
+    options = engine.StepOptions(
+        loss=engine.Loss(**cfg.loss.model_dump()),
+        accumulation=accumulation,
+        clip_norm=cfg.optim.clip_norm,
+        precision=cfg.train.precision,
+        seed=cfg.run.seed,
+        freeze_bn=cfg.model.freeze_bn,
+    )
+    network = parallel(model, cfg.train.compile, world)
+    pace, stop = Pace(), StopRequest()
+    batches = training_batches(cfg, source, state.images_seen, micro_batch, world)
+    batches = watched(batches, pace, log, cfg.data, source.classes)
+    saved_step = state.step
+    while True:
+        is_last = state.step >= total_steps
+        stopping = world.any(stop.signal is not None)
+        evaluating = is_last or crossed(
+            cfg.eval.every_epochs * len(source), state.images_seen, global_batch
+        )
+        saving = stopping or evaluating or state.step % cfg.checkpoint.every_steps == 0
+        if saving and state.step > saved_step:
+            if world.is_main:
+                rundir.save(state, cfg, source.classes, len(source))
+            saved_step = state.step
+        if stopping:
+            log.say(f"stopped after step {state.step}; the same command continues from there")
+            break
+        if evaluating:
+            evaluate(cfg, state, val_source, state.images_seen / len(source), log, world)
+            pace.restart()
+        if is_last:
+            break
+
+        lr = schedule.learning_rate(state.images_seen)
+        loss, grad_norm = engine.train_step(state, network, batches, lr, options, world)
+        state.images_seen += global_batch
+        pace.trained(global_batch)
+        log.stepped()
+        if state.step % cfg.log.every_steps == 0 or state.step == total_steps:
+            loss = world.sum_(loss) / world.size
+            log.train(
+                {
+                    "step": state.step,
+                    "images_seen": state.images_seen,
+                    "epoch": state.images_seen / len(source),
+                    "loss": loss.item(),
+                    "lr": lr,
+                    "grad_norm": grad_norm.item(),
+                    **pace.read(),
+                }
+            )
+    log.close()
+    return stop.exit_status if stopping else 0
+
+
+def announce(
+    log: Logbook,
+    cfg: Config,
+    state: engine.TrainState,
+    world: World,
+    images: tuple[int, int],
+    division: tuple[int, int],
+) -> None:
+    """Say what is about to happen, on the terminal and in TensorBoard."""
+    parameters = sum(p.numel() for p in state.model.parameters())
+    classes = state.model.classif.out_features
+    accumulation, micro_batch = division
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
+    ranks = f"{world.size} rank{'s' if world.size > 1 else ''}"
+    log.say(
+        f"{cfg.run.name}: Inception-ResNet-v2, {parameters:,} parameters, {classes} classes, "
+        f"{cfg.data.image_size} px, {cfg.train.precision} on {ranks} of {device}"
+    )
+    log.say(
+        f"data: {images[0]:,} training and {images[1]:,} validation images; "
+        f"{log.total_steps:,} steps of {cfg.train.global_batch} = "
+        f"{ranks} x {accumulation} accumulated x {micro_batch}"
+    )
+    log.say(f"run: {cfg.directory}    watch: tensorboard --logdir {cfg.directory}")
+    if state.step > 0:
+        log.say(f"continuing after step {state.step} ({state.images_seen:,} images seen)")
+    log.text("config", rundir.config_text(cfg), state.step)
+
+
+def parallel(model: nn.Module, compiled: bool, world: World) -> nn.Module:
+    """The model as a step calls it: compiled if asked, gradients averaged over ranks."""
+    if compiled:
+        model.compile()
+    if world.size == 1:
+        return model
+    # Running statistics are averaged by the step itself, so none are broadcast.
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def training_batches(
+    cfg: Config, source: sources.Source, start: int, micro_batch: int, world: World
+) -> Batches:
+    """This rank's micro-batches from stream position `start` on, without end."""
+    data = cfg.data
+    view = transforms.TrainView(
+        data.image_size, cfg.run.seed, data.crop_area, data.crop_aspect, data.hflip, data.colour
+    )
+    order = stream.Stream(len(source), cfg.run.seed)
+    keys = stream.micro_batches(
+        order, start, cfg.train.global_batch, micro_batch, world.rank, world.size
+    )
+    normalisation = loader.Normalisation(data.mean, data.std)
+    return loader.load(source, view, keys, normalisation, data.workers, world.device)
+
+
+def watched(
+    batches: Batches, pace: Pace, log: Logbook, data: config.Data, classes: list[str]
+) -> Batches:
+    """The same batches; `pace` learns the time waited for each, TensorBoard shows the first."""
+    is_first = True
+    while True:
+        asked = time.perf_counter()
+        images, labels = next(batches)
+        pace.waited(time.perf_counter() - asked)
+        if is_first:
+            std, mean = (images.new_tensor(v).view(1, 3, 1, 1) for v in (data.std, data.mean))
+            log.images("training images", images * std + mean, [classes[i] for i in labels])
+            is_first = False
+        yield images, labels
+
+
+def crossed(period: float, images_seen: int, global_batch: int) -> bool:
+    """Whether the last step reached or passed a multiple of `period` images."""
+    return images_seen // period > max(0, images_seen - global_batch) // period
+
+
+def evaluate(
+    cfg: Config,
+    state: engine.TrainState,
+    source: sources.Source,
+    epoch: float,
+    log: Logbook,
+    world: World,
+) -> None:
+    """Evaluate averaged and raw weights, unless the log has them already; keep the best."""
+    data = cfg.data
+    view = transforms.EvalView(data.image_size, data.eval_crop, data.eval_interpolation)
+    normalisation = loader.Normalisation(data.mean, data.std)
+    for which, model in (("ema", state.ema.module), ("raw", state.model)):
+        if world.any(log.has_eval(state.step, which)):
+            continue
+        keys = stream.evaluation_batches(len(source), cfg.eval.batch, world.rank, world.size)
+        batches = loader.load(source, view, keys, normalisation, data.workers, world.device)
+        with log.progress(len(source), f"evaluating {which}") as bar:
+            result = engine.evaluate(
+                model, batches, world, cfg.train.precision, lambda n: bar.update(n * world.size)
+            )
+        line = {
+            "step": state.step,
+            "epoch": epoch,
+            "weights": which,
+            "top1": result.top1,
+            "top5": result.top5,
+            "loss": result.loss,
+            "images": result.images,
+        }
+        if world.is_main and result.top1 > log.best_top1():
+            rundir.write_best(model.state_dict(), cfg, source.classes, line)
+        log.eval(line)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=config.describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="YAML", help="the run to train")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto (default): continue the run where it was; never: refuse to; "
+        "PATH: start from another run's checkpoint",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replace keys of the YAML file"
+    )
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    """Command line -> exit status; a mistake is one message, not a traceback."""
+    arguments = parse_arguments()
+    try:
+        cfg = config.load(arguments.config, arguments.overrides)
+        with distributed.start(cfg.run.device) as world:
+            return train(cfg, arguments.resume, world)
+    except MISTAKES as error:
+        # All ranks make the same mistake, except that only one meets an unusable image.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, sources.ImageError):
+            print(f"train.py: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
