@@ -2,7 +2,7 @@
 """Train an Inception-ResNet-v2 as a YAML file says.
 
   python train.py --config configs/quickstart.yaml
-  torchrun --nproc-per-node=8 train.py --config configs/irv2_rmsprop.yaml data.train=DIR data.val=DIR
+  torchrun --nproc-per-node=8 train.py --config configs/irv2_rmsprop.yaml
 
 The same command continues a run that was stopped. Exit status: 0 finished, 1 something must be
 mended first, 130 / 143 stopped by Ctrl-C / SIGTERM with a checkpoint written.

@@ -7,6 +7,7 @@ either the old set of files or the new one. Loading executes nothing (`weights_o
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -65,10 +66,23 @@ def step_of(path: Path) -> int:
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. Raises CheckpointError if it is missing or damaged."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint") from None
+        return read_tensors(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """What `torch.save` wrote, onto the CPU, without executing anything in the file.
+
+    Raises ValueError, without the path, if it is damaged or holds more than tensors and numbers.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError("not a file of tensors and numbers only; nothing in it was run") from None
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: damaged or not a checkpoint ({reason})") from None
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"damaged or not a PyTorch file ({reason})") from None

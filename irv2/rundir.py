@@ -45,7 +45,7 @@ def software() -> dict[str, str]:
     """Versions of what a result depends on."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
     }

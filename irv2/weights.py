@@ -6,10 +6,10 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from irv2 import checkpoint
+from irv2.model import InceptionResnetV2, inception_resnet_v2
 
 
 class WeightsError(ValueError):
@@ -19,7 +19,7 @@ class WeightsError(ValueError):
 def read(source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights file or "timm:NAME" -> (state dict, metadata of a safetensors file, else empty).
 
-    A TensorFlow-style state dict nested under "state_dict" or "model" is unwrapped. Nothing in the
+    A state dict nested under "state_dict" or "model" is unwrapped. Nothing in the
     file is executed. Raises WeightsError.
     """
     if source.startswith("timm:"):
@@ -27,21 +27,27 @@ def read(source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(source)
     if not path.is_file():
         raise WeightsError(f"{source}: no such weights file")
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path)
     try:
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, framework="pt") as file:
-                names = file.keys()
-                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise WeightsError(f"{source}: damaged or not a weights file ({reason})") from None
+        content = checkpoint.read_tensors(path)
+    except ValueError as error:
+        raise WeightsError(f"{source}: {error}") from None
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not (isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())):
         raise WeightsError(f"{source}: holds no state dict")
     return content, {}
+
+
+def _from_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except Exception as error:
+        raise WeightsError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 
 def _from_timm(name: str) -> dict[str, Tensor]:
@@ -64,18 +70,25 @@ def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> Non
     checkpoint.write_atomically(path, lambda file: file.write(content))
 
 
-def num_classes(state: dict[str, Tensor], source: str) -> int:
-    """Classes a state dict was trained for. Raises WeightsError for another network's."""
-    if "classif.weight" not in state or "conv2d_1a.conv.weight" not in state:
-        raise WeightsError(f"{source}: not the weights of an Inception-ResNet-v2 (timm's names)")
-    return state["classif.weight"].shape[0]
+def build_model(state: dict[str, Tensor], source: str) -> InceptionResnetV2:
+    """The network a state dict belongs to, with its weights; an auxiliary head is left out.
 
-
-def load_into(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Strictly load a state dict, the auxiliary head aside. Raises WeightsError on any mismatch."""
+    Raises WeightsError if they are another network's.
+    """
     kept = {key: value for key, value in state.items() if not key.startswith("aux.")}
+    try:
+        num_classes = kept["classif.weight"].shape[0]
+        in_chans = kept["conv2d_1a.conv.weight"].shape[1]
+    except KeyError as error:
+        raise WeightsError(f"{source}: not an Inception-ResNet-v2 (no {error} in it)") from None
+    blocks = [
+        len({key.split(".")[1] for key in kept if key.startswith(f"{name}.")})
+        for name in ("repeat", "repeat_1", "repeat_2")
+    ]
+    model = inception_resnet_v2(num_classes, in_chans, blocks=tuple(blocks))
     try:
         model.load_state_dict(kept, strict=True)
     except RuntimeError as error:
-        first = [line.strip() for line in str(error).splitlines()][1]
-        raise WeightsError(f"{source}: does not fit this network: {first[:200]}") from None
+        reason = " ".join(str(error).splitlines()[1].split())[:200]
+        raise WeightsError(f"{source}: does not fit this network: {reason}") from None
+    return model

@@ -25,9 +25,18 @@ from PIL import Image
 from tqdm import tqdm
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-FASHION_CLASSES = (
-    "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot"
-).split()  # in the order of the archives' labels
+FASHION_CLASSES = (  # in the order of the archives' labels
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle-boot",
+)
 DIGITS_HELD_OUT = 360
 
 Split = tuple[str, np.ndarray, list[str]]  # "train" or "val", uint8 [N, H, W], class names [N]

@@ -1,0 +1,218 @@
+#!/usr/bin/env python3
+"""Evaluate a run or published weights: exact top-1 and top-5, every image counted once.
+
+  python validate.py --run runs/quickstart
+  python validate.py --weights timm:inception_resnet_v2.tf_in1k --data IMAGENET/val
+  torchrun --nproc-per-node=8 validate.py --run runs/irv2_rmsprop --json result.json
+
+Runs say themselves how their images are to be seen; for other weights it is 299 px, crop 0.8975,
+bicubic, mean = std = 0.5. Exit status: 0 done, 1 something must be mended first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from data import loader, sources, stream, transforms
+from irv2 import checkpoint, config, distributed, engine, rundir, weights
+from irv2.distributed import World
+from irv2.metrics import EvalResult
+
+MISTAKES = (
+    checkpoint.CheckpointError,
+    distributed.WorldError,
+    sources.DataError,
+    weights.WeightsError,
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a network, its name for people, its classes, how it sees images."""
+
+    model: nn.Module
+    name: str
+    which: str
+    classes: list[str] | None
+    data: dict[str, Any]
+
+
+def validate(arguments: argparse.Namespace, world: World) -> None:
+    """An evaluation from its weights to its table."""
+    # Weights
+    if arguments.run is not None:
+        subject = open_run(arguments.run, arguments.which)
+    else:
+        subject = open_weights(arguments.weights)
+    settings = {**subject.data, **given(arguments)}
+
+    # Images
+    if settings["val"] is None:
+        raise sources.DataError("--data DIR is needed: these weights do not say what to look at")
+    source = sources.open_source(settings["val"])
+    if subject.classes is not None:
+        sources.check_same_classes(source.classes, subject.classes, settings["val"], subject.name)
+    elif len(source.classes) != subject.model.classif.out_features:
+        raise sources.DataError(
+            f"{settings['val']}: {len(source.classes)} classes, but {subject.name} tells apart "
+            f"{subject.model.classif.out_features}"
+        )
+
+    # Counts
+    started = time.perf_counter()
+    model = subject.model.to(world.device, memory_format=torch.channels_last)
+    result = evaluate(model, source, settings, arguments, world)
+    seconds = time.perf_counter() - started
+
+    # Report
+    if world.is_main:
+        print(table(subject, settings, result, seconds))
+        if arguments.json is not None:
+            write_json(arguments.json, subject, settings, result)
+
+
+def open_run(directory: Path, which: str) -> Subject:
+    """A run's newest checkpoint. Raises CheckpointError."""
+    path = rundir.newest(directory)
+    if path is None:
+        raise checkpoint.CheckpointError(
+            f"{directory}: no checkpoint in it; is it a run directory?"
+        )
+    saved = checkpoint.load(path)
+    model = weights.build_model(saved["ema" if which == "ema" else "model"], str(path))
+    return Subject(model, str(path), which, saved["classes"], saved["config"]["data"])
+
+
+def open_weights(source: str) -> Subject:
+    """A weights file, or weights timm knows. Raises WeightsError."""
+    state, metadata = weights.read(source)
+    classes = json.loads(metadata["classes"]) if "classes" in metadata else None
+    data = config.Data(train="", val="").model_dump() | {"val": None}
+    data |= json.loads(metadata.get("data", "{}"))
+    which = json.loads(metadata.get("result", "{}")).get("weights", "as published")
+    return Subject(weights.build_model(state, source), source, which, classes, data)
+
+
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The evaluation settings stated on the command line, under their config names."""
+    stated = {
+        "val": arguments.data,
+        "image_size": arguments.image_size,
+        "eval_crop": arguments.crop,
+        "eval_interpolation": arguments.interpolation,
+        "workers": arguments.workers,
+    }
+    return {key: value for key, value in stated.items() if value is not None}
+
+
+def evaluate(
+    model: nn.Module,
+    source: sources.Source,
+    settings: dict[str, Any],
+    arguments: argparse.Namespace,
+    world: World,
+) -> EvalResult:
+    """Counts over all ranks, with a progress bar on a terminal."""
+    view = transforms.EvalView(
+        settings["image_size"], settings["eval_crop"], settings["eval_interpolation"]
+    )
+    keys = stream.evaluation_batches(len(source), arguments.batch, world.rank, world.size)
+    normalisation = loader.Normalisation(settings["mean"], settings["std"])
+    batches = loader.load(source, view, keys, normalisation, settings["workers"], world.device)
+    hidden = not (world.is_main and sys.stderr.isatty())
+    with tqdm(total=len(source), unit="image", leave=False, disable=hidden) as bar:
+        return engine.evaluate(
+            model, batches, world, arguments.precision, lambda n: bar.update(n * world.size)
+        )
+
+
+def table(subject: Subject, settings: dict[str, Any], result: EvalResult, seconds: float) -> str:
+    rows = (
+        ("weights", f"{subject.name} ({subject.which})"),
+        ("images", f"{result.images:,} of {settings['val']}"),
+        (
+            "view",
+            f"{settings['image_size']} px, crop {settings['eval_crop']:g}, "
+            f"{settings['eval_interpolation']}",
+        ),
+        ("top-1", f"{result.top1:.3f} %  ({result.top1_correct:,} correct)"),
+        ("top-5", f"{result.top5:.3f} %  ({result.top5_correct:,} correct)"),
+        ("loss", f"{result.loss:.4f}"),
+        ("time", f"{seconds:.1f} s, {result.images / seconds:.0f} images/s"),
+    )
+    return "\n".join(f"{name:<8} {value}" for name, value in rows)
+
+
+def write_json(path: Path, subject: Subject, settings: dict[str, Any], result: EvalResult) -> None:
+    content = {
+        "top1": result.top1,
+        "top5": result.top5,
+        "top1_correct": result.top1_correct,
+        "top5_correct": result.top5_correct,
+        "images": result.images,
+        "loss": result.loss,
+        "weights": subject.which,
+        "source": subject.name,
+        "data": settings["val"],
+        "image_size": settings["image_size"],
+        "eval_crop": settings["eval_crop"],
+        "eval_interpolation": settings["eval_interpolation"],
+        "software": rundir.software(),
+    }
+    text = json.dumps(content, indent=2) + "\n"
+    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--run", type=Path, metavar="DIR", help="a run's newest checkpoint")
+    subject.add_argument(
+        "--weights",
+        metavar="FILE|timm:NAME",
+        help="a .pth, .pt or .safetensors file with timm's names, or weights from timm's hub",
+    )
+    parser.add_argument("--data", metavar="DIR", help="images; default: the run's data.val")
+    parser.add_argument(
+        "--which", choices=["ema", "raw"], default="ema", help="of a run: averaged (default) or raw"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
+    parser.add_argument("--image-size", type=int, metavar="PX", help="side of the network's input")
+    parser.add_argument("--crop", type=float, help="centre crop's share of the resized side")
+    parser.add_argument("--interpolation", choices=["bicubic", "bilinear"])
+    parser.add_argument("--batch", type=int, default=64, help="images at once (default: 64)")
+    parser.add_argument("--workers", type=int, help="loader processes of each rank")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--precision", choices=list(engine.PRECISIONS), default="fp32")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Command line -> exit status; a mistake is one message, not a traceback."""
+    arguments = parse_arguments()
+    try:
+        with distributed.start(arguments.device) as world:
+            validate(arguments, world)
+    except MISTAKES as error:
+        # All ranks make the same mistake, except that only one meets an unusable image.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, sources.ImageError):
+            print(f"validate.py: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
