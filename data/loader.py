@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -73,6 +74,12 @@ def collate(samples: list[Sample | ImageError]) -> WorkerBatch | ImageError:
     )
 
 
+def leave_signals_to_main(_worker: int) -> None:
+    """A Ctrl-C reaches workers too, but the loop needs them until it has stopped in order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @dataclass(frozen=True)
 class Normalisation:
     """Of each channel: subtracted from, then dividing, pixels in [0, 1]."""
@@ -101,6 +108,7 @@ def load(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_main,
     )
     for batch in loader:
         if isinstance(batch, ImageError):
