@@ -40,7 +40,7 @@ MISTAKES = (
 )
 
 
-def train(cfg: Config, resume: str, world: World) -> int:
+def train(cfg: Config, resume: str, world: World, stop: StopRequest) -> int:
     """A run from its config to its last evaluation; returns the exit status."""
     # Batch: the config states the global one, the ranks say how it is carried out
     global_batch = cfg.train.global_batch
@@ -94,7 +94,7 @@ def train(cfg: Config, resume: str, world: World) -> int:
         freeze_bn=cfg.model.freeze_bn,
     )
     network = parallel(model, cfg.train.compile, world)
-    pace, stop = Pace(), StopRequest()
+    pace = Pace()
     batches = training_batches(cfg, source, state.images_seen, micro_batch, world)
     batches = watched(batches, pace, log, cfg.data, source.classes)
     saved_step = state.step
@@ -136,6 +136,8 @@ def train(cfg: Config, resume: str, world: World) -> int:
                     **pace.read(),
                 }
             )
+    if not stopping:
+        log.say(f"finished: step {state.step} of {total_steps}, in {cfg.directory}")
     log.close()
     return stop.exit_status if stopping else 0
 
@@ -276,8 +278,8 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         cfg = config.load(arguments.config, arguments.overrides)
-        with distributed.start(cfg.run.device) as world:
-            return train(cfg, arguments.resume, world)
+        with StopRequest() as stop, distributed.start(cfg.run.device) as world:
+            return train(cfg, arguments.resume, world, stop)
     except MISTAKES as error:
         # All ranks make the same mistake, except that only one meets an unusable image.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, sources.ImageError):

@@ -3,10 +3,10 @@
 
   python validate.py --run runs/quickstart
   python validate.py --weights timm:inception_resnet_v2.tf_in1k --data IMAGENET/val
-  torchrun --nproc-per-node=8 validate.py --run runs/irv2_rmsprop --json result.json
+  torchrun --nproc-per-node=8 -- validate.py --run runs/irv2_rmsprop --json result.json
 
 Runs say themselves how their images are to be seen; for other weights it is 299 px, crop 0.8975,
-bicubic, mean = std = 0.5. Exit status: 0 done, 1 something must be mended first.
+bicubic, mean = std = 0.5. Exit status: 0 done, 1 something must be mended first, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -111,7 +111,6 @@ def given(arguments: argparse.Namespace) -> dict[str, Any]:
         "image_size": arguments.image_size,
         "eval_crop": arguments.crop,
         "eval_interpolation": arguments.interpolation,
-        "workers": arguments.workers,
     }
     return {key: value for key, value in stated.items() if value is not None}
 
@@ -129,7 +128,7 @@ def evaluate(
     )
     keys = stream.evaluation_batches(len(source), arguments.batch, world.rank, world.size)
     normalisation = loader.Normalisation(settings["mean"], settings["std"])
-    batches = loader.load(source, view, keys, normalisation, settings["workers"], world.device)
+    batches = loader.load(source, view, keys, normalisation, arguments.workers, world.device)
     hidden = not (world.is_main and sys.stderr.isatty())
     with tqdm(total=len(source), unit="image", leave=False, disable=hidden) as bar:
         return engine.evaluate(
@@ -211,6 +210,8 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, sources.ImageError):
             print(f"validate.py: {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

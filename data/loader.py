@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -80,6 +81,12 @@ def leave_signals_to_main(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def default_workers() -> int:
+    """This rank's share of the cores the process may use, from 1 to 8."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(8, len(os.sched_getaffinity(0)) // ranks_here))
+
+
 @dataclass(frozen=True)
 class Normalisation:
     """Of each channel: subtracted from, then dividing, pixels in [0, 1]."""
@@ -93,11 +100,12 @@ def load(
     view: View,
     batches: Iterable[list[Key]],
     normalisation: Normalisation,
-    workers: int,
+    workers: int | None,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of the given keys, in that order: float32 [B, 3, H, W] and labels, on the device.
 
+    `workers`: loader processes, 0 for none, None for `default_workers()`.
     Raises ImageError, naming the file, for an image that cannot be read or decoded.
     """
     mean = torch.tensor(normalisation.mean, device=device)
@@ -105,7 +113,7 @@ def load(
     loader = DataLoader(
         Images(source, view),
         batch_sampler=batches,
-        num_workers=workers,
+        num_workers=default_workers() if workers is None else workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_main,

@@ -53,7 +53,7 @@ class FolderSource:
         self._paths: list[str] = []  # relative to root
         self._labels: list[int] = []
         for label, name in enumerate(self.classes):
-            paths = sorted(_images_below(self.root, name))
+            paths = _images_below(self.root, name)
             if not paths:
                 kinds = ", ".join(IMG_EXTENSIONS)
                 raise DataError(f"{os.path.join(self.root, name)}: no images in it ({kinds})")
@@ -76,10 +76,11 @@ class FolderSource:
 
 
 def _images_below(root: str, class_name: str) -> list[str]:
+    """Relative to root, in ImageFolder's order: folder by folder, a folder's files sorted."""
     return [
         os.path.relpath(os.path.join(folder, file), root)
-        for folder, _, files in os.walk(os.path.join(root, class_name), followlinks=True)
-        for file in files
+        for folder, _, files in sorted(os.walk(os.path.join(root, class_name), followlinks=True))
+        for file in sorted(files)
         if file.lower().endswith(IMG_EXTENSIONS)
     ]
 

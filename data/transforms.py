@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import timm.data
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from data.sources import ImageError
@@ -23,6 +23,8 @@ MAX_BRIGHTNESS_DELTA = 32 / 255  # TF-slim, inception_preprocessing.py, distort_
 SATURATION_RANGE = (0.5, 1.5)
 MIN_COVERED = 0.1  # TF-slim's min_object_covered, with the whole image as the object
 MAX_ATTEMPTS = 100
+
+VIEW = 1  # keeps a view's draws apart from those of the order, seeded by (seed, epoch)
 
 
 class Colour(NamedTuple):
@@ -37,6 +39,8 @@ def decode(encoded: bytes, name: str) -> Image.Image:
     """Encoded image -> RGB. Raises ImageError naming the image."""
     try:
         return Image.open(io.BytesIO(encoded)).convert("RGB")
+    except UnidentifiedImageError:  # its own message quotes the buffer's address
+        raise ImageError(f"{name}: cannot be decoded (not a known kind of image)") from None
     except Exception as error:
         raise ImageError(f"{name}: cannot be decoded ({error})") from None
 
@@ -59,11 +63,11 @@ class TrainView:
         self, image: Image.Image, epoch: int, index: int
     ) -> tuple[np.ndarray, Colour | None]:
         """RGB image -> (uint8 [size, size, 3], colour change still to be applied)."""
-        rng = np.random.default_rng((self.seed, epoch, index))
+        rng = np.random.default_rng((self.seed, epoch, index, VIEW))
         x, y, width, height = draw_crop(rng, *image.size, self.area_range, self.aspect_range)
-        box = (x, y, x + width, y + height)
-        square = (self.size, self.size)
-        pixels = np.asarray(image.resize(square, Image.Resampling.BILINEAR, box=box))
+        # Cut first: resize(box=…) would let pixels outside the crop into its edge.
+        crop = image.crop((x, y, x + width, y + height))
+        pixels = np.asarray(crop.resize((self.size, self.size), Image.Resampling.BILINEAR))
         if rng.random() < self.hflip:
             pixels = pixels[:, ::-1]
         return pixels, draw_colour(rng) if self.colour else None

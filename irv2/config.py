@@ -86,7 +86,9 @@ class Data(Section):
     )
     val: str = Field(description="validation images, same classes; or synthetic:IMAGESxCLASSES")
     image_size: Annotated[int, Field(ge=75)] = Field(299, description="side of the input, px")
-    workers: Annotated[int, Field(ge=0)] = Field(4, description="loader processes of each rank")
+    workers: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="loader processes of each rank; null: its share of the cores, at most 8"
+    )
     mean: Channels = Field([0.5, 0.5, 0.5], description="subtracted from pixels in [0, 1]")
     std: Channels = Field([0.5, 0.5, 0.5], description="divides pixels after the mean")
     crop_area: Pair = Field(

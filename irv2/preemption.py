@@ -11,13 +11,19 @@ GRACE_S = 1.0  # a terminal and torchrun both pass Ctrl-C on; the echo is not a 
 
 
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM; a later SIGINT leaves at once."""
+    """In a `with` block: remembers the first SIGINT or SIGTERM; a later SIGINT leaves at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._asked_at = 0.0
-        signal.signal(signal.SIGINT, self._receive)
-        signal.signal(signal.SIGTERM, self._receive)
+
+    def __enter__(self) -> StopRequest:
+        self._before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()

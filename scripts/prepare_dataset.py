@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import math
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,19 +70,26 @@ def fashion_mnist(archives: Path | None) -> Iterator[Split]:
             archives = Path(scratch) / "FashionMNIST" / "raw"
         for split, stem in (("train", "train"), ("val", "t10k")):
             pixels = read_idx(archives / f"{stem}-images-idx3-ubyte.gz")
-            labels = read_idx(archives / f"{stem}-labels-idx1-ubyte.gz")
+            labels_path = archives / f"{stem}-labels-idx1-ubyte.gz"
+            labels = read_idx(labels_path)
+            if len(labels) != len(pixels) or labels.max() >= len(FASHION_CLASSES):
+                raise ValueError(f"{labels_path}: not the labels of {len(pixels)} fashion images")
             yield split, pixels, [FASHION_CLASSES[label] for label in labels]
 
 
 def read_idx(path: Path) -> np.ndarray:
     """An IDX archive of bytes -> uint8 array of the shape its header states."""
-    with gzip.open(path) as file:
-        content = file.read()
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip archive ({error})") from None
     if content[:3] != b"\0\0\x08":
         raise ValueError(f"{path}: not an IDX file of bytes")
-    dimensions = content[3]
-    shape = np.frombuffer(content, ">u4", dimensions, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    sizes = 4 + 4 * (content[3] if len(content) > 3 else 0)  # where the sizes end
+    shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, sizes, 4)]
+    if len(content) < sizes or len(content) - sizes != math.prod(shape):
+        raise ValueError(f"{path}: not as long as its header states")
+    return np.frombuffer(content, np.uint8, offset=sizes).reshape(shape)
 
 
 def write(splits: Iterator[Split], out: Path) -> None:

@@ -1,0 +1,76 @@
+"""Run the two programs as a user does, on a network and data small enough for a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = """
+model: {blocks: [1, 1, 1], bn_momentum: 0.5}
+data: {image_size: 75, workers: 0}
+train: {epochs: 3, global_batch: 8, micro_batch: 8}
+eval: {every_epochs: 1, batch: 7}
+checkpoint: {every_steps: 2}
+log: {every_steps: 1}
+run: {device: cpu}
+"""
+
+
+def write_images(root: Path, classes: list[str], per_class: int, seed: int = 0) -> Path:
+    """A folder of noisy one-coloured PNG files, a colour for each class."""
+    rng = np.random.default_rng(seed)
+    for i, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for k in range(per_class):
+            pixels = np.full((40, 50, 3), 40 + 70 * i) + rng.integers(-30, 30, (40, 50, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / name / f"{k}.png")
+    return root
+
+
+def write_project(folder: Path) -> Path:
+    """Training and validation images and a config for them; returns the config's path."""
+    write_images(folder / "train", ["a", "b", "c"], 7)
+    write_images(folder / "val", ["a", "b", "c"], 4, seed=1)
+    config = folder / "small.yaml"
+    data = f"data: {{train: {folder / 'train'}, val: {folder / 'val'}, "
+    run = f"run: {{dir: {folder / 'run'}, "
+    config.write_text(CONFIG.replace("data: {", data).replace("run: {", run))
+    return config
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def start(program: str, *arguments: object, ranks: int = 1) -> subprocess.Popen[str]:
+    """Start train.py or validate.py, under torchrun if there are several ranks."""
+    python = [sys.executable]
+    if ranks > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
+    command = [*python, ROOT / program, *arguments]
+    return subprocess.Popen(
+        [str(part) for part in command],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(program: str, *arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end."""
+    process = start(program, *arguments, ranks=ranks)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def log_lines(run_directory: Path, kind: str) -> list[dict]:
+    lines = (run_directory / "log.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == kind]

@@ -1,0 +1,144 @@
+"""Exact counts against a plain sort, scikit-learn and torch.topk; the pace of a run by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from irv2 import metrics
+from irv2.metrics import EvalCounter, EvalResult, Pace, label_ranks
+
+CPU = torch.device("cpu")
+
+
+def plain_rank(logits: list[float], label: int) -> int:
+    """Place of a label in a list sorted by logit, then by class index; a non-finite one is last."""
+    if not math.isfinite(logits[label]):
+        return len(logits)
+    rivals = [i for i, value in enumerate(logits) if not math.isnan(value)]
+    return sorted(rivals, key=lambda i: (-logits[i], i)).index(label)
+
+
+def counted(logits: Tensor, labels: Tensor, batch: int = 7) -> EvalCounter:
+    counter = EvalCounter(CPU)
+    for start in range(0, len(labels), batch):
+        counter.update(logits[start : start + batch], labels[start : start + batch])
+    return counter
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1000])
+def test_ranks_equal_a_plain_sort_with_ties_by_class_index(levels):
+    generator = torch.Generator().manual_seed(levels)
+    logits = torch.randint(levels, (200, 9), generator=generator).float()
+    labels = torch.randint(9, (200,), generator=generator)
+    expected = [plain_rank(row, label) for row, label in zip(logits.tolist(), labels.tolist())]
+    assert label_ranks(logits, labels).tolist() == expected
+
+
+def test_ranks_of_logits_that_are_not_finite():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(4, (300, 6), generator=generator).float()
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
+    chosen = torch.randint(3, logits.shape, generator=generator)
+    logits = torch.where(torch.rand(300, 6, generator=generator) < 0.3, special[chosen], logits)
+    labels = torch.randint(6, (300,), generator=generator)
+    expected = [plain_rank(row, label) for row, label in zip(logits.tolist(), labels.tolist())]
+    assert label_ranks(logits, labels).tolist() == expected
+
+
+def test_all_equal_logits_do_not_make_every_label_first():
+    labels = torch.arange(8)
+    assert label_ranks(torch.zeros(8, 8), labels).tolist() == list(range(8))
+
+
+def test_a_network_of_nans_gets_nothing_right():
+    counter = counted(torch.full((20, 10), float("nan")), torch.arange(20) % 10)
+    assert counter.counts.tolist() == [0, 0, 20]
+
+
+def test_half_precision_logits_one_bit_apart_are_no_tie():
+    logits = torch.tensor([[1.0, 1.0009765625, 1.0]]).half()
+    assert label_ranks(logits, torch.tensor([0])).tolist() == [1]
+    assert label_ranks(logits, torch.tensor([2])).tolist() == [2]
+
+
+def test_counts_equal_scikit_learns_and_topks_on_random_logits():
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(523, 20, generator=generator)
+    labels = torch.randint(20, (523,), generator=generator)
+    counter = counted(logits, labels)
+    theirs = [
+        sklearn.metrics.top_k_accuracy_score(
+            labels.numpy(), logits.numpy(), k=k, labels=np.arange(20), normalize=False
+        )
+        for k in (1, 5)
+    ]
+    assert counter.counts.tolist() == [*theirs, 523]
+    in_top5 = (logits.topk(5).indices == labels[:, None]).any(1).sum().item()
+    assert counter.counts[1].item() == in_top5
+    assert counter.loss_sum.item() == pytest.approx(
+        F.cross_entropy(logits.double(), labels, reduction="sum").item(), rel=1e-6
+    )
+
+
+def test_the_loss_is_free_of_label_smoothing_and_in_float32_at_least():
+    logits = torch.tensor([[2.0, 0.0, -1.0]]).bfloat16()
+    counter = counted(logits, torch.tensor([0]))
+    expected = -math.log(math.exp(2) / (math.exp(2) + 1 + math.exp(-1)))
+    assert counter.loss_sum.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5])
+def test_with_five_classes_or_fewer_everything_is_among_the_five_best(classes):
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randn(50, classes, generator=generator)
+    labels = torch.randint(classes, (50,), generator=generator)
+    top1, top5, images = counted(logits, labels).counts.tolist()
+    assert top1 == (logits.argmax(1) == labels).sum().item()
+    assert (top5, images) == (50, 50)
+
+
+def test_the_counts_do_not_depend_on_the_batches():
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(64, 10, generator=generator)
+    labels = torch.randint(10, (64,), generator=generator)
+    results = [counted(logits, labels, batch).counts.tolist() for batch in (1, 5, 64)]
+    assert results[0] == results[1] == results[2]
+
+
+def test_a_result_divides_by_the_images():
+    result = EvalResult(top1_correct=40_217, top5_correct=47_656, images=50_000, loss_sum=25_000.0)
+    assert (result.top1, result.top5, result.loss) == (80.434, 95.312, 0.5)
+
+
+def test_pace_counts_images_and_waiting_between_two_readings(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    pace = Pace()
+    pace.trained(64)
+    pace.waited(0.5)
+    pace.trained(64)
+    pace.waited(0.5)
+    now[0] += 4.0
+    assert pace.read() == {"images_per_s": 32.0, "data_wait": 0.25}
+    now[0] += 2.0
+    assert pace.read() == {"images_per_s": 0.0, "data_wait": 0.0}
+
+
+def test_pace_leaves_out_what_came_before_a_restart(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    pace = Pace()
+    pace.trained(1000)
+    pace.waited(3.0)
+    now[0] += 60.0
+    pace.restart()
+    pace.trained(10)
+    now[0] += 1.0
+    assert pace.read() == {"images_per_s": 10.0, "data_wait": 0.0}

@@ -1,0 +1,544 @@
+"""The network against timm's port, the model card's numbers and TF-slim's definition."""
+
+import math
+from collections import Counter
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from irv2.model import inception_resnet_v2
+
+TOLERANCE = 1e-5  # norm of the difference / norm of the reference
+BATCHES_BEFORE = 7  # the counter of every batch norm in the random state
+SMALL = (1, 1, 1)  # one of each residual block: every kind of layer at a quarter of the cost
+
+
+def randomize(model):
+    """Weights and statistics that keep activations near 1, and no layer at a neutral value."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, std=0.1)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            module.num_batches_tracked.fill_(BATCHES_BEFORE)
+
+
+def small(seed=0, randomized=False, **options):
+    torch.manual_seed(seed)
+    model = inception_resnet_v2(num_classes=10, blocks=SMALL, **options)
+    if randomized:
+        randomize(model)
+    return model
+
+
+def images(*shape, seed=1, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(shape, generator=generator, dtype=dtype) * 2 - 1
+
+
+def clone(state):
+    return {name: value.clone() for name, value in state.items()}
+
+
+def relative_error(ours, reference):
+    return ((ours - reference).norm() / reference.norm()).item()
+
+
+def shapes(state):
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def modules_of(model, kind):
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def record_outputs(module):
+    """The list that fills with a copy of every output of the module."""
+    outputs = []
+    module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output.clone()))
+    return outputs
+
+
+# ---------------------------------------------------------------------- the same network as timm
+
+
+@pytest.fixture(scope="module")
+def models():
+    """(ours, timm's, the state that timm's was given), dropout off."""
+    torch.manual_seed(0)
+    peer = timm.create_model("inception_resnet_v2", drop_rate=0.0)
+    randomize(peer)
+    return inception_resnet_v2(drop_rate=0.0), peer, clone(peer.state_dict())
+
+
+@pytest.fixture
+def pair(models):
+    """(ours, timm's), both in the state that timm's was given."""
+    *both, start = models
+    for model in both:
+        model.load_state_dict(start, strict=True)
+    yield both
+    for model in both:
+        model.float()
+        model.zero_grad()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 3, 299, 299), (2, 3, 75, 75), (2, 3, 96, 131)])
+def test_logits_equal_timm_in_evaluation(pair, shape):
+    ours, reference = (model.eval()(images(*shape)) for model in pair)
+    assert 0.01 < reference.std() < 100, "the reference carries no signal"
+    assert relative_error(ours, reference) <= TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 3, 299, 299), (16, 3, 75, 75), (8, 3, 96, 131)])
+def test_logits_and_running_statistics_equal_timm_in_training(pair, shape):
+    ours, reference = (model.train()(images(*shape)) for model in pair)
+    assert 0.01 < reference.std() < 100, "the reference carries no signal"
+    assert relative_error(ours, reference) <= TOLERANCE
+
+    ours, reference = (model.state_dict() for model in pair)
+    for name in (name for name in reference if "running" in name):
+        assert relative_error(ours[name], reference[name]) <= TOLERANCE, name
+    assert {int(v) for k, v in ours.items() if k.endswith("num_batches_tracked")} == {8}
+
+
+def gradients(model):
+    """timm's name -> gradient: the gradients take the parameters' place in a state dict."""
+    values = [(parameter, parameter.data) for parameter in model.parameters()]
+    for parameter, _ in values:
+        parameter.data = parameter.grad
+    state = model.state_dict()
+    for parameter, value in values:
+        parameter.data = value
+    return state
+
+
+@pytest.mark.parametrize(("training", "shape"), [(True, (2, 3, 96, 131)), (False, (2, 3, 75, 75))])
+def test_gradients_equal_timm(pair, training, shape):
+    """In float64: a rounding error that moves one ReLU across zero moves gradients by far more."""
+    cotangent = images(shape[0], 1000, seed=2, dtype=torch.float64)
+    for model in pair:
+        logits = model.double().train(training)(images(*shape, dtype=torch.float64))
+        (logits * cotangent).sum().backward()
+
+    ours, peer = pair
+    names = [name for name, _ in peer.named_parameters()]
+    ours, reference = gradients(ours), gradients(peer)
+    assert len(names) == 204 * 3 + 40 * 2 + 2  # convolution and batch norm, block ends, classifier
+    # Batch norm cancels block8.conv2d.bias in training: its gradient is rounding noise around 0.
+    floor = 1e-9 * max(reference[name].norm().item() for name in names)
+    for name in names:
+        error = (ours[name] - reference[name]).norm()
+        assert error <= TOLERANCE * reference[name].norm() + floor, name
+
+
+# ---------------------------------------------------------------------- timm's names in files
+
+
+def test_state_dict_has_timm_names_and_shapes(models):
+    ours, peer, _ = models
+    assert shapes(ours.state_dict()) == shapes(peer.state_dict())
+
+
+@torch.no_grad()
+def test_state_dict_round_trip_is_bit_identical(models):
+    """timm -> ours -> timm."""
+    ours, peer, given = models
+    for model in (ours, peer):
+        for value in (*model.parameters(), *model.buffers()):
+            value.zero_()
+    ours.load_state_dict(given, strict=True)
+    returned = ours.state_dict()
+    assert all(torch.equal(returned[name], value) for name, value in given.items())
+
+    peer.load_state_dict(returned, strict=True)
+    returned = peer.state_dict()
+    assert all(torch.equal(returned[name], value) for name, value in given.items())
+
+
+def test_loading_leaves_the_callers_state_dict_as_it_was():
+    model = small()
+    state = clone(model.state_dict())
+    before = dict(state)
+    model.load_state_dict(state)
+    assert list(state) == list(before)
+    assert all(state[name] is value for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "repeat.0.branch0.conv.weight",
+        "repeat.0.branch2.0.bn.running_var",
+        "mixed_7a.branch1.0.bn.weight",
+        "repeat_1.0.branch1.1.conv.weight",
+    ],
+)
+def test_missing_entry_is_reported_under_timm_name(name):
+    model = small()
+    state = clone(model.state_dict())
+    del state[name]
+    with pytest.raises(RuntimeError, match="Missing key") as error:
+        model.load_state_dict(state)
+    assert f'"{name}"' in str(error.value)
+    assert "heads" not in str(error.value)
+
+
+def test_missing_entry_is_reported_for_a_model_on_another_device():
+    model = small()
+    state = clone(model.state_dict())
+    del state["repeat.0.branch1.0.conv.weight"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"repeat\.0\.branch1\.0\.conv\.weight"'):
+        model.to("meta").load_state_dict(state, assign=True)
+
+
+def test_partial_load_changes_only_the_entries_it_is_given():
+    model = small()
+    before = clone(model.state_dict())
+    given = "repeat.0.branch1.0.conv.weight"
+    result = model.load_state_dict({given: before[given] + 1}, strict=False)
+    after = model.state_dict()
+    assert set(result.missing_keys) >= {"repeat.0.branch0.conv.weight", "classif.weight"}
+    assert not any("heads" in name for name in result.missing_keys)
+    assert torch.equal(after[given], before[given] + 1)
+    assert all(torch.equal(after[name], before[name]) for name in before if name != given)
+
+
+def test_misshaped_entries_are_reported_under_timm_names():
+    """31 and 33 filters for 32 and 32 would still join to the right total."""
+    model = small()
+    state = clone(model.state_dict())
+    names = ["repeat.0.branch1.0.conv.weight", "repeat.0.branch2.0.conv.weight"]
+    for name, filters in zip(names, (31, 33)):
+        state[name] = torch.zeros(filters, 320, 1, 1)
+    with pytest.raises(RuntimeError) as error:
+        model.load_state_dict(state)
+    for name in names:
+        assert f"size mismatch for {name}" in str(error.value)
+    assert "heads" not in str(error.value)
+
+
+def test_unknown_entry_is_reported():
+    model = small()
+    state = model.state_dict() | {"repeat.0.branch3.conv.weight": torch.zeros(32, 320, 1, 1)}
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"repeat\.0\.branch3\.conv\.weight"'):
+        model.load_state_dict(state)
+
+
+def test_state_without_batch_counters_loads_as_it_does_in_timm(models):
+    """Files from before PyTorch 0.4.1 hold no `num_batches_tracked`."""
+    ours, peer, given = models
+    old = {k: v for k, v in given.items() if not k.endswith("num_batches_tracked")}
+    for model in (peer, ours):
+        model.load_state_dict(old, strict=True)
+    state = ours.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in old.items())
+
+
+def test_parallel_pointwise_convolutions_are_merged(models):
+    ours, peer, _ = models
+    replaced = 2 + 2 * 10 + 1 * 20 + 2 + 1 * 10  # mixed_5b, block35, block17, mixed_7a, block8
+    assert len(modules_of(peer, nn.Conv2d)) == 244
+    assert len(modules_of(ours, nn.Conv2d)) == 244 - replaced
+
+
+def test_block35_reads_its_input_with_one_convolution(models):
+    for model, readers in zip(models[:2], (1, 3)):
+        block, x = model.repeat[0], torch.zeros(1, 320, 5, 5)
+        reading = []
+        handles = [
+            conv.register_forward_pre_hook(
+                lambda _, inputs, r=reading, x=x: r.append(inputs[0] is x)
+            )
+            for conv in modules_of(block, nn.Conv2d)
+        ]
+        block(x)
+        for handle in handles:
+            handle.remove()
+        assert sum(reading) == readers
+
+
+# ---------------------------------------------------------------------- the model card's numbers
+
+
+def test_parameters_are_the_published_55_843_464():
+    with torch.device("meta"):
+        model = inception_resnet_v2()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 55_843_464
+
+
+def multiply_adds(height, width):
+    """Operations of one image by kind, from the shapes that pass through the modules."""
+    with torch.device("meta"):
+        model, image = inception_resnet_v2().eval(), torch.empty(1, 3, height, width)
+    counts = Counter()
+
+    def count(module, inputs, output):
+        if isinstance(module, nn.Conv2d):
+            counts["convolutions"] += output.numel() * module.weight[0].numel()
+            counts["biases"] += output.numel() if module.bias is not None else 0
+        elif isinstance(module, nn.BatchNorm2d):
+            counts["batch norm"] += 2 * output.numel()
+        elif isinstance(module, nn.AvgPool2d):
+            counts["average pool"] += output.numel()
+        elif isinstance(module, nn.Linear):
+            counts["classifier"] += module.weight.numel()
+        elif module is model.conv2d_7b:  # the sum over its positions, and the division
+            counts["global pool"] += output.numel() + output.shape[1]
+
+    for module in model.modules():
+        module.register_forward_hook(count)
+    model(image)
+    return counts
+
+
+def test_multiply_adds_at_299():
+    counts = multiply_adds(299, 299)
+    assert counts["convolutions"] == 13_154_258_016
+    assert counts["biases"] == 11_539_840
+    assert counts["classifier"] == 1_536_000
+
+
+@pytest.mark.parametrize("size", [(299, 381), (381, 299)])
+def test_multiply_adds_of_the_model_card(size):
+    """The card counted a 299x381 image, without the classifier; which side is long is the same."""
+    counts = multiply_adds(*size)
+    assert counts.pop("classifier") == 1_536_000
+    assert counts == {
+        "convolutions": 16_909_138_496,
+        "biases": 14_842_240,
+        "batch norm": 2 * 17_362_784,
+        "average pool": 302_400,
+        "global pool": 124_416,
+    }
+    assert counts.total() == 16_959_133_120
+
+
+# ---------------------------------------------------------------------- TF-slim's definition
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "count", "channels", "scale"),
+    [("repeat", 10, 320, 0.17), ("repeat_1", 20, 1088, 0.10), ("repeat_2", 9, 2080, 0.20)],
+)
+def test_residuals_are_scaled_added_and_rectified(models, name, count, channels, scale):
+    blocks = models[0].eval().get_submodule(name)
+    assert len(blocks) == count
+    x = images(2, channels, 7, 7)
+    for block in (blocks[0], blocks[-1]):
+        residual = record_outputs(block.conv2d)
+        torch.testing.assert_close(block(x), (x + scale * residual[0]).relu())
+
+
+@torch.no_grad()
+def test_last_block8_is_unscaled_and_not_rectified(models):
+    block, x = models[0].eval().block8, images(2, 2080, 7, 7)
+    residual = record_outputs(block.conv2d)
+    output = block(x)
+    assert output.min() < 0
+    torch.testing.assert_close(output, x + residual[0])
+
+
+def test_batch_norm_uses_slim_epsilon_and_the_given_momentum():
+    norms = modules_of(small(bn_momentum=0.0003, aux_logits=True), nn.BatchNorm2d)
+    assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-3, 0.0003)}
+
+
+@torch.no_grad()
+def test_running_mean_moves_by_the_momentum():
+    layer = small(bn_momentum=0.0003).train().conv2d_1a
+    x = images(4, 3, 75, 75)
+    layer(x)
+    batch_mean = F.conv2d(x, layer.conv.weight, stride=2).mean(dim=(0, 2, 3))
+    torch.testing.assert_close(layer.bn.running_mean, 0.0003 * batch_mean)
+
+
+def test_without_bn_scale_gamma_stays_one_and_is_not_trained():
+    model = small(bn_scale=False, aux_logits=True)
+    gammas = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters()} - gammas
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    logits, aux_logits = model.train()(images(2, 3, 299, 299))
+    (logits.square().sum() + aux_logits.square().sum()).backward()
+    optimizer.step()
+    state = model.state_dict()
+    assert shapes(state) == shapes(small(aux_logits=True).state_dict())
+    assert all((state[name] == 1).all() for name in state if name.endswith("bn.weight"))
+    assert all(state[name].any() for name in state if name.endswith("bn.bias"))
+
+
+def test_weights_start_in_the_xavier_range_of_each_timm_convolution():
+    """Merged convolutions too: each with its own fan-out, as if it stood alone."""
+    state = small(aux_logits=True).state_dict()
+    weights = {name: value for name, value in state.items() if value.ndim in (2, 4)}
+    assert len(weights) == 6 + 7 + 7 + 4 + 5 + 7 + 5 + 5 + 1 + 3  # the stem with conv2d_7b first
+    for name, weight in weights.items():
+        area = weight[0, 0].numel()
+        bound = math.sqrt(6 / (area * (weight.shape[0] + weight.shape[1])))
+        assert 0.97 * bound < weight.abs().max() <= bound, name
+        # 5 standard errors of a uniform sample's standard deviation
+        slack = 5 * math.sqrt(0.2 / weight.numel())
+        assert weight.std() == pytest.approx(bound / math.sqrt(3), rel=slack), name
+        assert weight.mean().abs() < 5 * bound / math.sqrt(3 * weight.numel()), name
+
+
+def test_biases_start_at_zero_and_gammas_at_one():
+    state = small(aux_logits=True).state_dict()
+    biases = [value for name, value in state.items() if name.endswith(".bias")]
+    assert len(biases) > 40
+    assert not any(value.any() for value in biases)
+    assert all((value == 1).all() for name, value in state.items() if name.endswith("bn.weight"))
+
+
+# ---------------------------------------------------------------------- the auxiliary head
+
+
+def test_auxiliary_head_is_off_by_default():
+    with torch.device("meta"):
+        model, image = inception_resnet_v2().train(), torch.empty(2, 3, 299, 299)
+    assert not any(name.startswith("aux") for name in model.state_dict())
+    assert model(image).shape == (2, 1000)
+
+
+def test_auxiliary_head_answers_in_training_only():
+    with torch.device("meta"):
+        model, image = small(aux_logits=True), torch.empty(2, 3, 299, 299)
+    logits, aux_logits = model.train()(image)
+    assert logits.shape == aux_logits.shape == (2, 10)
+    assert model.eval()(image).shape == (2, 10)
+
+
+@torch.no_grad()
+def test_auxiliary_head_reads_the_end_of_the_block17_stack():
+    model = small(aux_logits=True).train()
+    stack, seen = record_outputs(model.repeat_1), []
+    model.aux.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].clone()))
+    _, aux_logits = model(images(2, 3, 299, 299))
+    assert stack[0].shape == (2, 1088, 17, 17)
+    assert torch.equal(seen[0], stack[0])
+    assert torch.equal(aux_logits, model.aux(stack[0]))
+
+
+@torch.no_grad()
+def test_auxiliary_head_is_slim():
+    """5x5 average with stride 3, 1x1x128, 5x5x768 without padding, linear: one position at 299."""
+    head = small(aux_logits=True, randomized=True).eval().aux
+    state = head.state_dict()
+
+    def layer(x, name):
+        x = F.conv2d(x, state[f"{name}.conv.weight"])
+        mean, var, gamma, beta = (
+            state[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.relu(F.batch_norm(x, mean, var, gamma, beta, eps=1e-3))
+
+    x = images(2, 1088, 17, 17)
+    expected = layer(F.avg_pool2d(x, 5, stride=3), "conv_1b")
+    assert expected.shape == (2, 128, 5, 5)
+    expected = layer(expected, "conv_2a")
+    assert expected.shape == (2, 768, 1, 1)
+    expected = F.linear(expected.flatten(1), state["classif.weight"], state["classif.bias"])
+    torch.testing.assert_close(head(x), expected)
+
+
+# ---------------------------------------------------------------------- image sizes
+
+
+@pytest.mark.parametrize("size", [(74, 74), (74, 300), (300, 74)])
+@pytest.mark.parametrize("training", [True, False])
+def test_image_under_75_px_is_refused(size, training):
+    with torch.device("meta"):
+        model, image = small().train(training), torch.empty(2, 3, *size)
+    with pytest.raises(ValueError, match=rf"{size[0]}x{size[1]}.*at least 75 px"):
+        model(image)
+
+
+@pytest.mark.parametrize("size", [(298, 298), (298, 400), (400, 298)])
+def test_image_under_299_px_is_refused_where_the_auxiliary_head_runs(size):
+    with torch.device("meta"):
+        model, image = small(aux_logits=True), torch.empty(2, 3, *size)
+    with pytest.raises(ValueError, match=rf"{size[0]}x{size[1]}.*at least 299 px"):
+        model.train()(image)
+    assert model.eval()(image).shape == (2, 10)
+
+
+def test_75_px_leaves_one_position():
+    with torch.device("meta"):
+        model, image = small().eval(), torch.empty(2, 3, 75, 75)
+    output = record_outputs(model.conv2d_7b)
+    assert model(image).shape == (2, 10)
+    assert output[0].shape == (2, 1536, 1, 1)
+
+
+# ---------------------------------------------------------------------- training options
+
+
+def training_pass(model, x):
+    """Loss of one training pass; gradients and running statistics are left in the model."""
+    loss = F.cross_entropy(model.train()(x), torch.arange(len(x)) % 10)
+    loss.backward()
+    return loss.detach()
+
+
+def test_gradient_checkpointing_changes_nothing():
+    x = images(4, 3, 96, 96)
+    plain, saving = small(drop_rate=0.0), small(drop_rate=0.0, grad_checkpointing=True)
+    torch.testing.assert_close(training_pass(saving, x), training_pass(plain, x), rtol=1e-6, atol=0)
+
+    ours, reference = gradients(saving), gradients(plain)  # with the buffers, as in a state dict
+    for name, expected in reference.items():
+        torch.testing.assert_close(
+            ours[name], expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item(), msg=name
+        )
+    counters = [v for k, v in saving.state_dict().items() if k.endswith("num_batches_tracked")]
+    assert all(counter == 1 for counter in counters)
+
+
+def test_gradient_checkpointing_runs_residual_blocks_again_in_training_only():
+    x = images(4, 3, 75, 75)
+    model = small(grad_checkpointing=True)
+    blocks = (model.repeat[0], model.repeat_1[0], model.repeat_2[0])
+    runs = [record_outputs(block.heads) for block in blocks]
+    training_pass(model, x)
+    assert [len(outputs) for outputs in runs] == [2, 2, 2]
+    assert not any(norm.recomputing for norm in modules_of(model, nn.BatchNorm2d))
+    model.eval()(x).sum().backward()
+    assert [len(outputs) for outputs in runs] == [3, 3, 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("drop_rate", [0.0, 0.2, 0.7])
+def test_dropout_acts_on_the_pooled_features_in_training_only(drop_rate):
+    model, x = small(drop_rate=drop_rate), images(8, 3, 75, 75)
+    last, kept = record_outputs(model.conv2d_7b), []
+    model.classif.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
+    model.train()(x)
+    model.eval()(x)
+    trained, evaluated = (output.mean(dim=(2, 3)) for output in last)
+
+    assert torch.equal(kept[1], evaluated)
+    alive = trained > 0
+    dropped = alive & (kept[0] == 0)
+    assert dropped.sum() / alive.sum() == pytest.approx(drop_rate, abs=0.03)
+    survivors = alive & ~dropped
+    torch.testing.assert_close(kept[0][survivors], trained[survivors] / (1 - drop_rate))
+
+
+def test_in_chans_and_num_classes_are_honoured():
+    with torch.device("meta"):
+        model = inception_resnet_v2(num_classes=7, in_chans=1, blocks=SMALL).eval()
+        image = torch.empty(2, 1, 75, 75)
+    assert model(image).shape == (2, 7)

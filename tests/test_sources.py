@@ -1,0 +1,186 @@
+"""Sources of images: ImageFolder's numbering, synthetic images, mistakes said by name."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from data.sources import (
+    DataError,
+    FolderSource,
+    ImageError,
+    SyntheticSource,
+    check_same_classes,
+    open_source,
+)
+
+# As created: neither classes nor images in order.
+FILES = [
+    "zebra/b.png",
+    "zebra/a/z.JPG",
+    "zebra/a.jpeg",
+    "zebra/a-1/c.png",
+    "ant/9.png",
+    "ant/10.png",
+    "ant/notes.txt",
+    "ant/deep/er/x.PNG",
+    "ant/deep/y.Jpeg",
+    "ant/Z.bmp",
+    "Bee/one.webp",
+    "Bee/.hidden.png",
+    "Bee/README",
+    "Bee/two.png.txt",
+    "Bee/zero.tiff",
+    "labels.csv",
+    "stray.png",
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Class folders with everything that may lie in them; each file holds its own name."""
+    root = tmp_path / "images"
+    for name in FILES:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "linked.png").write_text("linked.png")
+    for link in ("linked", "ant/linked"):  # a class folder, and a folder within one
+        (root / link).symlink_to(elsewhere, target_is_directory=True)
+    return root
+
+
+# ---------------------------------------------------------------------------------- folders
+
+
+def test_classes_are_imagefolders(folder):
+    assert FolderSource(folder).classes == ImageFolder(folder).classes
+
+
+def test_images_and_labels_are_imagefolders_in_its_order(folder):
+    source = FolderSource(folder)
+    samples = [(source.name(i), source.read(i)[1]) for i in range(len(source))]
+    assert samples == ImageFolder(folder).samples
+
+
+def test_an_image_is_read_as_its_bytes_are(folder):
+    source = FolderSource(folder)
+    for i in range(len(source)):
+        with open(source.name(i), "rb") as file:
+            assert source.read(i)[0] == file.read()
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'nowhere'}: no such data folder")):
+        FolderSource(tmp_path / "nowhere")
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=re.escape(str(tmp_path / "file"))):
+        FolderSource(tmp_path / "file")
+
+
+def test_a_folder_without_class_folders_is_named(tmp_path):
+    (tmp_path / "image.png").touch()
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path}: holds no class folders")):
+        FolderSource(tmp_path)
+
+
+def test_a_class_without_images_is_named(folder):
+    (folder / "empty" / "deep").mkdir(parents=True)
+    (folder / "empty" / "deep" / "notes.txt").touch()
+    with pytest.raises(DataError, match=re.escape(f"{folder / 'empty'}: no images in it")):
+        FolderSource(folder)
+
+
+def test_an_image_that_cannot_be_read_is_named(folder):
+    (folder / "ant" / "dangling.png").symlink_to(folder / "nowhere.png")
+    source = FolderSource(folder)
+    index = [source.name(i) for i in range(len(source))].index(str(folder / "ant/dangling.png"))
+    with pytest.raises(ImageError, match=re.escape(source.name(index))) as error:
+        source.read(index)
+    assert isinstance(error.value, DataError)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------- synthetic
+
+
+def pixels(source: SyntheticSource, index: int) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(source.read(index)[0])).convert("RGB"), np.float64)
+
+
+def test_synthetic_spec_states_images_and_classes():
+    source = open_source("synthetic:23x5")
+    assert len(source) == 23
+    assert len(set(source.classes)) == 5
+    assert source.classes == sorted(source.classes)
+
+
+def test_synthetic_classes_are_balanced():
+    source = open_source("synthetic:23x5")
+    counts = np.bincount([source.read(i)[1] for i in range(23)])
+    assert sorted(counts) == [4, 4, 5, 5, 5]
+
+
+def test_synthetic_images_are_the_same_in_every_process_and_differ_from_each_other():
+    first, second = open_source("synthetic:6x2"), open_source("synthetic:6x2")
+    encoded = [first.read(i)[0] for i in range(6)]
+    assert encoded == [second.read(i)[0] for i in range(6)]
+    assert len(set(encoded)) == 6
+
+
+def test_synthetic_images_of_a_class_share_its_colour():
+    source = open_source("synthetic:12x4")
+    colours = np.array([pixels(source, i).mean((0, 1)) for i in range(12)])  # i % 4: the class
+    for label in range(4):
+        assert np.ptp(colours[label::4], axis=0).max() < 3
+    distances = np.abs(colours[:4, None] - colours[None, :4]).max(2)
+    assert distances[~np.eye(4, dtype=bool)].min() > 10
+
+
+@pytest.mark.parametrize("sizes", ["", "10", "0x0", "10x", "4x5", "10X2", "10x2 ", "-4x2"])
+def test_a_wrong_synthetic_spec_is_quoted_with_the_form_expected(sizes):
+    spec = f"synthetic:{sizes}"
+    with pytest.raises(DataError, match=f"^{re.escape(spec)}: .*synthetic:IMAGESxCLASSES"):
+        open_source(spec)
+
+
+def test_any_other_spec_is_a_folder(folder):
+    assert isinstance(open_source(str(folder)), FolderSource)
+    with pytest.raises(DataError, match="no such data folder"):
+        open_source("synthetical")
+
+
+# ---------------------------------------------------------------------------------- two class lists
+
+
+def mismatch(classes: list[str], expected: list[str]) -> str:
+    with pytest.raises(DataError) as error:
+        check_same_classes(classes, expected, "VAL", "TRAIN")
+    return str(error.value)
+
+
+def test_equal_class_lists_pass():
+    check_same_classes(["a", "b"], ["a", "b"], "VAL", "TRAIN")
+
+
+def test_unknown_and_missing_classes_are_counted_and_named():
+    assert mismatch(["a", "c"], ["a", "b"]) == (
+        "VAL: its classes are not those of TRAIN: 1 unknown (c) and 1 missing (b)"
+    )
+
+
+def test_of_many_differing_classes_three_are_named():
+    message = mismatch(["a"], list("abcdef"))
+    assert message.endswith("5 missing (b, c, d, …)")
+    assert mismatch(["a"], list("abcd")).endswith("3 missing (b, c, d)")
+
+
+def test_the_same_classes_in_another_order_are_refused():
+    assert mismatch(["b", "a"], ["a", "b"]).endswith("another order")

@@ -1,0 +1,259 @@
+"""train.py from the outside: what it leaves behind, how it goes on, what it says of mistakes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import programs
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from irv2 import checkpoint, config
+from irv2.model import inception_resnet_v2
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 8 steps (21 images, batches of 8, 3 epochs); returns its folder."""
+    folder = tmp_path_factory.mktemp("project")
+    result = programs.run("train.py", "--config", programs.write_project(folder))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def final_state(folder: Path, run: str = "run") -> dict:
+    return checkpoint.load(folder / run / "checkpoints" / "step-000000008.pt")
+
+
+def assert_same(one: object, other: object, where: str = "") -> None:
+    """Nested containers of tensors and plain values are equal bit for bit."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other)):
+            assert_same(a, b, f"{where}[{i}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+def experiment(state: dict) -> dict:
+    return {key: state[key] for key in ("model", "ema", "optimizer", "step", "images_seen")}
+
+
+def call(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *arguments: object):
+    """train.py's main in this process -> (exit status, what it said on stderr)."""
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
+    status = train.main()
+    return status, capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------- what a run leaves
+
+
+def test_log_has_a_line_per_step_and_evaluations_of_both_weights(project: Path) -> None:
+    lines = programs.log_lines(project / "run", "train")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["images_seen"] for line in lines] == list(range(8, 65, 8))
+    keys = "kind step images_seen epoch loss lr grad_norm images_per_s data_wait"
+    assert set(lines[0]) == set(keys.split())
+    assert lines[0]["lr"] == 0.045
+    evals = programs.log_lines(project / "run", "eval")
+    assert [(e["step"], e["weights"]) for e in evals] == [
+        (step, which) for step in (3, 6, 8) for which in ("ema", "raw")
+    ]
+    assert set(evals[0]) == {"kind", "step", "epoch", "weights", "top1", "top5", "loss", "images"}
+    assert all(e["images"] == 12 and e["top5"] == 100 for e in evals)
+
+
+def test_config_of_the_run_is_complete_and_loads(project: Path) -> None:
+    text = (project / "run" / "config.yaml").read_text()
+    assert text.startswith("# git ") and "torch" in text.splitlines()[1]
+    loaded = config.load(project / "run" / "config.yaml")
+    assert loaded.model_dump() == final_state(project)["config"]
+
+
+def test_only_the_newest_checkpoints_are_kept(project: Path) -> None:
+    names = [p.name for p in sorted((project / "run" / "checkpoints").iterdir())]
+    assert names == ["step-000000006.pt", "step-000000008.pt"]
+
+
+def test_best_weights_are_those_of_the_best_evaluation(project: Path) -> None:
+    with safetensors.safe_open(project / "run" / "best.safetensors", "pt") as file:
+        metadata = file.metadata()
+    best = json.loads(metadata["result"])
+    assert best["top1"] == max(e["top1"] for e in programs.log_lines(project / "run", "eval"))
+    assert json.loads(metadata["classes"]) == ["a", "b", "c"]
+    model = inception_resnet_v2(3, blocks=(1, 1, 1))
+    model.load_state_dict(safetensors.torch.load_file(project / "run" / "best.safetensors"))
+
+
+def test_tensorboard_has_curves_images_and_config(project: Path) -> None:
+    events = EventAccumulator(str(project / "run" / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/images_per_s", "train/data_wait",
+            "eval_ema/top1", "eval_raw/top5"} <= set(tags["scalars"])  # fmt: skip
+    assert tags["images"] == ["training images"]
+    assert "config/text_summary" in tags["tensors"]
+
+
+def test_plain_lines_where_the_output_is_no_terminal(project: Path) -> None:
+    result = programs.run("train.py", "--config", project / "small.yaml")
+    assert result.returncode == 0
+    assert "\r" not in result.stdout
+    assert "finished: step 8 of 8" in result.stdout
+
+
+# ------------------------------------------------------------------------- going on
+
+
+def test_stopped_and_continued_run_is_bit_identical(project: Path) -> None:
+    """Ctrl-C in the second step of an epoch, then the same command with other workers."""
+    arguments = ("--config", project / "small.yaml", f"run.dir={project / 'stopped'}")
+    process = programs.start("train.py", *arguments, "data.workers=2")
+    for line in process.stdout:
+        if line.startswith("step 4/8"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "the same command continues" in out
+    assert not (project / "stopped" / "checkpoints" / "step-000000008.pt").exists()
+
+    result = programs.run("train.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "continuing after step" in result.stdout
+    assert_same(experiment(final_state(project)), experiment(final_state(project, "stopped")))
+    timeless = [
+        [
+            {k: v for k, v in line.items() if k not in ("images_per_s", "data_wait")}
+            for kind in ("train", "eval")
+            for line in programs.log_lines(project / name, kind)
+        ]
+        for name in ("run", "stopped")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_another_experiment_is_refused_with_its_differences(project, capsys, monkeypatch) -> None:
+    status, error = call(
+        capsys, monkeypatch, "--config", project / "small.yaml", "optim.lr=0.01", "data.workers=1"
+    )
+    assert status == 1
+    assert "optim.lr: 0.045 -> 0.01" in error
+    assert "workers" not in error
+
+
+def test_resume_never_refuses_to_touch_a_run(project, capsys, monkeypatch) -> None:
+    before = (project / "run" / "log.jsonl").read_bytes()
+    status, error = call(
+        capsys, monkeypatch, "--config", project / "small.yaml", "--resume", "never"
+    )
+    assert status == 1 and "already holds a run up to step 8" in error
+    assert (project / "run" / "log.jsonl").read_bytes() == before
+
+
+def test_resume_from_another_runs_checkpoint(project, capsys, monkeypatch) -> None:
+    origin = project / "run" / "checkpoints" / "step-000000006.pt"
+    arguments = ("--config", project / "small.yaml", "--resume", origin)
+    status, error = call(capsys, monkeypatch, *arguments)
+    assert status == 1 and "give another run.name" in error
+    result = programs.run("train.py", *arguments, f"run.dir={project / 'branch'}")
+    assert result.returncode == 0, result.stderr
+    assert_same(experiment(final_state(project)), experiment(final_state(project, "branch")))
+
+
+# ------------------------------------------------------------------------- several ranks
+
+
+def test_two_ranks_train_and_evaluate_every_image_once(project: Path) -> None:
+    arguments = ("--config", project / "small.yaml", f"run.dir={project / 'two'}")
+    result = programs.run("train.py", *arguments, "train.max_steps=2", ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert "2 ranks x 1 accumulated x 4" in result.stdout
+    assert result.stdout.count("step 2/2") == 1
+    assert [e["images"] for e in programs.log_lines(project / "two", "eval")] == [12, 12]
+
+
+def test_bad_image_on_one_rank_ends_all_ranks(tmp_path: Path) -> None:
+    project = programs.write_project(tmp_path)
+    bad = tmp_path / "train" / "b" / "3.png"
+    bad.write_bytes(b"this is no image")
+    started = time.monotonic()
+    result = programs.run("train.py", "--config", project, ranks=2)
+    assert result.returncode != 0
+    assert time.monotonic() - started < 60
+    assert f"train.py: {bad}: cannot be decoded" in result.stderr
+
+
+# ------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train=nowhere", "nowhere: no such data folder"),
+        ("run.device=cuda", "no usable GPU"),
+        ("train.micro_batch=0", "train.micro_batch=0"),
+        ("optim.learning_rate=1", "unknown key"),
+    ],
+)
+def test_mistakes_are_one_line_and_touch_nothing(
+    tmp_path, capsys, monkeypatch, override, message
+) -> None:
+    if override == "run.device=cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    status, error = call(
+        capsys, monkeypatch, "--config", programs.write_project(tmp_path), override
+    )
+    assert status == 1
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_classes_that_differ_are_named(tmp_path, capsys, monkeypatch) -> None:
+    project = programs.write_project(tmp_path)
+    (tmp_path / "val" / "c").rename(tmp_path / "val" / "d")
+    status, error = call(capsys, monkeypatch, "--config", project)
+    assert status == 1 and "1 unknown (d) and 1 missing (c)" in error
+
+
+def test_unusable_image_is_named(tmp_path, capsys, monkeypatch) -> None:
+    project = programs.write_project(tmp_path)
+    path = tmp_path / "train" / "a" / "0.png"
+    Image.new("RGB", (9, 9)).save(path)
+    path.write_bytes(path.read_bytes()[:40])
+    status, error = call(capsys, monkeypatch, "--config", project)
+    assert status == 1 and f"{path}: cannot be decoded" in error
+
+
+def test_checkpoint_of_another_network_is_refused(project, tmp_path, capsys, monkeypatch) -> None:
+    arguments = ("--config", programs.write_project(tmp_path), "--resume", project / "run")
+    status, error = call(capsys, monkeypatch, *arguments, "model.blocks=[1, 2, 1]")
+    assert status == 1 and "model.blocks: [1, 1, 1] -> [1, 2, 1]" in error
+    programs.write_images(tmp_path / "train", ["d"], 1)
+    programs.write_images(tmp_path / "val", ["d"], 1)
+    status, error = call(capsys, monkeypatch, *arguments)
+    assert status == 1 and "classes: 3 before, 4 now" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_do_not_divide_the_batch(tmp_path: Path) -> None:
+    project = programs.write_project(tmp_path)
+    result = programs.run("train.py", "--config", project, "train.global_batch=9", ranks=2)
+    assert result.returncode != 0
+    assert "train.py: train.global_batch=9 cannot be divided among 2 ranks" in result.stderr
+    assert not (tmp_path / "run").exists()

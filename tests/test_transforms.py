@@ -1,0 +1,330 @@
+"""Encoded bytes to pixels: TensorFlow's crops and colours, timm's evaluation pixels."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torchvision.transforms import RandomResizedCrop
+
+from data.sources import ImageError
+from data.transforms import (
+    Colour,
+    EvalView,
+    TrainView,
+    apply_colour,
+    decode,
+    draw_colour,
+    draw_crop,
+    to_input,
+)
+
+RECORDED = json.loads(Path(__file__).with_name("data").joinpath("tensorflow.json").read_text())
+AREA, ASPECT = (0.05, 1.0), (0.75, 1.33)  # the settings recorded
+CROP_CASES = [case for case in RECORDED["crop"]["cases"] if case["min_object_covered"] == 0.1]
+DRAWS = 20_000
+TOLERANCE = 0.015  # on a probability; 3.5 standard errors of the median, both samples counted
+HALF = torch.full((3,), 0.5)
+
+Crop = tuple[int, int, int, int]  # x, y, width, height
+
+
+# ---------------------------------------------------------------------------------- crop
+
+
+def case_name(case: dict) -> str:
+    return f"{case['width']}x{case['height']}"
+
+
+def departures(crops: list[Crop], case: dict) -> set[str]:
+    """Quantities whose distribution is not the recorded one, judged at its quantiles."""
+    x, y, width, height = np.array(crops).T
+    drawn = {
+        "area_fraction": width * height / (case["width"] * case["height"]),
+        "aspect_ratio": width / height,
+        "crop_height": height,
+        "crop_width": width,
+        "x": x,
+        "y": y,
+    }
+    rounding = 1e-6  # of the recorded quantiles
+    return {
+        name
+        for name, values in drawn.items()
+        for level, quantile in zip(
+            RECORDED["crop"]["quantile_levels"], case[name]["quantiles"], strict=True
+        )
+        # Values are discrete: the level lies between P(below) and P(below or equal).
+        if np.mean(values < quantile - rounding) > level + TOLERANCE
+        or np.mean(values <= quantile + rounding) < level - TOLERANCE
+    }
+
+
+def draw_crops(case: dict, draws: int) -> list[Crop]:
+    rng = np.random.default_rng(0)
+    return [draw_crop(rng, case["width"], case["height"], AREA, ASPECT) for _ in range(draws)]
+
+
+def draw_torchvision_crops(case: dict, draws: int) -> list[Crop]:
+    """RandomResizedCrop's, drawn again where they cover too little, as TensorFlow's are."""
+    torch.manual_seed(0)
+    image, crops = Image.new("L", (case["width"], case["height"])), []
+    while len(crops) < draws:
+        y, x, height, width = RandomResizedCrop.get_params(image, list(AREA), list(ASPECT))
+        if width * height >= case["min_object_covered"] * case["width"] * case["height"]:
+            crops.append((x, y, width, height))
+    return crops
+
+
+@pytest.mark.parametrize("case", CROP_CASES, ids=case_name)
+def test_crops_follow_tensorflows_law(case):
+    assert departures(draw_crops(case, DRAWS), case) == set()
+
+
+@pytest.mark.parametrize("case", CROP_CASES, ids=case_name)
+def test_torchvisions_crops_are_told_from_tensorflows(case):
+    departed = departures(draw_torchvision_crops(case, DRAWS // 4), case)
+    assert {"area_fraction", "crop_height", "aspect_ratio"} <= departed
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(500, 375), (96, 96), (8, 8), (3, 2), (1, 1), (400, 30), (30, 400)]
+)
+def test_crops_lie_inside_the_image_and_keep_to_their_area(width, height):
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        x, y, crop_width, crop_height = draw_crop(rng, width, height, AREA, ASPECT)
+        assert 0 <= x < x + crop_width <= width
+        assert 0 <= y < y + crop_height <= height
+        whole = (crop_width, crop_height) == (width, height)
+        assert whole or crop_width * crop_height >= 0.1 * width * height
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "area"),
+    [(400, 10, (0.5, 1.0)), (10, 400, (0.5, 1.0)), (100, 100, (0.01, 0.05))],
+    ids=["too wide", "too high", "less than a tenth"],
+)
+def test_impossible_ranges_give_the_whole_image(width, height, area):
+    rng = np.random.default_rng(0)
+    assert draw_crop(rng, width, height, area, ASPECT) == (0, 0, width, height)
+
+
+# ---------------------------------------------------------------------------------- colour
+
+
+def test_colour_is_tensorflows():
+    cases = RECORDED["colour"]["cases"]
+    images = torch.tensor([RECORDED["colour"]["images"][case["image"]] for case in cases])
+    colours = torch.tensor(
+        [[case["brightness_delta"], case["saturation_factor"], case["order"]] for case in cases]
+    )
+    result = (apply_colour(images.permute(0, 3, 1, 2), colours) - 0.5) * 2
+    expected = torch.tensor([case["result"] for case in cases]).permute(0, 3, 1, 2)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+
+
+def test_colours_are_uniform_in_tf_slims_ranges_and_orders_equally_frequent():
+    rng = np.random.default_rng(0)
+    brightness, saturation, first = np.array([draw_colour(rng) for _ in range(5000)]).T
+    levels = np.linspace(0.05, 0.95, 19)
+    assert np.allclose(np.quantile(brightness * 255 / 32, levels), 2 * levels - 1, atol=0.06)
+    assert np.allclose(np.quantile(saturation, levels), 0.5 + levels, atol=0.03)
+    assert np.abs(brightness).max() <= 32 / 255
+    assert saturation.min() >= 0.5
+    assert saturation.max() <= 1.5
+    assert set(first) == {0.0, 1.0}
+    assert abs(first.mean() - 0.5) < 0.03
+    assert np.abs(np.corrcoef([brightness, saturation, first])[~np.eye(3, dtype=bool)]).max() < 0.06
+
+
+# ---------------------------------------------------------------------------------- training view
+
+
+def same(one: tuple, other: tuple) -> bool:
+    return np.array_equal(one[0], other[0]) and one[1] == other[1]
+
+
+@pytest.fixture(scope="module")
+def noise() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def ramp() -> Image.Image:
+    """A pixel says where it was: red is x, green is y."""
+    y, x = np.mgrid[:200, :250]
+    return Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8))
+
+
+def test_a_view_is_a_function_of_seed_epoch_and_index(noise):
+    views = {
+        (seed, epoch, index): TrainView(16, seed)(noise, epoch, index)
+        for seed in range(3)
+        for epoch in range(3)
+        for index in range(3)
+    }
+    shared = TrainView(16, 1)  # asked in another order, after other questions
+    for epoch, index in [(2, 2), (0, 1), (2, 0), (1, 1), (0, 1)]:
+        assert same(shared(noise, epoch, index), views[1, epoch, index])
+    assert len({pixels.tobytes() for pixels, _ in views.values()}) == len(views)
+    assert len({colour for _, colour in views.values()}) == len(views)
+
+
+def test_a_view_leaves_global_random_states_alone(noise):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    TrainView(16, 0)(noise, 0, 0)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+
+
+def test_a_view_shows_the_crop_that_was_drawn_in_its_right_place(ramp):
+    size = 50
+    centres = np.arange(size) + 0.5
+    for index in range(20):
+        x, y, width, height = draw_crop(
+            np.random.default_rng((7, 2, index)), *ramp.size, AREA, ASPECT
+        )
+        pixels, _ = TrainView(size, 7, AREA, ASPECT, hflip=0.0)(ramp, 2, index)
+        columns, rows = pixels[..., 0].mean(0), pixels[..., 1].mean(1)
+        inner = slice(2, -2)  # resizing a ramp gives a ramp, but for the image's borders
+        assert np.allclose(columns[inner], (x + centres * width / size - 0.5)[inner], atol=0.6)
+        assert np.allclose(rows[inner], (y + centres * height / size - 0.5)[inner], atol=0.6)
+
+
+def test_a_whole_image_crop_is_pillows_bilinear_resize(noise):
+    square = noise.crop((0, 0, 60, 60))
+    pixels, _ = TrainView(32, 0, (1.0, 1.0), (1.0, 1.0), hflip=0.0)(square, 0, 0)
+    assert np.array_equal(pixels, square.resize((32, 32), Image.Resampling.BILINEAR))
+
+
+def test_flips_mirror_the_view_and_nothing_else(noise):
+    plain, mirrored = (TrainView(16, 0, hflip=p)(noise, 0, 0) for p in (0.0, 1.0))
+    assert np.array_equal(plain[0], np.fliplr(mirrored[0]))
+    assert plain[1] == mirrored[1]
+
+
+def test_views_are_flipped_as_often_as_asked(ramp):
+    view = TrainView(8, 0, hflip=0.25)
+    flipped = [view(ramp, 0, i)[0][0, 0, 0] > view(ramp, 0, i)[0][0, -1, 0] for i in range(600)]
+    assert abs(np.mean(flipped) - 0.25) < 0.05
+
+
+def test_without_colour_none_is_drawn_and_the_crop_is_the_same(noise):
+    plain, coloured = (TrainView(16, 0, colour=c)(noise, 0, 0) for c in (False, True))
+    assert plain[1] is None
+    assert isinstance(coloured[1], Colour)
+    assert np.array_equal(plain[0], coloured[0])
+
+
+# ---------------------------------------------------------------------------------- evaluation view
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> dict[str, Path]:
+    """Photographs of the kinds that ImageNet holds, as files."""
+    folder = tmp_path_factory.mktemp("photographs")
+    china, flower = (Image.fromarray(pixels) for pixels in load_sample_images().images)
+    alpha = Image.linear_gradient("L").resize(china.size)
+    kinds: dict[str, tuple[Image.Image, str]] = {
+        "landscape": (china, "jpg"),
+        "portrait": (flower.rotate(90, expand=True), "jpg"),
+        "tiny": (flower.resize((40, 60)), "jpg"),
+        "large": (china.resize((1501, 1003)), "jpg"),
+        "grey": (china.convert("L"), "jpg"),
+        "palette": (flower.quantize(64), "png"),
+        "rgba": (Image.merge("RGBA", (*china.split(), alpha)), "png"),
+        "cmyk": (flower.convert("CMYK"), "jpg"),
+    }
+    paths = {kind: folder / f"{kind}.{suffix}" for kind, (_, suffix) in kinds.items()}
+    for kind, (image, _) in kinds.items():
+        image.save(paths[kind])
+    return paths
+
+
+@pytest.mark.parametrize(
+    "kind", ["landscape", "portrait", "tiny", "large", "grey", "palette", "rgba", "cmyk"]
+)
+@pytest.mark.parametrize(
+    ("size", "crop", "interpolation"),
+    [(299, 0.8975, "bicubic"), (299, 0.875, "bilinear"), (75, 1.0, "bicubic")],
+)
+def test_evaluation_pixels_are_timms(photographs, kind, size, crop, interpolation):
+    mean, std = (0.5, 0.4, 0.3), (0.5, 0.25, 0.2)
+    transform = timm.data.create_transform(
+        (3, size, size), interpolation=interpolation, mean=mean, std=std, crop_pct=crop
+    )
+    with Image.open(photographs[kind]) as image:
+        expected = transform(image.convert("RGB"))
+    image = decode(photographs[kind].read_bytes(), kind)
+    pixels, colour = EvalView(size, crop, interpolation)(image, 0, 0)
+    assert pixels.dtype == np.uint8
+    assert colour is None
+    batch = torch.from_numpy(np.stack([pixels]))
+    assert torch.equal(to_input(batch, None, torch.tensor(mean), torch.tensor(std))[0], expected)
+
+
+def encoded(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+BROKEN: dict[str, Callable[[], bytes]] = {
+    "empty": lambda: b"",
+    "no image": lambda: b"<html>404 Not Found</html>" * 40,
+    "truncated JPEG": lambda: encoded("JPEG")[:-1000],
+    "truncated PNG": lambda: encoded("PNG")[:-1000],
+    "JPEG header alone": lambda: encoded("JPEG")[:100],
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_an_image_that_cannot_be_decoded_is_named_on_one_line(kind):
+    with pytest.raises(ImageError, match=r"^train/cat/7\.jpg: cannot be decoded") as error:
+        decode(BROKEN[kind](), "train/cat/7.jpg")
+    assert "\n" not in str(error.value)
+    assert " at 0x" not in str(error.value), "an address in memory tells a reader nothing"
+
+
+# ---------------------------------------------------------------------------------- on the device
+
+
+def random_batch() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (3, 5, 7, 3), dtype=torch.uint8, generator=generator)
+
+
+def test_normalisation_is_pixels_over_255_less_mean_over_std():
+    images, mean, std = random_batch(), torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.5, 0.2, 0.1])
+    expected = (images.double() / 255 - mean.double()) / std.double()
+    result = to_input(images, None, mean, std)
+    torch.testing.assert_close(result.permute(0, 2, 3, 1).double(), expected, rtol=0, atol=2e-6)
+
+
+def test_colour_comes_before_normalisation():
+    images, std = random_batch(), torch.tensor([0.5, 0.25, 0.2])
+    colours = torch.tensor([[0.1, 1.5, 0.0], [-0.1, 0.5, 1.0], [0.0, 1.0, 0.0]])
+    coloured = apply_colour(images.permute(0, 3, 1, 2) / 255, colours)
+    expected = (coloured - 0.5) / std.view(3, 1, 1)
+    torch.testing.assert_close(to_input(images, colours, HALF, std), expected)
+
+
+@pytest.mark.parametrize("colours", [None, torch.tensor([[0.1, 1.2, 1.0]] * 3)])
+def test_input_is_float32_in_channels_last_memory_and_the_batch_unchanged(colours):
+    images = random_batch()
+    result = to_input(images, colours, HALF, HALF)
+    assert result.shape == (3, 3, 5, 7)
+    assert result.dtype == torch.float32
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, random_batch())

@@ -1,0 +1,237 @@
+"""Weights files in and out: timm's own files, ours, and the ones that must be refused."""
+
+import os
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from irv2 import weights
+from irv2.model import inception_resnet_v2
+from irv2.weights import WeightsError
+
+BLOCKS = (1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def timm_state():
+    """The state of timm's network, shortened to one block a stack to keep the files small."""
+    torch.manual_seed(0)
+    peer = timm.create_model("inception_resnet_v2", num_classes=10)
+    for name in ("repeat", "repeat_1", "repeat_2"):
+        setattr(peer, name, getattr(peer, name)[:1])
+    for buffer in peer.buffers():
+        if buffer.is_floating_point():
+            torch.nn.init.uniform_(buffer, 0.5, 1.5)
+    return peer.state_dict()
+
+
+def same(state, expected):
+    return state.keys() == expected.keys() and all(
+        state[name].dtype == value.dtype and torch.equal(state[name], value)
+        for name, value in expected.items()
+    )
+
+
+# ---------------------------------------------------------------------- files that load
+
+
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [("timm.pth", torch.save), ("timm.safetensors", safetensors.torch.save_file)],
+)
+def test_timm_files_load(tmp_path, timm_state, name, save):
+    path = tmp_path / name
+    save(timm_state, path)
+    state, metadata = weights.read(str(path))
+    assert metadata == {}
+    model = weights.build_model(state, str(path))
+    assert same(model.state_dict(), dict(timm_state))
+
+
+def test_what_write_stores_read_returns(tmp_path):
+    """Also views of one storage (merged heads), counters and half precision."""
+    whole = torch.randn(6, 4)
+    state = {
+        "head.0": whole[:2],
+        "head.1": whole[2:],
+        "transposed": whole.t(),
+        "again": whole,
+        "half": whole.bfloat16(),
+        "counter": torch.tensor(2**40),
+    }
+    metadata = {"image_size": "299", "classes": '["tench", "goldfish"]'}
+    path = tmp_path / "model.safetensors"
+    weights.write(path, state, metadata)
+    read, read_metadata = weights.read(str(path))
+    assert same(read, state)
+    assert read_metadata == metadata
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_write_stores_a_model_under_timm_names(tmp_path, timm_state):
+    model = inception_resnet_v2(num_classes=10, blocks=BLOCKS)
+    model.load_state_dict(timm_state)
+    path = tmp_path / "model.safetensors"
+    weights.write(path, model.state_dict(), {})
+    assert same(safetensors.torch.load_file(path), dict(timm_state))
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_nested_state_dict_is_unwrapped(tmp_path, key):
+    state = {"a.weight": torch.randn(3)}
+    path = tmp_path / "nested.pth"
+    torch.save({key: state, "epoch": 3, "arch": "inception_resnet_v2"}, path)
+    assert same(weights.read(str(path))[0], state)
+
+
+def test_model_is_built_for_the_classes_channels_and_blocks_of_a_state():
+    trained = inception_resnet_v2(num_classes=7, in_chans=1, blocks=(2, 1, 1))
+    model = weights.build_model(trained.state_dict(), "file")
+    assert same(model.state_dict(), trained.state_dict())
+    assert model.eval()(torch.zeros(1, 1, 75, 75)).shape == (1, 7)
+
+
+def test_auxiliary_head_of_a_state_is_left_out():
+    state = inception_resnet_v2(num_classes=10, aux_logits=True, blocks=BLOCKS).state_dict()
+    assert any(name.startswith("aux.") for name in state)
+    model = weights.build_model(state, "file")
+    assert same(
+        model.state_dict(),
+        {name: value for name, value in state.items() if not name.startswith("aux.")},
+    )
+
+
+# ---------------------------------------------------------------------- files that are refused
+
+
+class CreatesFile:
+    """A pickle that creates a file when it is loaded as pickles usually are."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("name", ["evil.pth", "evil.pt", "evil.bin"])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, name):
+    created, path = tmp_path / "created", tmp_path / name
+    torch.save({"a.weight": torch.zeros(1), "b": CreatesFile(created)}, path)
+    with pytest.raises(WeightsError, match=name):
+        weights.read(str(path))
+    assert not created.exists()
+    torch.load(path, weights_only=False)
+    assert created.exists(), "the pickle was harmless: the test proves nothing"
+
+
+@pytest.mark.parametrize("name", ["none.pth", "none.safetensors"])
+def test_missing_file_is_named(tmp_path, name):
+    with pytest.raises(WeightsError, match=f"{name}: no such weights file"):
+        weights.read(str(tmp_path / name))
+
+
+def test_directory_is_no_weights_file(tmp_path):
+    with pytest.raises(WeightsError, match="no such weights file"):
+        weights.read(str(tmp_path))
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [("cut.pth", torch.save), ("cut.safetensors", safetensors.torch.save_file)],
+)
+def test_truncated_file_is_named(tmp_path, name, save, kept):
+    path = tmp_path / name
+    save({"a.weight": torch.randn(1000), "b.weight": torch.randn(1000)}, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(WeightsError, match=name):
+        weights.read(str(path))
+
+
+@pytest.mark.parametrize(
+    "content", [[torch.zeros(1)], {"epoch": 3}, {"state_dict": {"lr": 0.1}}, torch.zeros(2), 5]
+)
+def test_file_without_a_state_dict_is_named(tmp_path, content):
+    path = tmp_path / "other.pth"
+    torch.save(content, path)
+    with pytest.raises(WeightsError, match=r"other\.pth: holds no state dict"):
+        weights.read(str(path))
+
+
+def test_error_without_a_message_still_names_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.pth"
+    path.write_bytes(b"x")
+
+    def fail(*_args, **_options):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(WeightsError, match=r"model\.pth"):
+        weights.read(str(path))
+
+
+def test_another_architecture_is_refused():
+    state = timm.create_model("resnet18").state_dict()
+    with pytest.raises(WeightsError, match=r"resnet18\.pth: not an Inception-ResNet-v2"):
+        weights.build_model(state, "resnet18.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("classif.bias", (11,)), ("mixed_5b.branch0.conv.weight", (96, 192, 3, 3))],
+)
+def test_entry_of_another_shape_is_refused_by_name(timm_state, name, shape):
+    state = {**timm_state, name: torch.zeros(shape)}
+    with pytest.raises(WeightsError, match=rf"model\.pth: .*size mismatch.*{name}"):
+        weights.build_model(state, "model.pth")
+
+
+@pytest.mark.parametrize("name", ["conv2d_1a.bn.weight", "repeat.0.branch1.0.conv.weight"])
+def test_incomplete_state_is_refused_by_name(timm_state, name):
+    state = {key: value for key, value in timm_state.items() if key != name}
+    with pytest.raises(WeightsError, match=rf'model\.pth: .*Missing key.*"{name}"'):
+        weights.build_model(state, "model.pth")
+
+
+def test_unknown_entry_is_refused_by_name(timm_state):
+    state = {**timm_state, "stem.weight": torch.zeros(1)}
+    with pytest.raises(WeightsError, match=r'model\.pth: .*Unexpected key.*"stem\.weight"'):
+        weights.build_model(state, "model.pth")
+
+
+# ---------------------------------------------------------------------- timm's hub
+
+
+def test_timm_source_asks_for_pretrained_weights(monkeypatch):
+    asked, model = [], torch.nn.Linear(2, 3)
+
+    def create_model(name, **options):
+        asked.append((name, options.get("pretrained")))
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    state, metadata = weights.read("timm:inception_resnet_v2.tf_in1k")
+    assert asked == [("inception_resnet_v2.tf_in1k", True)]
+    assert same(state, dict(model.state_dict()))
+    assert metadata == {}
+
+
+@pytest.mark.parametrize("error", [OSError("no route to host\nretried 5 times"), TimeoutError()])
+def test_timm_source_without_a_network_gives_advice(monkeypatch, error):
+    def create_model(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(WeightsError, match=r"^timm:some_name: .*--weights FILE") as raised:
+        weights.read("timm:some_name")
+    assert "\n" not in str(raised.value)
+
+
+def test_unknown_timm_name_gives_advice():
+    """timm refuses the name before it would reach for the network."""
+    with pytest.raises(WeightsError, match=r"^timm:no_such_network: .*--weights FILE"):
+        weights.read("timm:no_such_network")
