@@ -29,7 +29,7 @@ from irv2.logbook import Logbook
 from irv2.metrics import Pace
 from irv2.model import inception_resnet_v2
 from irv2.preemption import StopRequest
-from irv2.schedule import Schedule
+from irv2.schedule import Schedule, whole_periods
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 MISTAKES = (
@@ -101,9 +101,7 @@ def train(cfg: Config, resume: str, world: World, stop: StopRequest) -> int:
     while True:
         is_last = state.step >= total_steps
         stopping = world.any(stop.signal is not None)
-        evaluating = is_last or crossed(
-            cfg.eval.every_epochs * len(source), state.images_seen, global_batch
-        )
+        evaluating = is_last or evaluation_due(cfg, state.images_seen, len(source))
         saving = stopping or evaluating or state.step % cfg.checkpoint.every_steps == 0
         if saving and state.step > saved_step:
             if world.is_main:
@@ -213,9 +211,14 @@ def watched(
         yield images, labels
 
 
-def crossed(period: float, images_seen: int, global_batch: int) -> bool:
-    """Whether the last step reached or passed a multiple of `period` images."""
-    return images_seen // period > max(0, images_seen - global_batch) // period
+def evaluation_due(cfg: Config, images_seen: int, images_per_epoch: int) -> bool:
+    """Whether the last step reached or passed a multiple of eval.every_epochs."""
+    before = max(0, images_seen - cfg.train.global_batch)
+    now, then = (
+        whole_periods(seen, cfg.eval.every_epochs, images_per_epoch)
+        for seen in (images_seen, before)
+    )
+    return now > then
 
 
 def evaluate(

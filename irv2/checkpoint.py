@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,7 +47,8 @@ def save(directory: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"step-{step:09d}.pt"
     write_atomically(path, lambda file: torch.save(state, file))
-    for old in found(directory)[:-keep]:
+    leftovers = directory.glob(".step-*.pt.tmp")  # of saves that were killed
+    for old in (*found(directory)[:-keep], *leftovers):
         old.unlink()
     return path
 
@@ -80,6 +82,10 @@ def read_tensors(path: Path) -> dict[str, Any]:
     Raises ValueError, without the path, if it is damaged or holds more than tensors and numbers.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} does not match its checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError("not a file of tensors and numbers only; nothing in it was run") from None

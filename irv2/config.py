@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from irv2 import strict_yaml
 
 # Keys that may differ when a run is continued: they move the same run to another place.
 MACHINE_KEYS = frozenset(
@@ -45,7 +53,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 Positive = Annotated[int, Field(ge=1)]
@@ -54,12 +62,13 @@ NonNegative = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
+PositiveChannels = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
 
 
 class Run(Section):
     name: str | None = Field(None, description="name of the run; null: the YAML file's name")
     dir: str | None = Field(None, description="run directory; null: runs/<run.name>")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of everything random")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of everything random")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU if there is one"
     )
@@ -90,7 +99,7 @@ class Data(Section):
         None, description="loader processes of each rank; null: its share of the cores, at most 8"
     )
     mean: Channels = Field([0.5, 0.5, 0.5], description="subtracted from pixels in [0, 1]")
-    std: Channels = Field([0.5, 0.5, 0.5], description="divides pixels after the mean")
+    std: PositiveChannels = Field([0.5, 0.5, 0.5], description="divides pixels after the mean")
     crop_area: Pair = Field(
         [0.05, 1.0], description="training crop: range of its share of the image"
     )
@@ -104,13 +113,13 @@ class Data(Section):
         "bicubic", description="evaluation: how the image is resized"
     )
 
-    @model_validator(mode="after")
-    def _ranges(self) -> Data:
-        for key, upper in (("crop_area", 1.0), ("crop_aspect", float("inf"))):
-            low, high = getattr(self, key)
-            if not 0 < low <= high <= upper:
-                raise ValueError(f"{key}={[low, high]} must rise, above 0 and up to {upper:g}")
-        return self
+    @field_validator("crop_area", "crop_aspect")
+    @classmethod
+    def _rises(cls, value: list[float], info: ValidationInfo) -> list[float]:
+        upper = 1.0 if info.field_name == "crop_area" else float("inf")
+        if not 0 < value[0] <= value[1] <= upper:
+            raise ValueError(f"must rise, above 0 and up to {upper:g}")
+        return value
 
 
 class Train(Section):
@@ -212,27 +221,6 @@ class Config(Section):
 # ---------------------------------------------------------------------------------- reading
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML (tags that build objects are refused) with unique keys and 3e-4 as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise ConfigError(f"{key}: written twice (again on line {line}); keep one")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(  # YAML 1.1 reads 3e-4 as text
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """YAML file + "section.key=value" overrides -> Config. Raises ConfigError with every fault."""
     path = Path(path)
@@ -245,6 +233,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold sections such as data: and train:")
+    # A section whose lines are all commented out is null in YAML: as good as left out.
+    tree = {key: {} if value is None else value for key, value in tree.items()}
     for override in overrides:
         _apply(tree, override)
     return build(tree, default_name=path.stem)
@@ -252,6 +242,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def build(tree: dict[str, Any], default_name: str = "run") -> Config:
     """Nested dict -> Config. Raises ConfigError with every fault."""
+    # Empty sections stand in for absent ones, so that required keys are asked for by name.
+    tree = {section: {} for section in Config.model_fields} | tree
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -264,11 +256,9 @@ def build(tree: dict[str, Any], default_name: str = "run") -> Config:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
-    except ConfigError as error:
+        return strict_yaml.parse(text)
+    except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _apply(tree: dict, override: str) -> None:
@@ -290,20 +280,24 @@ def _explain(fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         return f"{key}={fault['input']!r}: unknown key; {_nearest(key)}"
     if fault["type"] == "value_error":
-        prefix = f"{key}: " if key else ""
+        prefix = f"{key}={fault['input']!r}: " if key else ""
         return prefix + str(fault["ctx"]["error"])
     return f"{key}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
 def _nearest(key: str) -> str:
-    keys = [name for name, _, _ in fields()]
-    if "." not in key:
-        sections = list(Config.model_fields)
-        close = difflib.get_close_matches(key, sections, 1)
-        return f"did you mean {close[0]}?" if close else f"sections are {', '.join(sections)}"
-    close = difflib.get_close_matches(key, keys, 1, cutoff=0.0)
-    own = [k for k in keys if k.split(".")[1] == key.split(".")[1]]
-    return f"did you mean {(own or close)[0]}?"
+    """Words that lead from an unknown key to the one that was meant."""
+    section, _, name = key.partition(".")
+    if section not in Config.model_fields:
+        close = difflib.get_close_matches(section, Config.model_fields, 1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        return f"{meant}sections: {', '.join(Config.model_fields)}"
+    keys = [known for known, _, _ in fields()]
+    close = [known for known in keys if known.partition(".")[2] == name]
+    close = close or difflib.get_close_matches(key, keys, 1, cutoff=0.75)
+    meant = f"did you mean {close[0]}? " if close else ""
+    own = [known.partition(".")[2] for known in keys if known.startswith(f"{section}.")]
+    return f"{meant}keys of {section}: {', '.join(own)}"
 
 
 # ---------------------------------------------------------------------------------- describing
@@ -334,11 +328,14 @@ def differences(before: dict, after: dict) -> list[str]:
     free = set(MACHINE_KEYS)
     if before["schedule"]["kind"] == after["schedule"]["kind"] == "staircase":
         free.add("train.epochs")
+    old, new = (
+        {f"{section}.{key}": value for section, part in tree.items() for key, value in part.items()}
+        for tree in (before, after)
+    )
     return [
-        f"{section}.{key}: {before[section].get(key)!r} -> {value!r}"
-        for section, entries in after.items()
-        for key, value in entries.items()
-        if f"{section}.{key}" not in free and before[section].get(key) != value
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in {**old, **new}
+        if key not in free and old.get(key) != new.get(key)
     ]
 
 

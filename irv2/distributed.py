@@ -93,7 +93,8 @@ def divide_batch(global_batch: int, micro_batch: int, world_size: int) -> tuple[
         below = max(n for n in ranks if n < world_size)
         above = next((n for n in ranks if n > world_size), None)
         near = f"{below} or {above}" if above else f"{below}"
-        fitting = max(1, round(global_batch / world_size)) * world_size
+        unit = world_size * max(1, min(micro_batch, round(global_batch / world_size)))
+        fitting = max(1, round(global_batch / unit)) * unit
         raise WorldError(
             f"train.global_batch={global_batch} cannot be divided among {world_size} ranks: "
             f"start {near} ranks, or set train.global_batch={fitting}"

@@ -54,8 +54,9 @@ class TrainState:
 def running_average(model: nn.Module, decay: float) -> ModelEmaV3:
     """Average of weights and batch-norm statistics with TensorFlow's warm-up.
 
-    timm's 1 - (1 + s / 9)^-1 with s = n + 1 is tf.train.ExponentialMovingAverage's
-    min(decay, (1 + n) / (10 + n)).
+    timm's 1 - (1 + s / 9)^-1 with s = n + 1, n the updates before this one, is
+    tf.train.ExponentialMovingAverage's min(decay, (1 + n) / (10 + n)). timm subtracts 1 from the
+    step it is given, so `train_step` adds one.
     """
     return ModelEmaV3(model, decay, use_warmup=True, warmup_gamma=9.0, warmup_power=1.0)
 
@@ -136,7 +137,7 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     world.average_(running_statistics(state.model))
     state.step += 1
-    state.ema.update(state.model, step=state.step)
+    state.ema.update(state.model, step=state.step + 1)
     return total, norm
 
 

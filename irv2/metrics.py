@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+UNRANKED = 2**31
+
 
 @dataclass(frozen=True)
 class EvalResult:
@@ -39,12 +41,12 @@ def label_ranks(logits: Tensor, labels: Tensor) -> Tensor:
     """Position of each label among its image's logits, 0 = highest: [B, C], [B] -> [B] int64.
 
     Equal logits rank by class index, the lower first, on every device. A label whose logit is
-    not finite ranks last.
+    not finite ranks behind every place that counts.
     """
     own = logits.gather(1, labels[:, None])
     index = torch.arange(logits.shape[1], device=logits.device)
     ahead = (logits > own) | ((logits == own) & (index < labels[:, None]))
-    return torch.where(own.squeeze(1).isfinite(), ahead.sum(1), logits.shape[1])
+    return torch.where(own.squeeze(1).isfinite(), ahead.sum(1), UNRANKED)
 
 
 class EvalCounter:

@@ -124,7 +124,7 @@ class BatchNorm(nn.BatchNorm2d):
     recomputing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.recomputing:
+        if not (self.recomputing and self.training):
             return super().forward(x)
         # Batch statistics as before, running statistics untouched: momentum 0 adds nothing.
         return F.batch_norm(

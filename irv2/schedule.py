@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
+
+
+def whole_periods(images_seen: int, epochs: float, images_per_epoch: int) -> int:
+    """How often `epochs` epochs have passed. Exact: 0.1 means a tenth, not its nearest float."""
+    return images_seen // (Fraction(str(epochs)) * images_per_epoch)
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,7 @@ class Schedule:
         """Rate of the step that begins after `images_seen` images."""
         epoch = images_seen / self.images_per_epoch
         if self.kind == "staircase":
-            # Whole images, not a rounded quotient, decide when a stair is reached.
-            stair = math.floor(images_seen / (self.decay_epochs * self.images_per_epoch))
+            stair = whole_periods(images_seen, self.decay_epochs, self.images_per_epoch)
             rate = self.base_lr * self.decay_rate**stair
         else:
             progress = min(1.0, epoch / self.total_epochs)

@@ -254,7 +254,6 @@ def test_the_loss_is_computed_in_float32():
 def test_the_averages_decay_is_tensorflows(decay, n):
     average = running_average(nn.Linear(1, 1), decay)
     expected = min(decay, (1 + n) / (10 + n))
-    # timm gives its first update (step 1) no decay at all; TensorFlow's n = 0 is its second.
     assert average.get_decay(n + 2) == pytest.approx(expected, rel=1e-12)
 
 
@@ -265,7 +264,7 @@ def test_the_average_follows_weights_and_statistics_from_step_to_step():
     for step in range(1, 8):
         train(state, 8, steps=1)
         values = {name: state.model.state_dict()[name].double() for name in names}
-        decay = min(0.4, (step - 1) / (step + 8))
+        decay = min(0.4, step / (step + 9))
         expected = expected or values
         expected = {k: decay * expected[k] + (1 - decay) * values[k] for k in names}
         average = state.ema.module.state_dict()

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irv2 import metrics
-from irv2.metrics import EvalCounter, EvalResult, Pace, label_ranks
+from irv2.metrics import UNRANKED, EvalCounter, EvalResult, Pace, label_ranks
 
 CPU = torch.device("cpu")
 
 
 def plain_rank(logits: list[float], label: int) -> int:
-    """Place of a label in a list sorted by logit, then by class index; a non-finite one is last."""
+    """Place of a label sorted by logit, then by class index; a non-finite one has none."""
     if not math.isfinite(logits[label]):
-        return len(logits)
+        return UNRANKED
     rivals = [i for i, value in enumerate(logits) if not math.isnan(value)]
     return sorted(rivals, key=lambda i: (-logits[i], i)).index(label)
 
@@ -57,8 +57,9 @@ def test_all_equal_logits_do_not_make_every_label_first():
     assert label_ranks(torch.zeros(8, 8), labels).tolist() == list(range(8))
 
 
-def test_a_network_of_nans_gets_nothing_right():
-    counter = counted(torch.full((20, 10), float("nan")), torch.arange(20) % 10)
+@pytest.mark.parametrize("classes", [2, 10])
+def test_a_network_of_nans_gets_nothing_right(classes):
+    counter = counted(torch.full((20, classes), float("nan")), torch.arange(20) % classes)
     assert counter.counts.tolist() == [0, 0, 20]
 
 

@@ -15,6 +15,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from data.sources import ImageError
 from data.transforms import (
+    VIEW,
     Colour,
     EvalView,
     TrainView,
@@ -192,7 +193,7 @@ def test_a_view_shows_the_crop_that_was_drawn_in_its_right_place(ramp):
     centres = np.arange(size) + 0.5
     for index in range(20):
         x, y, width, height = draw_crop(
-            np.random.default_rng((7, 2, index)), *ramp.size, AREA, ASPECT
+            np.random.default_rng((7, 2, index, VIEW)), *ramp.size, AREA, ASPECT
         )
         pixels, _ = TrainView(size, 7, AREA, ASPECT, hflip=0.0)(ramp, 2, index)
         columns, rows = pixels[..., 0].mean(0), pixels[..., 1].mean(1)
