@@ -28,6 +28,7 @@ from data import loader, sources, stream, transforms
 from irv2 import checkpoint, config, distributed, engine, rundir, weights
 from irv2.distributed import World
 from irv2.metrics import EvalResult
+from irv2.model import BLOCKS
 
 MISTAKES = (
     checkpoint.CheckpointError,
@@ -90,8 +91,10 @@ def open_run(directory: Path, which: str) -> Subject:
             f"{directory}: no checkpoint in it; is it a run directory?"
         )
     saved = checkpoint.load(path)
-    model = weights.build_model(saved["ema" if which == "ema" else "model"], str(path))
-    return Subject(model, str(path), which, saved["classes"], saved["config"]["data"])
+    cfg = saved["config"]
+    state = saved["ema" if which == "ema" else "model"]
+    model = weights.build_model(state, str(path), tuple(cfg["model"]["blocks"]))
+    return Subject(model, str(path), which, saved["classes"], cfg["data"])
 
 
 def open_weights(source: str) -> Subject:
@@ -101,7 +104,9 @@ def open_weights(source: str) -> Subject:
     data = config.Data(train="", val="").model_dump() | {"val": None}
     data |= json.loads(metadata.get("data", "{}"))
     which = json.loads(metadata.get("result", "{}")).get("weights", "as published")
-    return Subject(weights.build_model(state, source), source, which, classes, data)
+    blocks = tuple(json.loads(metadata["blocks"])) if "blocks" in metadata else BLOCKS
+    model = weights.build_model(state, source, blocks)
+    return Subject(model, source, which, classes, data)
 
 
 def given(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -82,10 +82,11 @@ def read_tensors(path: Path) -> dict[str, Any]:
     Raises ValueError, without the path, if it is damaged or holds more than tensors and numbers.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} does not match its checksum")
+        if zipfile.is_zipfile(path):  # torch.load compares no checksums
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"{damaged} does not match its checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError("not a file of tensors and numbers only; nothing in it was run") from None

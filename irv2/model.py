@@ -1,253 +1,34 @@
-"""Inception-ResNet-v2 (Szegedy et al., arXiv:1602.07261) with the parameter names of timm's port.
-
-The shapes are those of TF-slim's `inception_resnet_v2.py`, which the published weights follow.
-Parallel 1x1 convolutions that read the same tensor are stored and run as one ("merged heads");
-`state_dict` and `load_state_dict` cut and join them, so files look exactly like timm's.
-"""
+"""Inception-ResNet-v2 (Szegedy et al., arXiv:1602.07261) with timm's parameter names."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from irv2.blocks import (
+    BLOCK8,
+    BLOCK17,
+    BLOCK35,
+    MIXED_5B,
+    MIXED_6A,
+    MIXED_7A,
+    BatchNorm,
+    Block,
+    BlockSpec,
+    Conv,
+    ConvNormAct,
+    NormOptions,
+)
+
 MIN_IMAGE_SIZE = 75  # the smallest side that leaves one position after mixed_7a
 MIN_AUX_IMAGE_SIZE = 299  # the smallest side whose 17x17 map feeds the auxiliary head's 5x5 window
 NUM_FEATURES = 1536
 BLOCKS = (10, 20, 9)  # repeats of block35, block17 and block8
-
-
-# ---------------------------------------------------------------------------------- the table
-
-
-class Conv(NamedTuple):
-    """Convolution without bias, batch norm, ReLU."""
-
-    out_channels: int
-    kernel_size: int | tuple[int, int] = 1
-    stride: int = 1
-    padding: int | tuple[int, int] = 0
-
-
-class AvgPool(NamedTuple):
-    """3x3 average over the positions inside the image."""
-
-
-class MaxPool(NamedTuple):
-    """3x3 maximum with stride 2."""
-
-
-Branch = tuple[Conv | AvgPool | MaxPool, ...]
-
-
-class BlockSpec(NamedTuple):
-    """Parallel branches over one input, concatenated; with a scale, added back to that input."""
-
-    in_channels: int
-    branches: tuple[Branch, ...]
-    scale: float | None = None
-    relu: bool = True
-
-
-MIXED_5B = BlockSpec(
-    192,
-    (
-        (Conv(96),),
-        (Conv(48), Conv(64, 5, padding=2)),
-        (Conv(64), Conv(96, 3, padding=1), Conv(96, 3, padding=1)),
-        (AvgPool(), Conv(64)),
-    ),
-)
-BLOCK35 = BlockSpec(
-    320,
-    (
-        (Conv(32),),
-        (Conv(32), Conv(32, 3, padding=1)),
-        (Conv(32), Conv(48, 3, padding=1), Conv(64, 3, padding=1)),
-    ),
-    scale=0.17,
-)
-MIXED_6A = BlockSpec(
-    320,
-    (
-        (Conv(384, 3, stride=2),),
-        (Conv(256), Conv(256, 3, padding=1), Conv(384, 3, stride=2)),
-        (MaxPool(),),
-    ),
-)
-BLOCK17 = BlockSpec(
-    1088,
-    (
-        (Conv(192),),
-        (Conv(128), Conv(160, (1, 7), padding=(0, 3)), Conv(192, (7, 1), padding=(3, 0))),
-    ),
-    scale=0.10,
-)
-MIXED_7A = BlockSpec(
-    1088,
-    (
-        (Conv(256), Conv(384, 3, stride=2)),
-        (Conv(256), Conv(288, 3, stride=2)),
-        (Conv(256), Conv(288, 3, padding=1), Conv(320, 3, stride=2)),
-        (MaxPool(),),
-    ),
-)
-BLOCK8 = BlockSpec(
-    2080,
-    (
-        (Conv(192),),
-        (Conv(192), Conv(224, (1, 3), padding=(0, 1)), Conv(256, (3, 1), padding=(1, 0))),
-    ),
-    scale=0.20,
-)
-
-
-# ---------------------------------------------------------------------------------- the layers
-
-
-class NormOptions(NamedTuple):
-    """Batch norm as every layer of the network uses it."""
-
-    momentum: float = 0.1
-    eps: float = 1e-3
-    scale: bool = True
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm whose running statistics can be held while a checkpointed block runs again."""
-
-    recomputing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.recomputing and self.training):
-            return super().forward(x)
-        # Batch statistics as before, running statistics untouched: momentum 0 adds nothing.
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.0, self.eps
-        )
-
-
-class ConvNormAct(nn.Module):
-    """Convolution without bias, batch norm, ReLU.
-
-    `parts` are the widths of the convolutions that were merged into this one; each part starts
-    with the Xavier-uniform range of its own fan-out.
-    """
-
-    def __init__(
-        self, in_channels: int, spec: Conv, norm: NormOptions, parts: tuple[int, ...] = ()
-    ) -> None:
-        super().__init__()
-        self.parts = parts or (spec.out_channels,)
-        self.conv = nn.Conv2d(in_channels, *spec, bias=False)
-        self.bn = BatchNorm(spec.out_channels, eps=norm.eps, momentum=norm.momentum)
-        self.bn.weight.requires_grad_(norm.scale)  # TF-slim's batch norm has no gamma
-        for weight in self.conv.weight.data.split(self.parts):
-            nn.init.xavier_uniform_(weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)), inplace=True)
-
-
-def _layer(in_channels: int, spec: Conv | AvgPool | MaxPool, norm: NormOptions) -> nn.Module:
-    if isinstance(spec, Conv):
-        return ConvNormAct(in_channels, spec, norm)
-    if isinstance(spec, AvgPool):
-        return nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-    return nn.MaxPool2d(3, stride=2)
-
-
-def _is_pointwise(spec: Conv | AvgPool | MaxPool) -> bool:
-    return isinstance(spec, Conv) and spec.kernel_size == 1 and spec.stride == 1
-
-
-class Block(nn.Module):
-    """One row of the table above as a module.
-
-    Branches that begin with a 1x1 convolution share one merged convolution, `heads`; what follows
-    it in a branch keeps timm's indices (`branch1.1`, `branch1.2`).
-    """
-
-    def __init__(self, spec: BlockSpec, norm: NormOptions) -> None:
-        super().__init__()
-        self.scale, self.relu = spec.scale, spec.relu
-        pointwise = [i for i, b in enumerate(spec.branches) if _is_pointwise(b[0])]
-        self.merged = tuple(pointwise) if len(pointwise) > 1 else ()
-        if self.merged:
-            parts = tuple(spec.branches[i][0].out_channels for i in self.merged)
-            self.heads = ConvNormAct(spec.in_channels, Conv(sum(parts)), norm, parts)
-
-        self.num_branches = len(spec.branches)
-        self.out_channels = 0
-        for i, branch in enumerate(spec.branches):
-            layers, channels = OrderedDict(), spec.in_channels
-            for depth, layer in enumerate(branch):
-                if depth > 0 or i not in self.merged:
-                    layers[str(depth)] = _layer(channels, layer, norm)
-                channels = layer.out_channels if isinstance(layer, Conv) else channels
-            self.out_channels += channels
-            is_single = len(branch) == 1 and i not in self.merged
-            self.add_module(f"branch{i}", layers["0"] if is_single else nn.Sequential(layers))
-        # timm's name of each merged convolution: "branch0" alone in its branch, else "branch1.0"
-        self.head_names = tuple(
-            f"branch{i}" if len(spec.branches[i]) == 1 else f"branch{i}.0" for i in self.merged
-        )
-
-        if self.scale is not None:
-            self.conv2d = nn.Conv2d(self.out_channels, spec.in_channels, 1)
-            self.out_channels = spec.in_channels
-            nn.init.xavier_uniform_(self.conv2d.weight)
-            nn.init.zeros_(self.conv2d.bias)
-        if self.merged:
-            self.register_state_dict_post_hook(_split_heads)
-            self.register_load_state_dict_pre_hook(_join_heads)
-
-    def forward(self, x: Tensor) -> Tensor:
-        inputs = [x] * self.num_branches
-        if self.merged:
-            for i, head in zip(self.merged, self.heads(x).split(self.heads.parts, dim=1)):
-                inputs[i] = head
-        outputs = [getattr(self, f"branch{i}")(inputs[i]) for i in range(self.num_branches)]
-        out = torch.cat(outputs, dim=1)
-        if self.scale is None:
-            return out
-        out = torch.add(x, self.conv2d(out), alpha=self.scale)
-        return F.relu(out, inplace=True) if self.relu else out
-
-
-def _head_pieces(block: Block, value: Tensor) -> tuple[Tensor, ...]:
-    """A tensor of the merged convolution -> the part of each branch (counters are shared)."""
-    return (value,) * len(block.merged) if value.ndim == 0 else value.split(block.heads.parts)
-
-
-def _split_heads(block: Block, state: dict, prefix: str, _metadata: dict) -> None:
-    """After `state_dict`: `heads.*` becomes an entry for each branch."""
-    stem = f"{prefix}heads."
-    for key in [key for key in state if key.startswith(stem)]:
-        for name, piece in zip(block.head_names, _head_pieces(block, state.pop(key))):
-            state[f"{prefix}{name}.{key.removeprefix(stem)}"] = piece
-
-
-def _join_heads(block: Block, state: dict, prefix: str, *context) -> None:
-    """Before `load_state_dict`: the branches' entries become `heads.*`; faults keep timm names."""
-    _metadata, _strict, missing, _unexpected, errors = context
-    for key, own in block.heads.state_dict().items():
-        pieces = list(_head_pieces(block, own))
-        for i, name in enumerate(f"{prefix}{name}.{key}" for name in block.head_names):
-            if name not in state:
-                missing.append(name)
-            elif state[name].shape != pieces[i].shape:
-                shapes = f"{tuple(state[name].shape)} in the file, {tuple(pieces[i].shape)} here"
-                errors.append(f"size mismatch for {name}: {shapes}")
-            else:
-                pieces[i] = state[name]
-            state.pop(name, None)
-        state[f"{prefix}heads.{key}"] = pieces[0] if own.ndim == 0 else torch.cat(pieces)
 
 
 class AuxHead(nn.Module):
@@ -270,9 +51,6 @@ def _classifier(in_features: int, num_classes: int) -> nn.Linear:
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
-
-
-# ---------------------------------------------------------------------------------- the network
 
 
 class InceptionResnetV2(nn.Module):
@@ -352,7 +130,7 @@ class InceptionResnetV2(nn.Module):
 
 
 @contextmanager
-def _held_statistics(block: Block):
+def _held_statistics(block: Block) -> Iterator[None]:
     """A checkpointed block runs twice; only the first run may move its running statistics."""
     norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
     for norm in norms:

@@ -137,9 +137,10 @@ def restore(
 
 
 def write_best(state: dict[str, Any], cfg: Config, classes: list[str], line: dict) -> None:
-    """Write best.safetensors: weights, and in its metadata classes, preprocessing and result."""
+    """Write best.safetensors: weights, and in its metadata classes, blocks, view and result."""
     metadata = {
         "classes": json.dumps(classes),
+        "blocks": json.dumps(cfg.model.blocks),
         "data": json.dumps(cfg.data.model_dump()),
         "result": json.dumps(line),
     }

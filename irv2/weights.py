@@ -9,7 +9,7 @@ import safetensors.torch
 from torch import Tensor
 
 from irv2 import checkpoint
-from irv2.model import InceptionResnetV2, inception_resnet_v2
+from irv2.model import BLOCKS, InceptionResnetV2, inception_resnet_v2
 
 
 class WeightsError(ValueError):
@@ -56,7 +56,7 @@ def _from_timm(name: str) -> dict[str, Tensor]:
     try:
         return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise WeightsError(
             f"timm:{name}: not available ({reason}); the hub needs a network, "
             "or give the downloaded file as --weights FILE"
@@ -70,10 +70,12 @@ def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> Non
     checkpoint.write_atomically(path, lambda file: file.write(content))
 
 
-def build_model(state: dict[str, Tensor], source: str) -> InceptionResnetV2:
+def build_model(
+    state: dict[str, Tensor], source: str, blocks: tuple[int, int, int] = BLOCKS
+) -> InceptionResnetV2:
     """The network a state dict belongs to, with its weights; an auxiliary head is left out.
 
-    Raises WeightsError if they are another network's.
+    Raises WeightsError, naming `source`, if they are another network's.
     """
     kept = {key: value for key, value in state.items() if not key.startswith("aux.")}
     try:
@@ -81,11 +83,7 @@ def build_model(state: dict[str, Tensor], source: str) -> InceptionResnetV2:
         in_chans = kept["conv2d_1a.conv.weight"].shape[1]
     except KeyError as error:
         raise WeightsError(f"{source}: not an Inception-ResNet-v2 (no {error} in it)") from None
-    blocks = [
-        len({key.split(".")[1] for key in kept if key.startswith(f"{name}.")})
-        for name in ("repeat", "repeat_1", "repeat_2")
-    ]
-    model = inception_resnet_v2(num_classes, in_chans, blocks=tuple(blocks))
+    model = inception_resnet_v2(num_classes, in_chans, blocks=blocks)
     try:
         model.load_state_dict(kept, strict=True)
     except RuntimeError as error:

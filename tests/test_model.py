@@ -486,25 +486,34 @@ def test_75_px_leaves_one_position():
 # ---------------------------------------------------------------------- training options
 
 
-def training_pass(model, x):
+def training_pass(model, x, frozen_norms=False):
     """Loss of one training pass; gradients and running statistics are left in the model."""
-    loss = F.cross_entropy(model.train()(x), torch.arange(len(x)) % 10)
+    model.train()
+    if frozen_norms:
+        for norm in modules_of(model, nn.BatchNorm2d):
+            norm.eval()
+    loss = F.cross_entropy(model(x), torch.arange(len(x)) % 10)
     loss.backward()
     return loss.detach()
 
 
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize("frozen_norms", [False, True])
+def test_gradient_checkpointing_changes_nothing(frozen_norms):
     x = images(4, 3, 96, 96)
-    plain, saving = small(drop_rate=0.0), small(drop_rate=0.0, grad_checkpointing=True)
-    torch.testing.assert_close(training_pass(saving, x), training_pass(plain, x), rtol=1e-6, atol=0)
+    plain, saving = (
+        small(randomized=True, drop_rate=0.0, grad_checkpointing=on) for on in (False, True)
+    )
+    losses = [training_pass(model, x, frozen_norms) for model in (saving, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
 
     ours, reference = gradients(saving), gradients(plain)  # with the buffers, as in a state dict
     for name, expected in reference.items():
         torch.testing.assert_close(
             ours[name], expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item(), msg=name
         )
-    counters = [v for k, v in saving.state_dict().items() if k.endswith("num_batches_tracked")]
-    assert all(counter == 1 for counter in counters)
+    batches = BATCHES_BEFORE + (not frozen_norms)
+    counters = [v for k, v in ours.items() if k.endswith("num_batches_tracked")]
+    assert all(counter == batches for counter in counters)
 
 
 def test_gradient_checkpointing_runs_residual_blocks_again_in_training_only():

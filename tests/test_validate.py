@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import validate
+from irv2 import weights
 from irv2.model import inception_resnet_v2
 
 
@@ -132,8 +133,10 @@ def test_best_weights_know_their_classes_and_view(run_directory, capsys, monkeyp
 
 @pytest.fixture
 def small_weights(tmp_path: Path) -> Path:
-    torch.save(inception_resnet_v2(3, blocks=(1, 1, 1)).state_dict(), tmp_path / "small.pth")
-    return tmp_path / "small.pth"
+    path = tmp_path / "small.safetensors"
+    state = inception_resnet_v2(3, blocks=(1, 1, 1)).state_dict()
+    weights.write(path, state, {"blocks": "[1, 1, 1]"})
+    return path
 
 
 def test_mistakes_are_one_line_and_leave_no_result(

@@ -1,6 +1,7 @@
 """Weights files in and out: timm's own files, ours, and the ones that must be refused."""
 
 import os
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -39,14 +40,18 @@ def same(state, expected):
 
 @pytest.mark.parametrize(
     ("name", "save"),
-    [("timm.pth", torch.save), ("timm.safetensors", safetensors.torch.save_file)],
+    [
+        ("timm.pth", torch.save),
+        ("old.pth", partial(torch.save, _use_new_zipfile_serialization=False)),
+        ("timm.safetensors", safetensors.torch.save_file),
+    ],
 )
 def test_timm_files_load(tmp_path, timm_state, name, save):
     path = tmp_path / name
     save(timm_state, path)
     state, metadata = weights.read(str(path))
     assert metadata == {}
-    model = weights.build_model(state, str(path))
+    model = weights.build_model(state, str(path), BLOCKS)
     assert same(model.state_dict(), dict(timm_state))
 
 
@@ -86,9 +91,9 @@ def test_nested_state_dict_is_unwrapped(tmp_path, key):
     assert same(weights.read(str(path))[0], state)
 
 
-def test_model_is_built_for_the_classes_channels_and_blocks_of_a_state():
+def test_model_is_built_for_the_classes_and_channels_of_a_state():
     trained = inception_resnet_v2(num_classes=7, in_chans=1, blocks=(2, 1, 1))
-    model = weights.build_model(trained.state_dict(), "file")
+    model = weights.build_model(trained.state_dict(), "file", (2, 1, 1))
     assert same(model.state_dict(), trained.state_dict())
     assert model.eval()(torch.zeros(1, 1, 75, 75)).shape == (1, 7)
 
@@ -96,7 +101,7 @@ def test_model_is_built_for_the_classes_channels_and_blocks_of_a_state():
 def test_auxiliary_head_of_a_state_is_left_out():
     state = inception_resnet_v2(num_classes=10, aux_logits=True, blocks=BLOCKS).state_dict()
     assert any(name.startswith("aux.") for name in state)
-    model = weights.build_model(state, "file")
+    model = weights.build_model(state, "file", BLOCKS)
     assert same(
         model.state_dict(),
         {name: value for name, value in state.items() if not name.startswith("aux.")},
@@ -187,20 +192,25 @@ def test_another_architecture_is_refused():
 def test_entry_of_another_shape_is_refused_by_name(timm_state, name, shape):
     state = {**timm_state, name: torch.zeros(shape)}
     with pytest.raises(WeightsError, match=rf"model\.pth: .*size mismatch.*{name}"):
-        weights.build_model(state, "model.pth")
+        weights.build_model(state, "model.pth", BLOCKS)
 
 
 @pytest.mark.parametrize("name", ["conv2d_1a.bn.weight", "repeat.0.branch1.0.conv.weight"])
 def test_incomplete_state_is_refused_by_name(timm_state, name):
     state = {key: value for key, value in timm_state.items() if key != name}
     with pytest.raises(WeightsError, match=rf'model\.pth: .*Missing key.*"{name}"'):
-        weights.build_model(state, "model.pth")
+        weights.build_model(state, "model.pth", BLOCKS)
+
+
+def test_state_that_lost_its_last_block_is_no_smaller_network(timm_state):
+    with pytest.raises(WeightsError, match=r"Missing key.*repeat\.1\."):
+        weights.build_model(timm_state, "model.pth", (2, 1, 1))
 
 
 def test_unknown_entry_is_refused_by_name(timm_state):
     state = {**timm_state, "stem.weight": torch.zeros(1)}
     with pytest.raises(WeightsError, match=r'model\.pth: .*Unexpected key.*"stem\.weight"'):
-        weights.build_model(state, "model.pth")
+        weights.build_model(state, "model.pth", BLOCKS)
 
 
 # ---------------------------------------------------------------------- timm's hub
@@ -229,6 +239,7 @@ def test_timm_source_without_a_network_gives_advice(monkeypatch, error):
     with pytest.raises(WeightsError, match=r"^timm:some_name: .*--weights FILE") as raised:
         weights.read("timm:some_name")
     assert "\n" not in str(raised.value)
+    assert "()" not in str(raised.value), "an error without a message is told by its name"
 
 
 def test_unknown_timm_name_gives_advice():
