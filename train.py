@@ -11,6 +11,7 @@ mended first, 130 / 143 stopped by Ctrl-C / SIGTERM with a checkpoint written.
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import os
 import sys
@@ -37,6 +38,7 @@ MISTAKES = (
     sources.DataError,
     checkpoint.CheckpointError,
     distributed.WorldError,
+    OSError,  # no permission, no space: its own words name the file
 )
 
 
@@ -175,8 +177,11 @@ def parallel(model: nn.Module, compiled: bool, world: World) -> nn.Module:
         model.compile()
     if world.size == 1:
         return model
-    # Running statistics are averaged by the step itself, so none are broadcast.
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Running statistics are averaged by the step itself, so none are broadcast. The option has a
+    # new name in newer releases of PyTorch.
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{option: False})
 
 
 def training_batches(
@@ -287,6 +292,11 @@ def main() -> int:
         # All ranks make the same mistake, except that only one meets an unusable image.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, sources.ImageError):
             print(f"train.py: {error}", file=sys.stderr, flush=True)
+        return 1
+    except RuntimeError as error:
+        if not distributed.peer_is_gone(error):
+            raise
+        print(f"train.py: rank {os.environ['RANK']} ends because another did", file=sys.stderr)
         return 1
 
 

@@ -35,6 +35,7 @@ MISTAKES = (
     distributed.WorldError,
     sources.DataError,
     weights.WeightsError,
+    OSError,  # no permission, no space: its own words name the file
 )
 
 
@@ -214,6 +215,11 @@ def main() -> int:
         # All ranks make the same mistake, except that only one meets an unusable image.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, sources.ImageError):
             print(f"validate.py: {error}", file=sys.stderr, flush=True)
+        return 1
+    except RuntimeError as error:
+        if not distributed.peer_is_gone(error):
+            raise
+        print(f"validate.py: rank {os.environ['RANK']} ends because another did", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -113,6 +113,11 @@ def divide_batch(global_batch: int, micro_batch: int, world_size: int) -> tuple[
     return size, share // size
 
 
+def peer_is_gone(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank had ended; that rank has told why."""
+    return any(words in str(error) for words in ("closed by peer", "reset by peer"))
+
+
 def keep_freed_memory() -> None:
     """Have glibc reuse freed memory instead of giving it back to the kernel.
 
@@ -149,7 +154,5 @@ def start(device_name: str) -> Iterator[World]:
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
         control = dist.group.WORLD
-    try:
-        yield World(rank, size, device, control)
-    finally:
-        dist.destroy_process_group()
+    yield World(rank, size, device, control)
+    dist.destroy_process_group()  # not after an error: peers may wait in a collective for ever

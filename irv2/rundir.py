@@ -25,6 +25,8 @@ from irv2.checkpoint import CheckpointError
 from irv2.config import Config, differences
 from irv2.engine import TrainState
 
+BEST = "best.safetensors"
+
 
 def config_text(cfg: Config) -> str:
     """The resolved config as YAML, below the revision and versions it runs on."""
@@ -77,6 +79,11 @@ def origin(directory: Path, resume: str) -> Path | None:
     Raises CheckpointError where the answer would overwrite what is already there.
     """
     own = newest(directory)
+    if own is None and (directory / BEST).exists():
+        raise CheckpointError(
+            f"{directory}: holds the weights of a run but none of its checkpoints, so it cannot be "
+            "continued; give another run.name, or move it away"
+        )
     if resume == "auto":
         return own
     if resume == "never":
@@ -145,4 +152,4 @@ def write_best(state: dict[str, Any], cfg: Config, classes: list[str], line: dic
         "result": json.dumps(line),
     }
     kept = {key: value for key, value in state.items() if not key.startswith("aux.")}
-    weights.write(cfg.directory / "best.safetensors", kept, metadata)
+    weights.write(cfg.directory / BEST, kept, metadata)

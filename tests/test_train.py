@@ -166,6 +166,23 @@ def test_resume_never_refuses_to_touch_a_run(project, capsys, monkeypatch) -> No
     assert (project / "run" / "log.jsonl").read_bytes() == before
 
 
+def test_run_that_lost_its_checkpoints_does_not_begin_anew(tmp_path, capsys, monkeypatch) -> None:
+    config_path = programs.write_project(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.safetensors").touch()
+    status, error = call(capsys, monkeypatch, "--config", config_path)
+    assert status == 1 and "none of its checkpoints" in error
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["best.safetensors"]
+
+
+def test_run_directory_that_cannot_be_made_is_one_line(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    config_path = programs.write_project(tmp_path)
+    place = f"run.dir={tmp_path / 'file' / 'run'}"
+    status, error = call(capsys, monkeypatch, "--config", config_path, place)
+    assert status == 1 and "Not a directory" in error and error.count("\n") == 1
+
+
 def test_resume_from_another_runs_checkpoint(project, capsys, monkeypatch) -> None:
     origin = project / "run" / "checkpoints" / "step-000000006.pt"
     arguments = ("--config", project / "small.yaml", "--resume", origin)
@@ -184,6 +201,7 @@ def test_two_ranks_train_and_evaluate_every_image_once(project: Path) -> None:
     result = programs.run("train.py", *arguments, "train.max_steps=2", ranks=2)
     assert result.returncode == 0, result.stderr
     assert "2 ranks x 1 accumulated x 4" in result.stdout
+    assert "Warning" not in result.stderr
     assert result.stdout.count("step 2/2") == 1
     assert [e["images"] for e in programs.log_lines(project / "two", "eval")] == [12, 12]
 
@@ -197,6 +215,8 @@ def test_bad_image_on_one_rank_ends_all_ranks(tmp_path: Path) -> None:
     assert result.returncode != 0
     assert time.monotonic() - started < 60
     assert f"train.py: {bad}: cannot be decoded" in result.stderr
+    ours = result.stderr.split("torch/distributed/elastic")[0]  # torchrun adds a report of its own
+    assert "Traceback" not in ours
 
 
 # ------------------------------------------------------------------------- mistakes
