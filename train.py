@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -282,22 +281,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Command line -> exit status; a mistake is one message, not a traceback."""
+    """Command line -> exit status."""
     arguments = parse_arguments()
-    try:
+
+    def body() -> int:
         cfg = config.load(arguments.config, arguments.overrides)
         with StopRequest() as stop, distributed.start(cfg.run.device) as world:
             return train(cfg, arguments.resume, world, stop)
-    except MISTAKES as error:
-        # All ranks make the same mistake, except that only one meets an unusable image.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, sources.ImageError):
-            print(f"train.py: {error}", file=sys.stderr, flush=True)
-        return 1
-    except RuntimeError as error:
-        if not distributed.peer_is_gone(error):
-            raise
-        print(f"train.py: rank {os.environ['RANK']} ends because another did", file=sys.stderr)
-        return 1
+
+    return distributed.exit_status(body, MISTAKES, sources.ImageError)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -206,24 +205,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Command line -> exit status; a mistake is one message, not a traceback."""
+    """Command line -> exit status."""
     arguments = parse_arguments()
-    try:
+
+    def body() -> int:
         with distributed.start(arguments.device) as world:
             validate(arguments, world)
-    except MISTAKES as error:
-        # All ranks make the same mistake, except that only one meets an unusable image.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, sources.ImageError):
-            print(f"validate.py: {error}", file=sys.stderr, flush=True)
-        return 1
-    except RuntimeError as error:
-        if not distributed.peer_is_gone(error):
-            raise
-        print(f"validate.py: rank {os.environ['RANK']} ends because another did", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        return 0
+
+    return distributed.exit_status(body, MISTAKES, sources.ImageError)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable, Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -113,9 +116,30 @@ def divide_batch(global_batch: int, micro_batch: int, world_size: int) -> tuple[
     return size, share // size
 
 
-def peer_is_gone(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank had ended; that rank has told why."""
-    return any(words in str(error) for words in ("closed by peer", "reset by peer"))
+def exit_status(
+    body: Callable[[], int],
+    mistakes: tuple[type[Exception], ...],
+    of_one_rank: type[Exception],
+) -> int:
+    """What a program's body returns, or 1 after one line on stderr if a mistake ended it.
+
+    All ranks meet the same `mistakes`, so only the main one speaks; one `of_one_rank` is met, and
+    told, by a single rank. A collective that fails because that rank has left needs no traceback.
+    """
+    rank, program = os.environ.get("RANK", "0"), Path(sys.argv[0]).name
+    try:
+        return body()
+    except mistakes as error:
+        if rank == "0" or isinstance(error, of_one_rank):
+            print(f"{program}: {error}", file=sys.stderr, flush=True)
+        return 1
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("closed by peer", "reset by peer")):
+            raise
+        print(f"{program}: rank {rank} ends because another did", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def keep_freed_memory() -> None:
