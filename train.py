@@ -37,19 +37,17 @@ MISTAKES = (
     sources.DataError,
     checkpoint.CheckpointError,
     distributed.WorldError,
+    engine.NotFiniteError,
     OSError,  # no permission, no space: its own words name the file
 )
 
 
-def train(cfg: Config, resume: str, world: World, stop: StopRequest) -> int:
-    """A run from its config to its last evaluation; returns the exit status."""
-    # Batch: the config states the global one, the ranks say how it is carried out
-    global_batch = cfg.train.global_batch
-    micro_batch, accumulation = distributed.divide_batch(
-        global_batch, cfg.train.micro_batch, world.size
-    )
-
+def train(
+    cfg: Config, division: distributed.Division, resume: str, world: World, stop: StopRequest
+) -> int:
+    """A run from its data to its last evaluation; returns the exit status."""
     # Data
+    global_batch = cfg.train.global_batch
     source, val_source = sources.open_source(cfg.data.train), sources.open_source(cfg.data.val)
     sources.check_same_classes(val_source.classes, source.classes, cfg.data.val, cfg.data.train)
     total_steps = math.ceil(cfg.train.epochs * len(source) / global_batch)
@@ -76,19 +74,25 @@ def train(cfg: Config, resume: str, world: World, stop: StopRequest) -> int:
     )
 
     # Resume
-    origin = rundir.origin(cfg.directory, resume)
-    if origin is not None:
-        rundir.restore(state, origin, cfg, source.classes, len(source))
-    world.barrier()  # no rank writes before all have found the same origin
+    experiment = rundir.Experiment(cfg.model_dump(), source.classes, len(source))
+    rundir.restore(state, cfg.directory, resume, experiment, world.say)
+    if not world.same(state.step):
+        raise checkpoint.CheckpointError(
+            f"{cfg.directory}: the ranks found different checkpoints in it; it must lie on a file "
+            "system that all of them share"
+        )
+    saved_step = state.step if rundir.checkpoints(cfg.directory) else 0
     if world.is_main:
-        rundir.write_config(cfg)
+        _lock = rundir.lock(cfg.directory)  # held until this function ends
+        rundir.write_config(cfg.directory, experiment.config)
     log = Logbook(cfg.directory if world.is_main else None, state.step, total_steps)
-    announce(log, cfg, state, world, (len(source), len(val_source)), (accumulation, micro_batch))
+    log.text("config", rundir.config_text(experiment.config), state.step)
+    announce(cfg, division, state.model, world, len(source), len(val_source), total_steps)
 
     # Loop
     options = engine.StepOptions(
         loss=engine.Loss(**cfg.loss.model_dump()),
-        accumulation=accumulation,
+        accumulation=division.accumulation,
         clip_norm=cfg.optim.clip_norm,
         precision=cfg.train.precision,
         seed=cfg.run.seed,
@@ -96,23 +100,25 @@ def train(cfg: Config, resume: str, world: World, stop: StopRequest) -> int:
     )
     network = parallel(model, cfg.train.compile, world)
     pace = Pace()
-    batches = training_batches(cfg, source, state.images_seen, micro_batch, world)
+    batches = training_batches(cfg, source, state.images_seen, division.micro_batch, world)
     batches = watched(batches, pace, log, cfg.data, source.classes)
-    saved_step = state.step
+    loss = grad_norm = torch.zeros(())
     while True:
         is_last = state.step >= total_steps
         stopping = world.any(stop.signal is not None)
         evaluating = is_last or evaluation_due(cfg, state.images_seen, len(source))
         saving = stopping or evaluating or state.step % cfg.checkpoint.every_steps == 0
         if saving and state.step > saved_step:
+            engine.check_finite(state, loss, grad_norm)
             if world.is_main:
-                rundir.save(state, cfg, source.classes, len(source))
+                rundir.save(state, cfg.directory, experiment, cfg.checkpoint.keep)
             saved_step = state.step
+            pace.restart()
         if stopping:
             log.say(f"stopped after step {state.step}; the same command continues from there")
             break
         if evaluating:
-            evaluate(cfg, state, val_source, state.images_seen / len(source), log, world)
+            evaluate(cfg, state, val_source, experiment, log, world)
             pace.restart()
         if is_last:
             break
@@ -123,7 +129,7 @@ def train(cfg: Config, resume: str, world: World, stop: StopRequest) -> int:
         pace.trained(global_batch)
         log.stepped()
         if state.step % cfg.log.every_steps == 0 or state.step == total_steps:
-            loss = world.sum_(loss) / world.size
+            engine.check_finite(state, loss, grad_norm)
             log.train(
                 {
                     "step": state.step,
@@ -142,32 +148,29 @@ def train(cfg: Config, resume: str, world: World, stop: StopRequest) -> int:
 
 
 def announce(
-    log: Logbook,
     cfg: Config,
-    state: engine.TrainState,
+    division: distributed.Division,
+    model: nn.Module,
     world: World,
-    images: tuple[int, int],
-    division: tuple[int, int],
+    train_images: int,
+    val_images: int,
+    total_steps: int,
 ) -> None:
-    """Say what is about to happen, on the terminal and in TensorBoard."""
-    parameters = sum(p.numel() for p in state.model.parameters())
-    classes = state.model.classif.out_features
-    accumulation, micro_batch = division
+    """Say what is about to happen."""
+    parameters = sum(p.numel() for p in model.parameters())
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
     ranks = f"{world.size} rank{'s' if world.size > 1 else ''}"
-    log.say(
-        f"{cfg.run.name}: Inception-ResNet-v2, {parameters:,} parameters, {classes} classes, "
-        f"{cfg.data.image_size} px, {cfg.train.precision} on {ranks} of {device}"
+    world.say(
+        f"{cfg.run.name}: Inception-ResNet-v2, {parameters:,} parameters, "
+        f"{model.classif.out_features} classes, {cfg.data.image_size} px, "
+        f"{cfg.train.precision} on {ranks} of {device}"
     )
-    log.say(
-        f"data: {images[0]:,} training and {images[1]:,} validation images; "
-        f"{log.total_steps:,} steps of {cfg.train.global_batch} = "
-        f"{ranks} x {accumulation} accumulated x {micro_batch}"
+    world.say(
+        f"data: {train_images:,} training and {val_images:,} validation images; "
+        f"{total_steps:,} steps of {cfg.train.global_batch} = "
+        f"{ranks} x {division.accumulation} accumulated x {division.micro_batch}"
     )
-    log.say(f"run: {cfg.directory}    watch: tensorboard --logdir {cfg.directory}")
-    if state.step > 0:
-        log.say(f"continuing after step {state.step} ({state.images_seen:,} images seen)")
-    log.text("config", rundir.config_text(cfg), state.step)
+    world.say(f"run: {cfg.directory}    watch: tensorboard --logdir {cfg.directory}")
 
 
 def parallel(model: nn.Module, compiled: bool, world: World) -> nn.Module:
@@ -229,7 +232,7 @@ def evaluate(
     cfg: Config,
     state: engine.TrainState,
     source: sources.Source,
-    epoch: float,
+    experiment: rundir.Experiment,
     log: Logbook,
     world: World,
 ) -> None:
@@ -248,7 +251,7 @@ def evaluate(
             )
         line = {
             "step": state.step,
-            "epoch": epoch,
+            "epoch": state.images_seen / experiment.images_per_epoch,
             "weights": which,
             "top1": result.top1,
             "top5": result.top5,
@@ -256,7 +259,7 @@ def evaluate(
             "images": result.images,
         }
         if world.is_main and result.top1 > log.best_top1():
-            rundir.write_best(model.state_dict(), cfg, source.classes, line)
+            rundir.write_best(cfg.directory, model.state_dict(), experiment, line)
         log.eval(line)
 
 
@@ -272,7 +275,7 @@ def parse_arguments() -> argparse.Namespace:
         default="auto",
         metavar="auto|never|PATH",
         help="auto (default): continue the run where it was; never: refuse to; "
-        "PATH: start from another run's checkpoint",
+        "PATH: begin from another run, or one of its checkpoints",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="replace keys of the YAML file"
@@ -286,10 +289,13 @@ def main() -> int:
 
     def body() -> int:
         cfg = config.load(arguments.config, arguments.overrides)
+        division = distributed.divide_batch(
+            cfg.train.global_batch, cfg.train.micro_batch, distributed.world_size()
+        )
         with StopRequest() as stop, distributed.start(cfg.run.device) as world:
-            return train(cfg, arguments.resume, world, stop)
+            return train(cfg, division, arguments.resume, world, stop)
 
-    return distributed.exit_status(body, MISTAKES, sources.ImageError)
+    return distributed.exit_status(body, MISTAKES, of_one_rank=(sources.ImageError,))
 
 
 if __name__ == "__main__":

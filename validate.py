@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Subject:
     model: nn.Module
     name: str
     which: str
+    step: int | None
     classes: list[str] | None
     data: dict[str, Any]
 
@@ -53,10 +55,13 @@ def validate(arguments: argparse.Namespace, world: World) -> None:
     """An evaluation from its weights to its table."""
     # Weights
     if arguments.run is not None:
-        subject = open_run(arguments.run, arguments.which)
+        subject = open_run(arguments.run, arguments.which, world.say)
     else:
         subject = open_weights(arguments.weights)
     settings = {**subject.data, **given(arguments)}
+
+    if arguments.json is not None and world.is_main:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
 
     # Images
     if settings["val"] is None:
@@ -83,18 +88,13 @@ def validate(arguments: argparse.Namespace, world: World) -> None:
             write_json(arguments.json, subject, settings, result)
 
 
-def open_run(directory: Path, which: str) -> Subject:
+def open_run(directory: Path, which: str, say: Callable[[str], None]) -> Subject:
     """A run's newest checkpoint. Raises CheckpointError."""
-    path = rundir.newest(directory)
-    if path is None:
-        raise checkpoint.CheckpointError(
-            f"{directory}: no checkpoint in it; is it a run directory?"
-        )
-    saved = checkpoint.load(path)
+    path, saved = rundir.load_newest(directory, say)
     cfg = saved["config"]
     state = saved["ema" if which == "ema" else "model"]
     model = weights.build_model(state, str(path), tuple(cfg["model"]["blocks"]))
-    return Subject(model, str(path), which, saved["classes"], cfg["data"])
+    return Subject(model, str(path), which, saved["step"], saved["classes"], cfg["data"])
 
 
 def open_weights(source: str) -> Subject:
@@ -103,10 +103,11 @@ def open_weights(source: str) -> Subject:
     classes = json.loads(metadata["classes"]) if "classes" in metadata else None
     data = config.Data(train="", val="").model_dump() | {"val": None}
     data |= json.loads(metadata.get("data", "{}"))
-    which = json.loads(metadata.get("result", "{}")).get("weights", "as published")
+    result = json.loads(metadata.get("result", "{}"))
+    which = result.get("weights", "as published")
     blocks = tuple(json.loads(metadata["blocks"])) if "blocks" in metadata else BLOCKS
     model = weights.build_model(state, source, blocks)
-    return Subject(model, source, which, classes, data)
+    return Subject(model, source, which, result.get("step"), classes, data)
 
 
 def given(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -167,6 +168,7 @@ def write_json(path: Path, subject: Subject, settings: dict[str, Any], result: E
         "images": result.images,
         "loss": result.loss,
         "weights": subject.which,
+        "step": subject.step,
         "source": subject.name,
         "data": settings["val"],
         "image_size": settings["image_size"],
@@ -176,6 +178,28 @@ def write_json(path: Path, subject: Subject, settings: dict[str, Any], result: E
     }
     text = json.dumps(content, indent=2) + "\n"
     checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Argument type: a whole number of at least `least`."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
+
+
+def share(text: str) -> float:
+    """Argument type: a number above 0 and up to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and up to 1")
+    return value
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -194,11 +218,11 @@ def parse_arguments() -> argparse.Namespace:
         "--which", choices=["ema", "raw"], default="ema", help="of a run: averaged (default) or raw"
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
-    parser.add_argument("--image-size", type=int, metavar="PX", help="side of the network's input")
-    parser.add_argument("--crop", type=float, help="centre crop's share of the resized side")
+    parser.add_argument("--image-size", type=whole(75), metavar="PX", help="side of the input")
+    parser.add_argument("--crop", type=share, help="centre crop's share of the resized side")
     parser.add_argument("--interpolation", choices=["bicubic", "bilinear"])
-    parser.add_argument("--batch", type=int, default=64, help="images at once (default: 64)")
-    parser.add_argument("--workers", type=int, help="loader processes of each rank")
+    parser.add_argument("--batch", type=whole(1), default=64, help="images at once (default: 64)")
+    parser.add_argument("--workers", type=whole(0), help="loader processes of each rank")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--precision", choices=list(engine.PRECISIONS), default="fp32")
     return parser.parse_args()
@@ -213,7 +237,7 @@ def main() -> int:
             validate(arguments, world)
         return 0
 
-    return distributed.exit_status(body, MISTAKES, sources.ImageError)
+    return distributed.exit_status(body, MISTAKES, of_one_rank=(sources.ImageError,))
 
 
 if __name__ == "__main__":

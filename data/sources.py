@@ -6,7 +6,7 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 from PIL import Image
@@ -42,7 +42,7 @@ class FolderSource:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = os.fspath(root)
+        self.root = os.path.expanduser(root)
         if not os.path.isdir(self.root):
             raise DataError(
                 f"{self.root}: no such data folder; expected {self.root}/<class>/<image>"
@@ -75,11 +75,17 @@ class FolderSource:
         return os.path.join(self.root, self._paths[index])
 
 
+def _refuse(error: OSError) -> NoReturn:
+    """A folder that cannot be listed would silently make the data set smaller."""
+    raise DataError(f"{error.filename}: cannot be listed ({error.strerror})")
+
+
 def _images_below(root: str, class_name: str) -> list[str]:
     """Relative to root, in ImageFolder's order: folder by folder, a folder's files sorted."""
+    top = os.path.join(root, class_name)
     return [
         os.path.relpath(os.path.join(folder, file), root)
-        for folder, _, files in sorted(os.walk(os.path.join(root, class_name), followlinks=True))
+        for folder, _, files in sorted(os.walk(top, onerror=_refuse, followlinks=True))
         for file in sorted(files)
         if file.lower().endswith(IMG_EXTENSIONS)
     ]

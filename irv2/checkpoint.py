@@ -43,10 +43,16 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def save(directory: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the state of a step and remove all but the newest `keep` checkpoints."""
+    """Write the state of a step and remove all but the newest `keep` checkpoints.
+
+    Raises CheckpointError, with nothing removed, if it cannot be written.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"step-{step:09d}.pt"
-    write_atomically(path, lambda file: torch.save(state, file))
+    try:
+        write_atomically(path, lambda file: torch.save(state, file))
+    except (OSError, RuntimeError) as error:  # the latter is how torch tells of a full disk
+        raise CheckpointError(f"{path}: cannot be written ({error})") from None
     leftovers = directory.glob(".step-*.pt.tmp")  # of saves that were killed
     for old in (*found(directory)[:-keep], *leftovers):
         old.unlink()

@@ -200,14 +200,21 @@ class Config(Section):
     def _consistent(self) -> Config:
         faults = []
         if self.model.aux_logits and self.data.image_size < 299:
-            faults.append("model.aux_logits=true needs data.image_size of at least 299")
+            faults.append(
+                "model.aux_logits=true needs images of at least 299 px, "
+                f"not data.image_size={self.data.image_size}"
+            )
+        if self.train.compile and self.model.grad_checkpointing:
+            faults.append("train.compile and model.grad_checkpointing do not go together")
         if self.schedule.warmup_epochs >= self.train.epochs:
             faults.append(
                 f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} must be less than "
                 f"train.epochs={self.train.epochs:g}"
             )
         if self.schedule.min_lr > self.optim.lr:
-            faults.append("schedule.min_lr must not exceed optim.lr")
+            faults.append(
+                f"schedule.min_lr={self.schedule.min_lr:g} exceeds optim.lr={self.optim.lr:g}"
+            )
         if faults:
             raise ValueError("; ".join(faults))
         return self

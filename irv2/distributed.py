@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,19 @@ class World:
         parts = flat.split([t.numel() for t in tensors])
         torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
 
+    def same(self, value: int) -> bool:
+        """Whether all ranks give the same value."""
+        if self.size == 1:
+            return True
+        bounds = torch.tensor([value, -value])
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(bounds[0] == -bounds[1])
+
+    def say(self, text: str) -> None:
+        """A line for the person at the terminal, once."""
+        if self.is_main:
+            print(text, flush=True)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank; the device is not touched."""
         if self.size == 1:
@@ -62,14 +76,23 @@ class World:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
         return bool(votes.item())
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        if self.size > 1:
-            dist.barrier(group=self.control)
+
+class Division(NamedTuple):
+    """How each rank carries out its share of the global batch."""
+
+    micro_batch: int  # images a device takes at once
+    accumulation: int  # micro-batches of one update
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """ "auto", "cpu" or "cuda" -> the device of this process. Raises WorldError if it is absent."""
+def world_size() -> int:
+    """Ranks that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def choose_device(name: str) -> torch.device:
+    """Device of this process for "auto", "cpu" or "cuda". Raises WorldError if it is absent."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and available == 0):
         return torch.device("cpu")
@@ -77,16 +100,16 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise WorldError(
             "run.device=cuda: this machine has no usable GPU; use run.device=cpu or auto"
         )
-    if local_rank >= available:
+    if local_ranks > available:
         raise WorldError(
-            f"{available} GPUs here, but local rank {local_rank} was started: "
+            f"{local_ranks} ranks were started, but this machine has {available} GPUs: "
             f"use torchrun --nproc-per-node={available} or fewer"
         )
     return torch.device("cuda", local_rank)
 
 
-def divide_batch(global_batch: int, micro_batch: int, world_size: int) -> tuple[int, int]:
-    """(images a device takes at once, micro-batches accumulated) that make the global batch.
+def divide_batch(global_batch: int, micro_batch: int, world_size: int) -> Division:
+    """The micro-batches that make the global batch on `world_size` ranks.
 
     Takes the largest equal parts of at most `micro_batch` images. Raises WorldError, naming
     possible values, where ranks or micro-batches cannot have equal parts of at least half that.
@@ -113,30 +136,34 @@ def divide_batch(global_batch: int, micro_batch: int, world_size: int) -> tuple[
             f"equal parts near train.micro_batch={micro_batch}: set train.micro_batch={size} or "
             f"{above}, or train.global_batch={fitting}"
         )
-    return size, share // size
+    return Division(size, share // size)
 
 
 def exit_status(
     body: Callable[[], int],
     mistakes: tuple[type[Exception], ...],
-    of_one_rank: type[Exception],
+    of_one_rank: tuple[type[Exception], ...],
 ) -> int:
     """What a program's body returns, or 1 after one line on stderr if a mistake ended it.
 
-    All ranks meet the same `mistakes`, so only the main one speaks; one `of_one_rank` is met, and
-    told, by a single rank. A collective that fails because that rank has left needs no traceback.
+    All ranks of a machine meet the same `mistakes`, so one of them speaks; what `of_one_rank`
+    names, and what the system refuses, may be met by any. A collective that fails because another
+    rank has left needs no traceback: that rank has told why.
     """
-    rank, program = os.environ.get("RANK", "0"), Path(sys.argv[0]).name
+    program, rank = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0))
+    speaker = f"{program}: rank {rank}" if rank > 0 else program
     try:
         return body()
     except mistakes as error:
-        if rank == "0" or isinstance(error, of_one_rank):
-            print(f"{program}: {error}", file=sys.stderr, flush=True)
+        is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+        if is_first_here or isinstance(error, (*of_one_rank, OSError)):
+            print(f"{speaker}: {error}", file=sys.stderr, flush=True)
         return 1
     except RuntimeError as error:
-        if not any(words in str(error) for words in ("closed by peer", "reset by peer")):
+        words = ("closed by peer", "reset by peer")  # gloo's
+        if not (isinstance(error, dist.DistError) or any(word in str(error) for word in words)):
             raise
-        print(f"{program}: rank {rank} ends because another did", file=sys.stderr, flush=True)
+        print(f"{speaker}: ends because another rank did", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -160,8 +187,8 @@ def start(device_name: str) -> Iterator[World]:
 
     Float32 means float32: TF32 is off, so that two devices can be compared.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    rank, size = int(os.environ.get("RANK", 0)), world_size()
+    device = choose_device(device_name)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -61,6 +62,10 @@ def running_average(model: nn.Module, decay: float) -> ModelEmaV3:
     return ModelEmaV3(model, decay, use_warmup=True, warmup_gamma=9.0, warmup_power=1.0)
 
 
+class NotFiniteError(ValueError):
+    """The loss or the gradient of a step is infinite or not a number."""
+
+
 @dataclass(frozen=True)
 class Loss:
     """Cross-entropy with label smoothing; the auxiliary head's is added with its weight."""
@@ -108,9 +113,8 @@ def train_step(
     """One update from `options.accumulation` micro-batches; returns (loss, gradient norm).
 
     `network` is `state.model`, or what wraps it for gradients to be averaged over ranks. Both
-    results stay on the device: the loss is this rank's mean, the norm that of the global batch
-    before clipping. Nothing here waits for the device (fp16 apart, whose scaler looks for
-    overflow).
+    results stay on the device and are those of the global batch, the norm before clipping.
+    Nothing here waits for the device (fp16 apart, whose scaler looks for overflow).
     """
     train_mode(state.model, options.freeze_bn)
     device_type = world.device.type
@@ -135,10 +139,25 @@ def train_step(
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    world.average_(running_statistics(state.model))
+    statistics = [] if options.freeze_bn else running_statistics(state.model)
+    world.average_([total, *statistics])
     state.step += 1
     state.ema.update(state.model, step=state.step + 1)
     return total, norm
+
+
+def check_finite(state: TrainState, loss: Tensor, grad_norm: Tensor) -> None:
+    """Raise NotFiniteError if the last step went wrong; waits for the device.
+
+    With fp16 an infinite gradient is in order: the scaler has left that step out.
+    """
+    seen = [loss] if state.scaler.is_enabled() else [loss, grad_norm]
+    if not all(math.isfinite(value.item()) for value in seen):
+        raise NotFiniteError(
+            f"step {state.step}: the loss is {loss.item():g} and the gradient norm "
+            f"{grad_norm.item():g}; the checkpoints were written before that. Go on from them "
+            "with --resume PATH under another run.name, or start again, with a lower optim.lr"
+        )
 
 
 def _gradients_exchanged(network: nn.Module, exchange: bool) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -122,7 +123,11 @@ class Logbook:
             self._board.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in line.items()
+        }
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
 
     def _time_left(self, step: int) -> str:
@@ -133,7 +138,7 @@ class Logbook:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log.jsonl; one cut short by a crash is left out."""
+    """The lines of a log.jsonl; one that a crash has cut short is left out."""
     if not path.exists():
         return []
     lines = []
@@ -141,7 +146,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
-            break
+            continue
     return lines
 
 

@@ -29,6 +29,8 @@ class StopRequest:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._asked_at = number, now
+            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+                os.write(2, b"\nfinishing this step; Ctrl-C again leaves at once\n")
         elif number == signal.SIGINT and now - self._asked_at > GRACE_S:
             os._exit(128 + number)
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its resolved config and its checkpoints, and where to go on from.
+"""What a run leaves behind, and how it goes on from there.
 
 runs/<name>/config.yaml             every key spelled out, with git revision and versions
 runs/<name>/log.jsonl               a line per logged step and per evaluation
@@ -9,38 +9,66 @@ runs/<name>/best.safetensors        weights of the best evaluation, timm's names
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
 import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import timm
 import torch
 import torchvision
 import yaml
+from torch import Tensor
 
 from irv2 import checkpoint, weights
 from irv2.checkpoint import CheckpointError
-from irv2.config import Config, differences
+from irv2.config import differences
 from irv2.engine import TrainState
 
 BEST = "best.safetensors"
 
 
-def config_text(cfg: Config) -> str:
-    """The resolved config as YAML, below the revision and versions it runs on."""
+@dataclass(frozen=True)
+class Experiment:
+    """What must be the same for a run to be continued: its config, classes and number of images."""
+
+    config: dict[str, Any]
+    classes: list[str]
+    images_per_epoch: int
+
+    def changes_from(self, saved: dict[str, Any]) -> list[str]:
+        """How the experiment of a checkpoint differs from this one, in words."""
+        changes = differences(saved["config"], self.config)
+        if saved["classes"] != self.classes:
+            before, now = len(saved["classes"]), len(self.classes)
+            changes.append(f"classes: {before} before, {now} now, or renamed")
+        if saved["images_per_epoch"] != self.images_per_epoch:
+            changes.append(
+                f"training images: {saved['images_per_epoch']} -> {self.images_per_epoch}"
+            )
+        return changes
+
+
+# ------------------------------------------------------------------------- config.yaml
+
+
+def config_text(config: dict[str, Any]) -> str:
+    """A resolved config as YAML, below the revision and versions it runs on."""
     versions = ", ".join(f"{name} {version}" for name, version in software().items())
-    body = yaml.safe_dump(cfg.model_dump(), sort_keys=False, allow_unicode=True)
+    body = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     return f"# git {_git_revision()}\n# {versions}\n{body}"
 
 
-def write_config(cfg: Config) -> None:
-    """Write config.yaml into the run directory, making the directory if needed."""
-    cfg.directory.mkdir(parents=True, exist_ok=True)
-    text = config_text(cfg)
-    path = cfg.directory / "config.yaml"
-    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+def write_config(directory: Path, config: dict[str, Any]) -> None:
+    """Write config.yaml into the run directory."""
+    text = config_text(config)
+    checkpoint.write_atomically(
+        directory / "config.yaml", lambda file: file.write(text.encode("utf-8"))
+    )
 
 
 def software() -> dict[str, str]:
@@ -63,93 +91,119 @@ def _git_revision() -> str:
     return result.stdout.strip()
 
 
-def checkpoints(directory: Path) -> Path:
-    """The folder of a run's checkpoints."""
-    return directory / "checkpoints"
+# ------------------------------------------------------------------------- checkpoints
 
 
-def newest(directory: Path) -> Path | None:
-    """A run's newest checkpoint, or None where there is none."""
-    return next(reversed(checkpoint.found(checkpoints(directory))), None)
+def lock(directory: Path) -> BinaryIO:
+    """Make the run directory and keep it for this process, as long as the result stays open.
 
-
-def origin(directory: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from: "auto" the run's newest, "never" none, or a path.
-
-    Raises CheckpointError where the answer would overwrite what is already there.
+    Raises CheckpointError where another process is at work in it.
     """
-    own = newest(directory)
-    if own is None and (directory / BEST).exists():
+    directory.mkdir(parents=True, exist_ok=True)
+    file = open(directory / ".lock", "wb")  # noqa: SIM115 - open for the process's life
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise CheckpointError(f"{directory}: another train.py is at work in it") from None
+    return file
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    return checkpoint.found(directory / "checkpoints")
+
+
+def load_newest(directory: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """A run's newest undamaged checkpoint; says which newer ones it passes over.
+
+    Raises CheckpointError where there is none.
+    """
+    paths = checkpoints(directory)
+    if not paths:
+        raise CheckpointError(f"{directory}: no checkpoint in it; is it a run directory?")
+    for path in reversed(paths):
+        try:
+            return path, checkpoint.load(path)
+        except CheckpointError as error:
+            say(f"passed over: {error}")
+    raise CheckpointError(f"{directory}: none of its {len(paths)} checkpoints can be read")
+
+
+def save(state: TrainState, directory: Path, experiment: Experiment, keep: int) -> None:
+    """Write a checkpoint of the run and remove all but the newest `keep`."""
+    content = {
+        **state.state_dict(),
+        "config": experiment.config,
+        "classes": experiment.classes,
+        "images_per_epoch": experiment.images_per_epoch,
+        "software": software(),
+    }
+    checkpoint.save(directory / "checkpoints", state.step, content, keep)
+
+
+def restore(
+    state: TrainState,
+    directory: Path,
+    resume: str,
+    experiment: Experiment,
+    say: Callable[[str], None],
+) -> None:
+    """Put `state` where the run goes on from, if it goes on from anything.
+
+    `resume`: "auto", the run's newest checkpoint if it has one; "never", none; or the path of a
+    checkpoint or run to begin from; once the run has checkpoints of its own, it goes on from those.
+    Raises CheckpointError where going on would be another experiment, or starting would overwrite.
+    """
+    own = checkpoints(directory)
+    if not own and (directory / BEST).exists():
         raise CheckpointError(
             f"{directory}: holds the weights of a run but none of its checkpoints, so it cannot be "
             "continued; give another run.name, or move it away"
         )
-    if resume == "auto":
-        return own
-    if resume == "never":
-        if own is not None:
-            raise CheckpointError(
-                f"{directory}: already holds a run up to step {checkpoint.step_of(own)}; continue "
-                "it without --resume never, or give another run.name"
-            )
-        return None
-    path = Path(resume)
-    if path.is_dir():
-        path = newest(path) or path
-    if own is not None and path.resolve() != own.resolve():
+    if own and resume == "never":
         raise CheckpointError(
-            f"{directory}: already holds a run up to step {checkpoint.step_of(own)}; "
-            f"to start from {path}, give another run.name"
+            f"{directory}: already holds a run up to step {checkpoint.step_of(own[-1])}; continue "
+            "it without --resume never, or give another run.name"
         )
-    return path
+    if own:
+        path, saved = load_newest(directory, say)
+    elif resume in ("auto", "never"):
+        return
+    elif Path(resume).is_dir():
+        path, saved = load_newest(Path(resume), say)
+    else:
+        path, saved = Path(resume), checkpoint.load(Path(resume))
 
-
-def save(state: TrainState, cfg: Config, classes: list[str], images_per_epoch: int) -> None:
-    """Write a checkpoint of the run and remove those beyond checkpoint.keep."""
-    content = {
-        **state.state_dict(),
-        "config": cfg.model_dump(),
-        "classes": classes,
-        "images_per_epoch": images_per_epoch,
-        "software": software(),
-    }
-    checkpoint.save(checkpoints(cfg.directory), state.step, content, cfg.checkpoint.keep)
-
-
-def restore(
-    state: TrainState, path: Path, cfg: Config, classes: list[str], images_per_epoch: int
-) -> None:
-    """Put `state` where a checkpoint left off.
-
-    Raises CheckpointError if the checkpoint is of another experiment, with what differs.
-    """
-    saved = checkpoint.load(path)
     if not {"model", "ema", "optimizer", "config", "classes"} <= saved.keys():
         raise CheckpointError(f"{path}: not a checkpoint of train.py")
-    changes = differences(saved["config"], cfg.model_dump())
-    if saved["classes"] != classes:
-        changes.append(f"classes: {len(saved['classes'])} before, {len(classes)} now, or renamed")
-    if saved["images_per_epoch"] != images_per_epoch:
-        changes.append(f"training images: {saved['images_per_epoch']} -> {images_per_epoch}")
+    changes = experiment.changes_from(saved)
     if changes:
+        advice = "undo the change" + (", or give another run.name" if own else "")
         raise CheckpointError(
-            f"{path}: belongs to another experiment ({'; '.join(changes)}); "
-            "undo the change, or give another run.name"
+            f"{path}: belongs to another experiment ({'; '.join(changes)}); {advice}"
         )
     try:
         state.load_state_dict(saved)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: does not fit this network ({reason})") from None
+    say(f"continuing after step {state.step} ({state.images_seen:,} images seen), from {path}")
 
 
-def write_best(state: dict[str, Any], cfg: Config, classes: list[str], line: dict) -> None:
+# ------------------------------------------------------------------------- best.safetensors
+
+
+def write_best(
+    directory: Path, state: dict[str, Tensor], experiment: Experiment, result: dict[str, Any]
+) -> None:
     """Write best.safetensors: weights, and in its metadata classes, blocks, view and result."""
     metadata = {
-        "classes": json.dumps(classes),
-        "blocks": json.dumps(cfg.model.blocks),
-        "data": json.dumps(cfg.data.model_dump()),
-        "result": json.dumps(line),
+        "classes": experiment.classes,
+        "blocks": experiment.config["model"]["blocks"],
+        "data": experiment.config["data"],
+        "result": result,
     }
     kept = {key: value for key, value in state.items() if not key.startswith("aux.")}
-    weights.write(cfg.directory / BEST, kept, metadata)
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    weights.write(directory / BEST, kept, texts)

@@ -33,6 +33,8 @@ def read(source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         content = checkpoint.read_tensors(path)
     except ValueError as error:
         raise WeightsError(f"{source}: {error}") from None
+    if isinstance(content, dict) and {"ema", "config"} <= content.keys():
+        raise WeightsError(f"{source}: a checkpoint of train.py; give its run as --run DIR")
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

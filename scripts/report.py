@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,35 +29,25 @@ Lines = list[dict[str, Any]]
 COPIED = ("log.jsonl", "config.yaml", "validate.json")
 
 
-def seconds_trained(lines: Lines) -> float:
-    """Time of the logged steps, without evaluations and checkpoints, in s."""
-    seconds, images_before = 0.0, 0
-    for line in lines:
-        seconds += (line["images_seen"] - images_before) / line["images_per_s"]
-        images_before = line["images_seen"]
-    return seconds
-
-
 def summary(run: Path, lines: Lines) -> list[tuple[str, str]]:
-    """(name, value) rows; the result is validate.py's if there is one, else the last evaluation."""
-    training = [line for line in lines if line["kind"] == "train"]
-    validated = run / "validate.json"
-    if validated.exists():
-        result = json.loads(validated.read_text())
-    else:
-        result = next(line for line in reversed(lines) if line["kind"] == "eval")
-    seconds = seconds_trained(training)
-    images_seen = training[-1]["images_seen"]
-    minutes, rest = divmod(round(seconds), 60)
+    """(name, value) rows; the result is validate.py's of the last step, else train.py's."""
+    last = next(line for line in reversed(lines) if line["kind"] == "train")
+    result = next(line for line in reversed(lines) if line["kind"] == "eval")
+    if (run / "validate.json").exists():
+        validated = json.loads((run / "validate.json").read_text(encoding="utf-8"))
+        result = validated if validated.get("step") == last["step"] else result
+    pace = statistics.median(line["images_per_s"] for line in lines if line["kind"] == "train")
+    minutes, seconds = divmod(round(last["images_seen"] / pace), 60)
+    tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
     return [
         ("top-1", f"{result['top1']:.2f} %"),
         ("top-5", f"{result['top5']:.2f} %"),
         ("evaluated", f"{result['images']:,} images, {result['weights']} weights"),
-        ("trained", f"{training[-1]['epoch']:.1f} epochs, {training[-1]['step']:,} steps"),
-        ("pace", f"{images_seen / seconds:.0f} images/s"),
-        ("time", f"{minutes} min {rest} s of training steps"),
+        ("trained", f"{last['epoch']:.1f} epochs, {last['step']:,} steps"),
+        ("pace", f"{pace:.0f} images/s (median), {last['data_wait']:.0%} of the time on data"),
+        ("time", f"{minutes} min {seconds} s of training at that pace"),
         ("run", f"{run}"),
-        ("watch", f"tensorboard --logdir {run}"),
+        ("watch", f"{tensorboard} --logdir {run}"),
     ]
 
 

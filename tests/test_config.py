@@ -409,7 +409,7 @@ def test_train_py_reports_a_misspelt_key_in_one_line_before_it_touches_a_device(
 
 def test_the_schema_for_editors_is_current():
     written = (ROOT / "configs" / "schema.json").read_text(encoding="utf-8")
-    assert written == config.json_schema()
+    assert written == config.json_schema(), "write it anew: python -m irv2.config"
 
 
 def test_the_schema_for_editors_has_every_key_and_refuses_others():

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+import train
 from irv2 import distributed, engine
 from irv2.distributed import World, WorldError, divide_batch
 from irv2.engine import Loss, StepOptions, TrainState, dropout_seed, running_average, train_step
@@ -390,7 +390,7 @@ def _rank_main(rank: int, size: int, port: int, directory: str) -> None:
 def _train_on_a_rank(world: World, freeze_bn: bool, micro_batch: int) -> dict:
     """Three steps of 8 images over all ranks, each rank its slice of them."""
     state = new_state(small_network())
-    network = DistributedDataParallel(state.model, broadcast_buffers=False)
+    network = train.parallel(state.model, False, world)
     share = 8 // world.size
     options = StepOptions(
         accumulation=share // micro_batch, clip_norm=0.5, freeze_bn=freeze_bn, seed=1
@@ -486,7 +486,7 @@ def test_a_world_of_one_needs_no_process_group():
     tensor = torch.tensor([1.0, 2.0])
     assert ALONE.sum_(tensor) is tensor
     ALONE.average_([tensor])
-    ALONE.barrier()
+    assert ALONE.same(3)
     assert tensor.tolist() == [1.0, 2.0]
     assert (ALONE.any(True), ALONE.any(False)) == (True, False)
 
@@ -557,3 +557,43 @@ def test_a_share_without_equal_parts_near_the_micro_batch_names_values_that_work
         divide_batch(74, micro_batch, 2)
     fitting = int(re.search(r"or train\.global_batch=(\d+)", message)[1])
     assert divide_batch(fitting, 32, 2) == (32, fitting // 64)
+
+
+# ---------------------------------------------------------------------------------- devices
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.choose_device("auto") == torch.device("cpu")
+    with pytest.raises(WorldError, match="no usable GPU"):
+        distributed.choose_device("cuda")
+
+
+def test_each_rank_takes_its_own_gpu_and_too_many_ranks_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert distributed.choose_device("auto") == torch.device("cuda", 1)
+    assert distributed.choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(WorldError, match="--nproc-per-node=2"):
+        distributed.choose_device("auto")
+
+
+# ---------------------------------------------------------------------------------- divergence
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf)])
+def test_a_step_that_is_not_finite_ends_the_run(loss, norm):
+    state = new_state(small_network())
+    engine.check_finite(state, torch.tensor(1.0), torch.tensor(1.0))
+    with pytest.raises(engine.NotFiniteError, match=r"step 0: .*lower optim\.lr"):
+        engine.check_finite(state, torch.tensor(loss), torch.tensor(norm))
+
+
+def test_an_infinite_gradient_is_in_order_where_the_scaler_skips_it():
+    state = new_state(small_network())
+    state.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    engine.check_finite(state, torch.tensor(1.0), torch.tensor(math.inf))

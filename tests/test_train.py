@@ -183,11 +183,9 @@ def test_run_directory_that_cannot_be_made_is_one_line(tmp_path, capsys, monkeyp
     assert status == 1 and "Not a directory" in error and error.count("\n") == 1
 
 
-def test_resume_from_another_runs_checkpoint(project, capsys, monkeypatch) -> None:
+def test_resume_from_another_runs_checkpoint(project) -> None:
     origin = project / "run" / "checkpoints" / "step-000000006.pt"
     arguments = ("--config", project / "small.yaml", "--resume", origin)
-    status, error = call(capsys, monkeypatch, *arguments)
-    assert status == 1 and "give another run.name" in error
     result = programs.run("train.py", *arguments, f"run.dir={project / 'branch'}")
     assert result.returncode == 0, result.stderr
     assert_same(experiment(final_state(project)), experiment(final_state(project, "branch")))
@@ -249,6 +247,21 @@ def test_classes_that_differ_are_named(tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "val" / "c").rename(tmp_path / "val" / "d")
     status, error = call(capsys, monkeypatch, "--config", project)
     assert status == 1 and "1 unknown (d) and 1 missing (c)" in error
+
+
+def test_diverging_run_keeps_its_good_checkpoints(tmp_path, capsys, monkeypatch) -> None:
+    config_path = programs.write_project(tmp_path)
+    step = train.engine.train_step
+
+    def diverge(state, *arguments):
+        loss, norm = step(state, *arguments)
+        return (loss * float("nan") if state.step == 4 else loss), norm
+
+    monkeypatch.setattr(train.engine, "train_step", diverge)
+    status, error = call(capsys, monkeypatch, "--config", config_path)
+    assert status == 1 and "step 4: the loss is nan" in error
+    names = [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())]
+    assert names == ["step-000000002.pt", "step-000000003.pt"]
 
 
 def test_unusable_image_is_named(tmp_path, capsys, monkeypatch) -> None:

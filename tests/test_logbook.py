@@ -1,0 +1,111 @@
+"""log.jsonl, and the page that scripts/report.py makes of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import programs
+
+from irv2 import logbook
+from irv2.logbook import Logbook
+
+
+def train_line(step: int) -> dict:
+    return {
+        "step": step,
+        "images_seen": 8 * step,
+        "epoch": step / 4,
+        "loss": 1.0 / step,
+        "lr": 0.045,
+        "grad_norm": float("inf") if step == 2 else 1.0,
+        "images_per_s": 40.0,
+        "data_wait": 0.25,
+    }
+
+
+def eval_line(step: int, top1: float) -> dict:
+    line = {"step": step, "epoch": step / 4, "weights": "ema", "top1": top1, "top5": 100.0}
+    return {**line, "loss": 0.5, "images": 12}
+
+
+def write_run(directory: Path) -> None:
+    log = Logbook(directory, step=0, total_steps=6)
+    for step in range(1, 7):
+        log.train(train_line(step))
+        if step % 2 == 0:
+            log.eval(eval_line(step, top1=90.0 - step))
+    log.close()
+
+
+def test_going_on_drops_the_lines_of_lost_steps_and_keeps_the_best(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    log = Logbook(tmp_path, step=3, total_steps=6)
+    assert log.best_top1() == 88.0
+    assert log.has_eval(2, "ema") and not log.has_eval(2, "raw") and not log.has_eval(4, "ema")
+    log.train(train_line(4))
+    log.close()
+    steps = [(line["kind"], line["step"]) for line in logbook.read(tmp_path / "log.jsonl")]
+    assert steps == [("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("train", 4)]
+
+
+def test_a_damaged_line_costs_only_itself(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    path = tmp_path / "log.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1] = lines[1][:20]
+    path.write_text("\n".join(lines))
+    assert len(logbook.read(path)) == len(lines) - 1
+
+
+def test_every_line_is_json_also_where_a_number_is_not_finite(tmp_path: Path) -> None:
+    write_run(tmp_path)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    parsed = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert parsed[1]["grad_norm"] is None
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys) -> None:
+    log = Logbook(None, step=0, total_steps=6)
+    log.train(train_line(1))
+    log.eval(eval_line(1, 50.0))
+    log.text("config", "a: 1", 0)
+    with log.progress(10, "evaluating") as bar:
+        bar.update(10)
+    log.close()
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def report(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, programs.ROOT / "scripts" / "report.py", *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+
+
+def test_report_sums_up_and_draws_a_run(tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    write_run(run)
+    (run / "config.yaml").write_text("run: {name: study}\n")
+    stale = {**eval_line(2, 1.0), "step": 2}
+    (run / "validate.json").write_text(json.dumps(stale))
+    done = report(run, "--out", out)
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert rows["top-1"] == "84.00 %"  # of the last step, not of the older validate.json
+    assert rows["pace"].startswith("40 images/s")
+    assert rows["time"].startswith("0 min 1 s")
+    page = (out / "README.md").read_text()
+    assert page.startswith("# study") and "| 1.50 | ema | 84.00 |" in page
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_no_run_is_one_line(tmp_path: Path) -> None:
+    done = report(tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
