@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import train
 from irv2 import distributed, engine
 from irv2.distributed import World, WorldError, divide_batch
 from irv2.engine import Loss, StepOptions, TrainState, dropout_seed, running_average, train_step
 from irv2.model import inception_resnet_v2
 from irv2.optim import RMSpropTF, parameter_groups
+from train import parallel
 
 ALONE = World(0, 1, torch.device("cpu"))
 CLASSES, LR = 6, 0.1
@@ -260,12 +260,11 @@ def test_the_averages_decay_is_tensorflows(decay, n):
 def test_the_average_follows_weights_and_statistics_from_step_to_step():
     state = new_state(small_network(), ema_decay=0.4)
     names = ("0.weight", "1.running_mean", "1.running_var", "5.bias")
-    expected = None
+    expected = {name: state.model.state_dict()[name].double() for name in names}
     for step in range(1, 8):
         train(state, 8, steps=1)
         values = {name: state.model.state_dict()[name].double() for name in names}
         decay = min(0.4, step / (step + 9))
-        expected = expected or values
         expected = {k: decay * expected[k] + (1 - decay) * values[k] for k in names}
         average = state.ema.module.state_dict()
         for name in names:
@@ -390,7 +389,7 @@ def _rank_main(rank: int, size: int, port: int, directory: str) -> None:
 def _train_on_a_rank(world: World, freeze_bn: bool, micro_batch: int) -> dict:
     """Three steps of 8 images over all ranks, each rank its slice of them."""
     state = new_state(small_network())
-    network = train.parallel(state.model, False, world)
+    network = parallel(state.model, False, world)
     share = 8 // world.size
     options = StepOptions(
         accumulation=share // micro_batch, clip_norm=0.5, freeze_bn=freeze_bn, seed=1

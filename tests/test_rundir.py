@@ -113,7 +113,7 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
 
 def test_two_programs_cannot_work_in_one_run(tmp_path: Path) -> None:
     first = rundir.lock(tmp_path / "run")
-    with pytest.raises(CheckpointError, match="another train.py is at work"):
+    with pytest.raises(CheckpointError, match=r"another train\.py is at work"):
         rundir.lock(tmp_path / "run")
     first.close()
     rundir.lock(tmp_path / "run").close()
