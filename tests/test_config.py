@@ -387,7 +387,7 @@ def test_train_py_reports_a_misspelt_key_in_one_line_before_it_touches_a_device(
     (tmp_path / "study.yaml").write_text(MINIMAL + "optim: {weight_deacy: 1}\n", encoding="utf-8")
     # With this environment and device, joining the process group or asking for a GPU would fail.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MASTER_")}
-    environment |= {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "99", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(
         [sys.executable, ROOT / "train.py", "--config", "study.yaml", "run.device=cuda"],
         cwd=tmp_path,
