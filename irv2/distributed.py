@@ -163,7 +163,8 @@ def exit_status(
         words = ("closed by peer", "reset by peer")  # gloo's
         if not (isinstance(error, dist.DistError) or any(word in str(error) for word in words)):
             raise
-        print(f"{speaker}: ends because another rank did", file=sys.stderr, flush=True)
+        reason = str(error).strip().splitlines()[0][:200]
+        print(f"{speaker}: ends, as another rank did ({reason})", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
