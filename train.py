@@ -54,18 +54,7 @@ def train(
     total_steps = min(total_steps, cfg.train.max_steps or total_steps)
 
     # Model, optimizer, running average, learning rate
-    torch.manual_seed(cfg.run.seed)
-    model = inception_resnet_v2(len(source.classes), **cfg.model.model_dump(exclude={"freeze_bn"}))
-    model = model.to(world.device, memory_format=torch.channels_last)
-    state = engine.TrainState(
-        model,
-        engine.running_average(model, cfg.ema.decay),
-        optim.RMSpropTF(
-            optim.parameter_groups(model, cfg.optim.weight_decay),
-            **cfg.optim.model_dump(exclude={"weight_decay", "clip_norm"}),
-        ),
-        torch.amp.GradScaler(world.device.type, enabled=cfg.train.precision == "fp16"),
-    )
+    state = new_state(cfg, len(source.classes), world.device)
     schedule = Schedule(
         base_lr=cfg.optim.lr,
         images_per_epoch=len(source),
@@ -98,7 +87,7 @@ def train(
         seed=cfg.run.seed,
         freeze_bn=cfg.model.freeze_bn,
     )
-    network = parallel(model, cfg.train.compile, world)
+    network = parallel(state.model, cfg.train.compile, world)
     pace = Pace()
     batches = training_batches(cfg, source, state.images_seen, division.micro_batch, world)
     batches = watched(batches, pace, log, cfg.data, source.classes)
@@ -145,6 +134,22 @@ def train(
         log.say(f"finished: step {state.step} of {total_steps}, in {cfg.directory}")
     log.close()
     return stop.exit_status if stopping else 0
+
+
+def new_state(cfg: Config, num_classes: int, device: torch.device) -> engine.TrainState:
+    """The network with its first weights, its average and its optimizer, on the device."""
+    torch.manual_seed(cfg.run.seed)
+    model = inception_resnet_v2(num_classes, **cfg.model.model_dump(exclude={"freeze_bn"}))
+    model = model.to(device, memory_format=torch.channels_last)
+    return engine.TrainState(
+        model,
+        engine.running_average(model, cfg.ema.decay),
+        optim.RMSpropTF(
+            optim.parameter_groups(model, cfg.optim.weight_decay),
+            **cfg.optim.model_dump(exclude={"weight_decay", "clip_norm"}),
+        ),
+        torch.amp.GradScaler(device.type, enabled=cfg.train.precision == "fp16"),
+    )
 
 
 def announce(
