@@ -193,7 +193,7 @@ def parallel(model: nn.Module, compiled: bool, world: World) -> nn.Module:
 
 def training_batches(
     cfg: Config, source: sources.Source, start: int, micro_batch: int, world: World
-) -> Batches:
+) -> Iterator[loader.Batch]:
     """This rank's micro-batches from stream position `start` on, without end."""
     data = cfg.data
     view = transforms.TrainView(
@@ -204,17 +204,18 @@ def training_batches(
         order, start, cfg.train.global_batch, micro_batch, world.rank, world.size
     )
     normalisation = loader.Normalisation(data.mean, data.std)
-    return loader.load(source, view, keys, normalisation, data.workers, world.device)
+    workers = loader.Workers(data.workers)
+    return loader.load(source, view, keys, normalisation, workers, world.device, replace_bad=True)
 
 
 def watched(
-    batches: Batches, pace: Pace, log: Logbook, data: config.Data, classes: list[str]
+    batches: Iterator[loader.Batch], pace: Pace, log: Logbook, data: config.Data, classes: list[str]
 ) -> Batches:
-    """The same batches; `pace` learns the time waited for each, TensorBoard shows the first."""
+    """What a step needs of each; `pace` learns the time waited, TensorBoard shows the first."""
     is_first = True
     while True:
         asked = time.perf_counter()
-        images, labels = next(batches)
+        images, labels = next(batches)[:2]
         pace.waited(time.perf_counter() - asked)
         if is_first:
             std, mean = (images.new_tensor(v).view(1, 3, 1, 1) for v in (data.std, data.mean))
@@ -249,10 +250,12 @@ def evaluate(
         if world.any(log.has_eval(state.step, which)):
             continue
         keys = stream.evaluation_batches(len(source), cfg.eval.batch, world.rank, world.size)
-        batches = loader.load(source, view, keys, normalisation, data.workers, world.device)
+        workers = loader.Workers(data.workers)
+        batches = loader.load(source, view, keys, normalisation, workers, world.device)
+        pairs = ((batch.images, batch.labels) for batch in batches)
         with log.progress(len(source), f"evaluating {which}") as bar:
             result = engine.evaluate(
-                model, batches, world, cfg.train.precision, lambda n: bar.update(n * world.size)
+                model, pairs, world, cfg.train.precision, lambda n: bar.update(n * world.size)
             )
         line = {
             "step": state.step,
@@ -297,10 +300,16 @@ def main() -> int:
         division = distributed.divide_batch(
             cfg.train.global_batch, cfg.train.micro_batch, distributed.world_size()
         )
-        with StopRequest() as stop, distributed.start(cfg.run.device) as world:
+        with (
+            StopRequest() as stop,
+            distributed.start(cfg.run.device) as world,
+            loader.worker_errors(),
+        ):
             return train(cfg, division, arguments.resume, world, stop)
 
-    return distributed.exit_status(body, MISTAKES, of_one_rank=(sources.ImageError,))
+    return distributed.exit_status(
+        body, MISTAKES, of_one_rank=(sources.ImageError, loader.WorkerError)
+    )
 
 
 if __name__ == "__main__":

@@ -134,11 +134,13 @@ def evaluate(
     )
     keys = stream.evaluation_batches(len(source), arguments.batch, world.rank, world.size)
     normalisation = loader.Normalisation(settings["mean"], settings["std"])
-    batches = loader.load(source, view, keys, normalisation, arguments.workers, world.device)
+    workers = loader.Workers(arguments.workers)
+    batches = loader.load(source, view, keys, normalisation, workers, world.device)
+    pairs = ((batch.images, batch.labels) for batch in batches)
     hidden = not (world.is_main and sys.stderr.isatty())
     with tqdm(total=len(source), unit="image", leave=False, disable=hidden) as bar:
         return engine.evaluate(
-            model, batches, world, arguments.precision, lambda n: bar.update(n * world.size)
+            model, pairs, world, arguments.precision, lambda n: bar.update(n * world.size)
         )
 
 
@@ -233,11 +235,13 @@ def main() -> int:
     arguments = parse_arguments()
 
     def body() -> int:
-        with distributed.start(arguments.device) as world:
+        with distributed.start(arguments.device) as world, loader.worker_errors():
             validate(arguments, world)
         return 0
 
-    return distributed.exit_status(body, MISTAKES, of_one_rank=(sources.ImageError,))
+    return distributed.exit_status(
+        body, MISTAKES, of_one_rank=(sources.ImageError, loader.WorkerError)
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -33,6 +35,9 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """What to call an image when speaking to a person."""
+
+    def members(self, index: int) -> Sequence[int]:
+        """All images of an image's class, itself among them, in ascending order."""
 
 
 class FolderSource:
@@ -74,6 +79,10 @@ class FolderSource:
     def name(self, index: int) -> str:
         return os.path.join(self.root, self._paths[index])
 
+    def members(self, index: int) -> range:
+        label = self._labels[index]  # in ascending order, as the classes are
+        return range(bisect_left(self._labels, label), bisect_right(self._labels, label))
+
 
 def _refuse(error: OSError) -> NoReturn:
     """A folder that cannot be listed would silently make the data set smaller."""
@@ -113,6 +122,9 @@ class SyntheticSource:
 
     def name(self, index: int) -> str:
         return f"synthetic image {index}"
+
+    def members(self, index: int) -> range:
+        return range(index % len(self.classes), self.images, len(self.classes))
 
 
 def open_source(spec: str) -> Source:

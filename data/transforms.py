@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,9 @@ SATURATION_RANGE = (0.5, 1.5)
 MIN_COVERED = 0.1  # TF-slim's min_object_covered, with the whole image as the object
 MAX_ATTEMPTS = 100
 
+# 400 MB in a worker, as PIL holds them; the average image of ImageNet has 0.2 million.
+MAX_PIXELS = 100_000_000
+
 VIEW = 1  # keeps a view's draws apart from those of the order, seeded by (seed, epoch)
 
 
@@ -36,13 +40,37 @@ class Colour(NamedTuple):
 
 
 def decode(encoded: bytes, name: str) -> Image.Image:
-    """Encoded image -> RGB. Raises ImageError naming the image."""
+    """Encoded image -> RGB, the first frame if there are several.
+
+    As timm's and torchvision's ImageFolder (and TF-slim), on which published results rest: an EXIF
+    orientation is not applied, and transparency is dropped, not blended. Unlike theirs, 16 bits are
+    scaled to 8. Raises ImageError naming the image, before decoding if it has over MAX_PIXELS.
+    """
     try:
-        return Image.open(io.BytesIO(encoded)).convert("RGB")
+        with warnings.catch_warnings():  # a file's oddities, told by PIL anew in every epoch
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(encoded))
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} px, over {MAX_PIXELS:,} in all")
+            return _to_rgb(image)
     except UnidentifiedImageError:  # its own message quotes the buffer's address
         raise ImageError(f"{name}: cannot be decoded (not a known kind of image)") from None
     except Exception as error:
         raise ImageError(f"{name}: cannot be decoded ({error})") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB. Raises ValueError for grey levels without a known range."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, of no known range")
+    if not image.mode.startswith("I"):
+        return image.convert("RGB")
+    # PIL's convert would make every level from 255 on white.
+    levels = np.asarray(image)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise ValueError("32-bit pixels, of no known range")
+    # The high byte: what PIL itself (16-bit colour), libpng and TensorFlow take.
+    return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
 
 
 # ---------------------------------------------------------------------------------- training

@@ -26,8 +26,8 @@ def test_batches_on_the_device_are_those_of_the_cpu() -> None:
     source = sources.open_source("synthetic:12x3")
     view = transforms.TrainView(75, seed=0)
     keys = [stream.Stream(12, seed=0)[0:12]]
-    (images, labels), (expected, expected_labels) = (
-        next(loader.load(source, view, keys, NORMALISATION, 2, device))
+    (images, labels, *_), (expected, expected_labels, *_) = (
+        next(loader.load(source, view, keys, NORMALISATION, loader.Workers(2), device))
         for device in (CUDA, torch.device("cpu"))
     )
     assert images.device == labels.device == CUDA

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from data.loader import Normalisation, load
+from data.loader import Normalisation, Workers, load
 from data.sources import FolderSource, ImageError
 from data.stream import Stream, evaluation_batches, micro_batches
 from data.transforms import EvalView, TrainView, decode, to_input
@@ -18,6 +18,7 @@ from data.transforms import EvalView, TrainView, decode, to_input
 CPU = torch.device("cpu")
 NORMALISATION = Normalisation([0.5, 0.4, 0.3], [0.5, 0.25, 0.2])
 IDENTITY = Normalisation([0.0] * 3, [1.0] * 3)
+NONE = Workers(0)
 IMAGES = 12  # in all, of three classes
 
 
@@ -57,10 +58,10 @@ def folder(tmp_path_factory):
 def training(source: FolderSource, micro_batch: int, workers: int, images: int) -> list:
     """The first `images` of a run, over the end of the first epoch, one by one."""
     batches = micro_batches(Stream(len(source), 1), 0, 8, micro_batch, 0, 1)
-    loaded = load(source, TrainView(24, seed=1), batches, NORMALISATION, workers, CPU)
+    loaded = load(source, TrainView(24, seed=1), batches, NORMALISATION, Workers(workers), CPU)
     return [
         (image, int(label))
-        for batch, labels in islice(loaded, images // micro_batch)
+        for batch, labels, *_ in islice(loaded, images // micro_batch)
         for image, label in zip(batch, labels)
     ]
 
@@ -77,9 +78,9 @@ def identical(one: list, other: list) -> bool:
 
 def test_batches_come_in_the_order_asked_for():
     batches = [[(0, 7), (3, 200)], [(0, 0)], [(1, 255), (1, 7), (0, 31)]]
-    loaded = list(load(Numbered(), EvalView(8, 1.0, "bilinear"), batches, IDENTITY, 0, CPU))
-    assert [labels.tolist() for _, labels in loaded] == [[107, 300], [100], [355, 107, 131]]
-    for (images, _), keys in zip(loaded, batches, strict=True):
+    loaded = list(load(Numbered(), EvalView(8, 1.0, "bilinear"), batches, IDENTITY, NONE, CPU))
+    assert [labels.tolist() for _, labels, *_ in loaded] == [[107, 300], [100], [355, 107, 131]]
+    for (images, *_), keys in zip(loaded, batches, strict=True):
         levels = torch.tensor([index for _, index in keys]).view(-1, 1, 1, 1) / 255
         assert torch.equal(images, levels.expand(-1, 3, 8, 8))
 
@@ -94,8 +95,8 @@ def test_evaluation_equals_imagefolder_with_timms_transform(folder):
     )
     expected = list(ImageFolder(folder, transform))
     view, batches = EvalView(24, 0.875, "bicubic"), evaluation_batches(IMAGES, 5, 0, 1)
-    loaded = list(load(FolderSource(folder), view, batches, NORMALISATION, 0, CPU))
-    images, labels = (torch.cat(parts) for parts in zip(*loaded))
+    loaded = list(load(FolderSource(folder), view, batches, NORMALISATION, NONE, CPU))
+    images, labels = (torch.cat(parts) for parts in list(zip(*loaded))[:2])
     assert torch.equal(images, torch.stack([image for image, _ in expected]))
     assert labels.tolist() == [label for _, label in expected]
 
@@ -122,7 +123,7 @@ def test_workers_and_batch_size_change_no_bit(folder):
 @pytest.mark.parametrize("view", [EvalView(24, 1.0, "bilinear"), TrainView(24, seed=0)])
 def test_batches_are_float32_in_channels_last_memory_with_int64_labels(view):
     batch = [(0, index) for index in range(3)]
-    images, labels = next(load(Numbered(), view, [batch], NORMALISATION, 0, CPU))
+    images, labels, *_ = next(load(Numbered(), view, [batch], NORMALISATION, NONE, CPU))
     assert images.shape == (3, 3, 24, 24)
     assert images.dtype == torch.float32
     assert images.is_contiguous(memory_format=torch.channels_last)
@@ -133,8 +134,8 @@ def test_batches_are_float32_in_channels_last_memory_with_int64_labels(view):
 def test_an_endless_stream_is_read_only_as_far_as_needed():
     asked = []
     batches = (asked.append(i) or [(0, i)] for i in count())
-    loaded = load(Numbered(), EvalView(8, 1.0, "bilinear"), batches, IDENTITY, 0, CPU)
-    assert [int(labels) for _, labels in islice(loaded, 3)] == [100, 101, 102]
+    loaded = load(Numbered(), EvalView(8, 1.0, "bilinear"), batches, IDENTITY, NONE, CPU)
+    assert [int(labels) for _, labels, *_ in islice(loaded, 3)] == [100, 101, 102]
     assert len(asked) == 3
 
 
@@ -144,10 +145,10 @@ def test_an_endless_stream_is_read_only_as_far_as_needed():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_stops_the_reader_there_with_its_name(workers):
     batches = [[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(0, 4), (0, 5)]]
-    view, seen = EvalView(8, 1.0, "bilinear"), []
+    source, view, seen = Numbered(broken=(3, 4)), EvalView(8, 1.0, "bilinear"), []
     with pytest.raises(ImageError) as error:
-        for _, labels in load(Numbered(broken=(3, 4)), view, batches, IDENTITY, workers, CPU):
-            seen.append(labels.tolist())
+        for batch in load(source, view, batches, IDENTITY, Workers(workers), CPU):
+            seen.append(batch.labels.tolist())
     assert seen == [[100, 101]]
     assert str(error.value).startswith("numbered/3.png: cannot be decoded")
     assert "\n" not in str(error.value), "no traceback from the worker"
@@ -159,5 +160,5 @@ def test_an_image_that_went_missing_is_named(folder, workers):
     source.root = f"{folder}-moved"
     batches = evaluation_batches(IMAGES, 4, 0, 1)
     with pytest.raises(ImageError) as error:
-        list(load(source, EvalView(8, 1.0, "bilinear"), batches, IDENTITY, workers, CPU))
+        list(load(source, EvalView(8, 1.0, "bilinear"), batches, IDENTITY, Workers(workers), CPU))
     assert str(error.value) == f"{source.name(0)}: cannot be read (No such file or directory)"
