@@ -74,6 +74,21 @@ def test_an_image_is_read_as_its_bytes_are(folder):
             assert source.read(i)[0] == file.read()
 
 
+def test_members_of_a_folder_source_are_the_images_of_a_class(folder):
+    source = FolderSource(folder)
+    labels = [source.read(i)[1] for i in range(len(source))]
+    assert len(set(labels)) == len(source.classes) > 2
+    for i, label in enumerate(labels):
+        assert list(source.members(i)) == [k for k, other in enumerate(labels) if other == label]
+
+
+def test_a_folder_named_like_an_image_is_none(tmp_path):
+    (tmp_path / "a" / "0.jpg").mkdir(parents=True)
+    (tmp_path / "a" / "0.jpg" / "1.png").touch()
+    source = FolderSource(tmp_path)
+    assert [source.name(i) for i in range(len(source))] == [str(tmp_path / "a/0.jpg/1.png")]
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'nowhere'}: no such data folder")):
         FolderSource(tmp_path / "nowhere")
@@ -126,6 +141,13 @@ def test_synthetic_classes_are_balanced():
     source = open_source("synthetic:23x5")
     counts = np.bincount([source.read(i)[1] for i in range(23)])
     assert sorted(counts) == [4, 4, 5, 5, 5]
+
+
+def test_members_of_a_synthetic_source_are_the_images_of_a_class():
+    source = open_source("synthetic:23x5")
+    labels = [source.read(i)[1] for i in range(23)]
+    for i, label in enumerate(labels):
+        assert list(source.members(i)) == [k for k, other in enumerate(labels) if other == label]
 
 
 def test_synthetic_images_are_the_same_in_every_process_and_differ_from_each_other():

@@ -206,7 +206,7 @@ def test_two_ranks_train_and_evaluate_every_image_once(project: Path) -> None:
 
 def test_bad_image_on_one_rank_ends_all_ranks(tmp_path: Path) -> None:
     project = programs.write_project(tmp_path)
-    bad = tmp_path / "train" / "b" / "3.png"
+    bad = tmp_path / "val" / "b" / "1.png"  # in the first rank's half
     bad.write_bytes(b"this is no image")
     started = time.monotonic()
     result = programs.run("train.py", "--config", project, ranks=2)
@@ -264,9 +264,9 @@ def test_diverging_run_keeps_its_good_checkpoints(tmp_path, capsys, monkeypatch)
     assert names == ["step-000000002.pt", "step-000000003.pt"]
 
 
-def test_unusable_image_is_named(tmp_path, capsys, monkeypatch) -> None:
+def test_unusable_validation_image_is_named(tmp_path, capsys, monkeypatch) -> None:
     project = programs.write_project(tmp_path)
-    path = tmp_path / "train" / "a" / "0.png"
+    path = tmp_path / "val" / "a" / "0.png"
     Image.new("RGB", (9, 9)).save(path)
     path.write_bytes(path.read_bytes()[:40])
     status, error = call(capsys, monkeypatch, "--config", project)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +11,15 @@ import numpy as np
 import pytest
 import timm.data
 import torch
+from image_zoo import ROTATED, picture, saved, zoo
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import RandomResizedCrop
 
+from data import transforms
 from data.sources import ImageError
 from data.transforms import (
+    MAX_PIXELS,
     VIEW,
     Colour,
     EvalView,
@@ -272,6 +277,88 @@ def test_evaluation_pixels_are_timms(photographs, kind, size, crop, interpolatio
     assert colour is None
     batch = torch.from_numpy(np.stack([pixels]))
     assert torch.equal(to_input(batch, None, torch.tensor(mean), torch.tensor(std))[0], expected)
+
+
+# ---------------------------------------------------------------------------------- decoding
+
+
+ZOO = zoo()
+SOUND = [name for name, specimen in ZOO.items() if specimen.expected == "decodes"]
+UNSOUND = [name for name in ZOO if name not in SOUND]
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_a_sound_image_of_any_kind_gives_its_pixels(name):
+    pixels = np.asarray(decode(ZOO[name].encoded, name)).astype(int)
+    assert pixels.shape == ZOO[name].pixels.shape
+    assert np.abs(pixels - ZOO[name].pixels).max() <= ZOO[name].tolerance
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_an_unsound_image_is_named(name):
+    with pytest.raises(ImageError, match=f"^folder/{re.escape(name)}: cannot be decoded") as error:
+        decode(ZOO[name].encoded, f"folder/{name}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in SOUND if "16" not in name])
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_what_becomes_of_8_bit_images_is_pils_conversion(name):
+    converted = Image.open(io.BytesIO(ZOO[name].encoded)).convert("RGB")
+    assert np.array_equal(decode(ZOO[name].encoded, name), converted)
+
+
+def test_the_rotated_specimen_says_that_it_is():
+    image = Image.open(io.BytesIO(ZOO["rotated.jpg"].encoded))
+    assert image.getexif()[0x0112] == ROTATED
+
+
+def test_every_level_of_16_bits_gives_its_high_byte():
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    decoded = decode(saved(Image.fromarray(levels), "PNG"), "levels.png")
+    assert np.array_equal(decoded, np.repeat((levels // 256)[..., None], 3, 2))
+
+
+@pytest.mark.parametrize("value", [-1, 65536])
+def test_32_bit_levels_that_are_not_16_bit_ones_are_refused(value):
+    levels = np.full((2, 3), 7, np.int32)
+    levels[1, 2] = value
+    with pytest.raises(ImageError, match="32-bit pixels"):
+        decode(saved(Image.fromarray(levels), "TIFF"), "levels.tif")
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded():
+    with pytest.raises(ImageError, match=f"10001 x 10000 px, over {MAX_PIXELS:,} in all"):
+        decode(ZOO["large.png"].encoded, "large.png")  # its pixels are missing: never looked at
+
+
+def test_the_limit_itself_is_allowed(monkeypatch):
+    encoded = saved(Image.fromarray(picture()), "PNG")
+    monkeypatch.setattr(transforms, "MAX_PIXELS", 1200)
+    assert decode(encoded, "").size == (40, 30)
+    monkeypatch.setattr(transforms, "MAX_PIXELS", 1199)
+    with pytest.raises(ImageError):
+        decode(encoded, "")
+
+
+def test_pils_own_limits_neither_warn_nor_change(monkeypatch):
+    encoded = saved(Image.fromarray(picture()), "PNG")  # 1200 px
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # PIL warns from here, refuses at 2000
+        assert decode(encoded, "").size == (40, 30)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+        with pytest.raises(ImageError, match=r"^a\.png: cannot be decoded"):
+            decode(encoded, "a.png")
+        assert Image.MAX_IMAGE_PIXELS == 500
+
+
+def test_no_warning_of_pils_gets_out():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for name in SOUND:
+            decode(ZOO[name].encoded, name)
+    assert caught == []
 
 
 def encoded(kind: str) -> bytes:
