@@ -113,7 +113,7 @@ def replacements(members: Sequence[int], key: tuple[int, int, int]) -> list[int]
     itself = members.index(key[2])
     rng = np.random.default_rng((*key, REPLACEMENT))
     count = min(MAX_REPLACEMENTS, len(members) - 1)
-    drawn = rng.choice(len(members) - 1, count, replace=False).tolist() if count else []
+    drawn = rng.choice(len(members) - 1, count, replace=False).tolist()
     return [members[place + (place >= itself)] for place in drawn]
 
 

@@ -224,7 +224,8 @@ def test_in_training_exactly_the_bad_images_are_replaced_by_good_ones_of_their_c
         assert report.epoch == epoch
         assert report.name == source.name(report.index)
         assert report.reason.startswith("cannot be decoded (")
-        assert report.replacement in good
+        tried = replacements(source.members(report.index), (1, epoch, report.index))
+        assert report.replacement == next(index for index in tried if index in good)
 
 
 def test_an_image_and_what_stands_in_for_it_are_seen_as_the_image_asked_for(zoo):
@@ -476,14 +477,21 @@ def test_workers_end_with_a_main_process_that_is_killed():
     )
     workers = [int(pid) for pid in program.stdout.readline().split()]
     assert len(workers) == 2
-    for pid in workers:  # what workers leave to the main process
-        os.kill(pid, signal.SIGTERM)
-        os.kill(pid, signal.SIGINT)
-    time.sleep(0.2)
-    assert all(map(alive, workers))
-    program.kill()
-    program.communicate()
-    deadline = time.monotonic() + 2
-    while any(map(alive, workers)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(map(alive, workers))
+    try:
+        for pid in workers:  # what workers leave to the main process
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGINT)
+        time.sleep(0.2)
+        assert all(map(alive, workers))
+        program.kill()
+        program.wait()
+        deadline = time.monotonic() + 2
+        while any(map(alive, workers)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not any(map(alive, workers))
+    finally:
+        program.kill()
+        program.wait()
+        program.stdout.close()
+        for pid in filter(alive, workers):
+            os.kill(pid, signal.SIGKILL)
