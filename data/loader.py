@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import multiprocessing
 import os
@@ -10,6 +11,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
@@ -240,22 +243,40 @@ def worker_errors() -> Iterator[None]:
 
 
 def batches_of(loader: DataLoader) -> Iterator[WorkerBatch | ImageError]:
-    """The loader's batches. If waiting for one fails, no worker is left behind."""
+    """The loader's batches. However this ends, no worker is left behind."""
     others = multiprocessing.active_children()
     iterator = iter(loader)
     workers = [child for child in multiprocessing.active_children() if child not in others]
+    end_workers = partial(end, workers)
+    atexit.register(end_workers)  # a traceback may keep this generator open until then
     try:
-        while (batch := next(iterator, None)) is not None:
+        while (batch := next_batch(iterator, workers)) is not None:
             yield batch
-    except GeneratorExit:  # the reader has had enough: torch lets the workers finish
+    except GeneratorExit:
+        del iterator  # torch's own end: workers finish what they do
         raise
-    except BaseException:
-        end(workers)
-        raise
+    finally:
+        end_workers()
+        atexit.unregister(end_workers)
+
+
+def next_batch(
+    iterator: Iterator[WorkerBatch | ImageError], workers: list[BaseProcess]
+) -> WorkerBatch | ImageError | None:
+    """The next batch, None after the last. Raises RuntimeError, in torch's words, for a death that
+    torch has overlooked: a batch's memory is fetched from its worker, which may be about to die."""
+    try:
+        return next(iterator, None)
+    except (OSError, EOFError):
+        dead = wait([worker.sentinel for worker in workers], timeout=1)
+        pids = [worker.pid for worker in workers if worker.sentinel in dead]
+        if not pids:
+            raise
+        raise RuntimeError(f"DataLoader worker (pid {pids[0]}) exited unexpectedly") from None
 
 
 def end(workers: list[BaseProcess]) -> None:
-    """Kill loader processes: they ignore SIGTERM, and Python waits at exit for one that hangs."""
+    """Kill loader processes: they ignore SIGTERM, and Python waits for them when it exits."""
     for worker in workers:
         with suppress(RuntimeError):  # torch's handler of SIGCHLD telling of what is done here
             worker.kill()

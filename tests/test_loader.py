@@ -11,6 +11,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import closing
 from itertools import count, islice
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from data.loader import (
     WorkerError,
     Workers,
     load,
+    next_batch,
     replacements,
     worker_errors,
 )
@@ -375,6 +377,14 @@ class Hanging(Numbered):
         return super().read(index)
 
 
+class Slow(Numbered):
+    """An image takes its time, so that a batch is taken as soon as it is there."""
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        time.sleep(0.2)
+        return super().read(index)
+
+
 class Faulty(Numbered):
     """Has a mistake in its own program."""
 
@@ -390,9 +400,10 @@ def endless(source: Source, workers: Workers):
 def drain(batches, then: Callable[[int], None] = lambda pid: None) -> None:
     """Take two batches, do something to the second worker, take what comes."""
     next(batches), next(batches)
-    then(multiprocessing.active_children()[-1].pid)
-    for _ in batches:
-        pass
+    with worker_errors():
+        then(multiprocessing.active_children()[-1].pid)
+        for _ in batches:
+            pass
 
 
 def assert_told(error: DataError, *words: str) -> None:
@@ -415,16 +426,37 @@ def test_a_killed_worker_is_told_in_one_line():
 def test_a_worker_killed_while_the_program_does_something_else_is_told_too():
     batches = endless(Numbered(), Workers(2))
     next(batches)
-    with pytest.raises(WorkerError) as error, worker_errors():
+    with closing(batches), pytest.raises(WorkerError) as error, worker_errors():
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         for _ in range(500):  # a training step, say
             time.sleep(0.01)
     assert_told(error.value, "is killed by signal: Killed", "memory", "data.workers")
 
 
+class Unreachable:
+    """An iterator of batches that lie with a process which no longer gives them out."""
+
+    def __next__(self) -> None:
+        raise ConnectionResetError("reset by peer")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.2, r"worker \(pid \d+\) exited"), (3, "reset by")]
+)
+def test_a_lost_connection_is_a_workers_death_only_if_it_dies(seconds, said):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(seconds,))
+    child.start()
+    try:
+        with pytest.raises((RuntimeError, ConnectionResetError), match=said):
+            next_batch(Unreachable(), [child])
+    finally:
+        child.kill()
+        child.join()
+
+
 @pytest.mark.parametrize(
     ("source", "act"),
-    [(Hanging(), lambda pid: None), (Numbered(), lambda pid: os.kill(pid, signal.SIGSTOP))],
+    [(Hanging(), lambda pid: None), (Slow(), lambda pid: os.kill(pid, signal.SIGSTOP))],
     ids=["storage hangs", "worker stopped"],
 )
 def test_a_hanging_worker_is_told_after_the_time_allowed_and_ended(source, act):
@@ -456,6 +488,35 @@ for _ in range(20):  # a worker hangs by now, in a read that will not end
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 time.sleep(600)
 """
+
+
+MISTAKE = """
+from test_loader import Numbered, Workers, endless
+batches = endless(Numbered(), Workers(2))
+next(batches)
+raise ValueError("a mistake")
+"""
+
+
+def test_workers_keep_no_program_from_ending():
+    finished = subprocess.run(
+        [sys.executable, "-c", MISTAKE],
+        cwd=ROOT,
+        env=environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert finished.returncode == 1
+    assert finished.stderr.endswith("ValueError: a mistake\n")
+
+
+def test_a_reader_that_has_had_enough_leaves_no_worker():
+    batches = endless(Numbered(), Workers(2))
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert multiprocessing.active_children() == []
 
 
 def alive(pid: int) -> bool:
