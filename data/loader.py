@@ -277,8 +277,8 @@ def next_batch(
 
 def end(workers: list[BaseProcess]) -> None:
     """Kill loader processes: they ignore SIGTERM, and Python waits for them when it exits."""
-    for worker in workers:
-        with suppress(RuntimeError):  # torch's handler of SIGCHLD telling of what is done here
+    for worker in (*workers, *workers):  # again, where torch's handler of SIGCHLD cut in, once
+        with suppress(RuntimeError):
             worker.kill()
             worker.join(timeout=5)
 
