@@ -56,6 +56,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -66,8 +67,8 @@ PositiveChannels = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_leng
 
 
 class Run(Section):
-    name: str | None = Field(None, description="name of the run; null: the YAML file's name")
-    dir: str | None = Field(None, description="run directory; null: runs/<run.name>")
+    name: Text | None = Field(None, description="name of the run; null: the YAML file's name")
+    dir: Text | None = Field(None, description="run directory; null: runs/<run.name>")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of everything random")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU if there is one"
@@ -90,10 +91,10 @@ class Model(Section):
 
 
 class Data(Section):
-    train: str = Field(
+    train: Text = Field(
         description="training images: folder/<class>/<image>, or synthetic:IMAGESxCLASSES"
     )
-    val: str = Field(description="validation images, same classes; or synthetic:IMAGESxCLASSES")
+    val: Text = Field(description="validation images, same classes; or synthetic:IMAGESxCLASSES")
     image_size: Annotated[int, Field(ge=75)] = Field(299, description="side of the input, px")
     workers: Annotated[int, Field(ge=0)] | None = Field(
         None, description="loader processes of each rank; null: its share of the cores, at most 8"
@@ -232,7 +233,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """YAML file + "section.key=value" overrides -> Config. Raises ConfigError with every fault."""
     path = Path(path)
     try:
-        tree = _parse(path.read_text(encoding="utf-8"), str(path))
+        with path.open(encoding="utf-8") as file:
+            tree = _parse(file.read(strict_yaml.MAX_LENGTH + 1), str(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -281,30 +283,35 @@ def _apply(tree: dict, override: str) -> None:
 
 def _explain(fault: Any) -> str:
     """One pydantic fault -> key, value, reason and, for an unknown name, the nearest valid one."""
-    key = ".".join(str(part) for part in fault["loc"])
+    key, value = ".".join(str(part) for part in fault["loc"]), repr(fault["input"])
+    told = f"{key}={value if len(value) <= 100 else value[:99] + '…'}"
     if fault["type"] == "missing":
         return f"{key}: must be given (in the YAML, or as {key}=… on the command line)"
     if fault["type"] == "extra_forbidden":
-        return f"{key}={fault['input']!r}: unknown key; {_nearest(key)}"
+        return f"{told}: unknown key; {_nearest(*fault['loc'])}"
     if fault["type"] == "value_error":
-        prefix = f"{key}={fault['input']!r}: " if key else ""
-        return prefix + str(fault["ctx"]["error"])
-    return f"{key}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+        return f"{told}: {fault['ctx']['error']}" if key else str(fault["ctx"]["error"])
+    return f"{told}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
-def _nearest(key: str) -> str:
-    """Words that lead from an unknown key to the one that was meant."""
-    section, _, name = key.partition(".")
-    if section not in Config.model_fields:
-        close = difflib.get_close_matches(section, Config.model_fields, 1)
-        meant = f"did you mean {close[0]}? " if close else ""
-        return f"{meant}sections: {', '.join(Config.model_fields)}"
+def _nearest(section: str, name: str | None = None) -> str:
+    """Words that lead from an unknown section, or an unknown key of a known one, to what was meant.
+
+    The reader may have written a key outside of its section, or in another one.
+    """
     keys = [known for known, _, _ in fields()]
-    close = [known for known in keys if known.partition(".")[2] == name]
-    close = close or difflib.get_close_matches(key, keys, 1, cutoff=0.75)
-    meant = f"did you mean {close[0]}? " if close else ""
-    own = [known.partition(".")[2] for known in keys if known.startswith(f"{section}.")]
-    return f"{meant}keys of {section}: {', '.join(own)}"
+    close = [key for key in keys if key.partition(".")[2] == (section if name is None else name)]
+    if name is not None:
+        close = close or difflib.get_close_matches(f"{section}.{name}".lower(), keys, 1, 0.75)
+        own = [key.partition(".")[2] for key in keys if key.startswith(f"{section}.")]
+        known = f"keys of {section}: {', '.join(own)}"
+    elif section in keys or close:
+        home, _, inner = (close or [section])[0].partition(".")
+        return f"write it as {home}: {{{inner}: …}}"
+    else:
+        close = difflib.get_close_matches(section.lower(), Config.model_fields, 1)
+        known = f"sections: {', '.join(Config.model_fields)}"
+    return f"did you mean {close[0]}? {known}" if close else known
 
 
 # ---------------------------------------------------------------------------------- describing

@@ -1,13 +1,13 @@
-"""The schema: every mistake is refused by key, before anything else happens; nothing executes."""
+"""The schema: what it accepts, what its messages lead to, what may change between two runs.
+
+Mistakes at every single key are in test_config_mistakes.py.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -123,60 +123,6 @@ def test_a_dumped_config_reads_back_the_same(tmp_path):
 # ---------------------------------------------------------------------------------- every key
 
 
-def misspelt(name: str) -> str:
-    """The name with two letters exchanged, or doubled where that makes no difference."""
-    letters = list(name)
-    for i in range(len(letters) // 2, len(letters) - 1):
-        if letters[i] != letters[i + 1]:
-            letters[i], letters[i + 1] = letters[i + 1], letters[i]
-            return "".join(letters)
-    return name + name[-1]
-
-
-def wrong_values(key: str) -> list:
-    """Values of types the key does not take."""
-    section, name = key.split(".")
-    schema = json.loads(config.json_schema())
-    spec = schema["$defs"][schema["properties"][section]["$ref"].rsplit("/", 1)[1]]
-    spec = spec["properties"][name]
-    types = {option.get("type") for option in spec.get("anyOf", [spec])}
-    wrong = [{"a": 1}]
-    wrong += [] if "string" in types else ["many", "1"]
-    wrong += [] if "boolean" in types else [True]
-    wrong += [] if "array" in types else [[1, 2, 3]]
-    wrong += [] if "null" in types else [None]
-    wrong += [3] if types & {"string", "boolean", "array"} else []
-    wrong += [1.5] if "integer" in types else []
-    wrong += ["neither of them"] if "enum" in spec else []
-    wrong += [["a"] * 3, [0.5] * 4] if "array" in types else []
-    return wrong
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_a_misspelt_key_is_refused_and_the_right_one_named(key):
-    section, name = key.split(".")
-    bad = misspelt(name)
-    (fault,) = faults(**{section: {bad: 1}})
-    assert fault.startswith(f"{section}.{bad}=1: unknown key")
-    assert re.search(rf"\b{re.escape(key)}\b", fault.split("unknown key")[1])
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_a_value_of_a_wrong_type_is_refused_by_key(key):
-    section, name = key.split(".")
-    for value in wrong_values(key):
-        lines = faults(**{section: {name: value}})
-        assert all(line.startswith(key) for line in lines), (value, lines)
-
-
-@pytest.mark.parametrize("section", config.Config.model_fields)
-def test_a_misspelt_section_is_refused_and_the_right_one_named(section):
-    bad = misspelt(section)
-    (fault,) = faults(**{bad: {"x": 1}})
-    assert fault.startswith(bad)
-    assert re.search(rf"\b{section}\b", fault.split("unknown key")[1])
-
-
 @pytest.mark.parametrize("key", KEYS)
 def test_every_key_is_described(key):
     description = next(d for k, _, d in config.fields() if k == key)
@@ -216,34 +162,6 @@ def test_a_name_from_another_program_leads_to_ours(bad, good):
     section, name = bad.split(".")
     (fault,) = faults(**{section: {name: 1}})
     assert re.search(rf"\b{re.escape(good)}\b", fault.split("unknown key")[1]), fault
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *[("run.seed", -1), ("run.seed", 2**80)],
-        *[("model.drop_rate", 1.0), ("model.drop_rate", -0.1), ("model.bn_momentum", 0.0)],
-        *[("model.blocks", [1, 1]), ("model.blocks", [1, 1, 1, 1]), ("model.blocks", [1, 0, 1])],
-        *[("data.image_size", 74), ("data.workers", -1), ("data.hflip", 1.1)],
-        *[("data.mean", [0.5, 0.5]), ("data.std", [0.5, 0.0, 0.5]), ("data.std", [0.5, -1, 0.5])],
-        *[("data.crop_area", [0.0, 1.0]), ("data.crop_area", [0.5, 1.1])],
-        *[("data.crop_area", [0.6, 0.5]), ("data.crop_aspect", [1.0]), ("data.eval_crop", 0.0)],
-        *[("train.epochs", 0), ("train.epochs", float("inf")), ("train.epochs", float("nan"))],
-        *[("train.global_batch", 0), ("train.micro_batch", 0), ("train.max_steps", 0)],
-        *[("optim.lr", 0), ("optim.lr", -0.1), ("optim.lr", float("inf"))],
-        *[("optim.alpha", 1.0), ("optim.eps", 0.0), ("optim.momentum", 1.0)],
-        *[("optim.weight_decay", -1e-5), ("optim.clip_norm", 0.0)],
-        *[("schedule.decay_rate", 0.0), ("schedule.decay_rate", 1.1)],
-        *[("schedule.decay_epochs", 0), ("schedule.warmup_epochs", -1), ("schedule.min_lr", -1)],
-        *[("loss.label_smoothing", 1.0), ("loss.aux_weight", -0.4), ("ema.decay", 1.0)],
-        *[("eval.every_epochs", 0), ("eval.batch", 0)],
-        *[("checkpoint.every_steps", 0), ("checkpoint.keep", 0), ("log.every_steps", 0)],
-    ],
-)
-def test_a_value_out_of_range_is_refused_by_key(key, value):
-    section, name = key.split(".")
-    (fault,) = faults(**{section: {name: value}})
-    assert re.match(rf"{section}(\.|: ){name}\b", fault), fault
 
 
 @pytest.mark.parametrize(
@@ -303,12 +221,12 @@ def test_a_section_whose_lines_are_all_commented_out_is_one_left_out(tmp_path):
     ("text", "key", "line"),
     [
         (MINIMAL + "optim: {lr: 1}\noptim: {alpha: 0.5}\n", "optim", 3),
-        (MINIMAL + "optim:\n  lr: 1\n  lr: 1\n", "lr", 4),
-        (MINIMAL + "optim: {lr: 1, 'lr': 2}\n", "lr", 2),
+        (MINIMAL + "optim:\n  lr: 1\n  lr: 1\n", "optim.lr", 4),
+        (MINIMAL + "optim: {lr: 1, 'lr': 2}\n", "optim.lr", 2),
     ],
 )
 def test_a_key_written_twice_is_refused_with_its_line(tmp_path, text, key, line):
-    with pytest.raises(ConfigError, match=rf"study\.yaml: {key}: written twice .*line {line}"):
+    with pytest.raises(ConfigError, match=rf"study\.yaml: {key}: line {line}: written twice"):
         load(tmp_path, text)
 
 
@@ -344,64 +262,11 @@ def test_a_file_that_is_no_config_is_an_error_to_act_on_not_a_crash(tmp_path, te
         load(tmp_path, text)
 
 
-@pytest.mark.parametrize(
-    "content", [b"\xff\xfe\x00", b"data: \x00"], ids=["not UTF-8", "control character"]
-)
-def test_a_binary_file_is_refused_by_name(tmp_path, content):
-    path = tmp_path / "binary.yaml"
-    path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"binary\.yaml"):
-        config.load(path)
-
-
 def test_a_missing_file_and_a_directory_are_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r"absent\.yaml: no such config file"):
         config.load(tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match=re.escape(str(tmp_path))):
         config.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "tag",
-    [
-        "!!python/object/apply:os.system ['touch {}']",
-        "!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{}']]",
-        "!!python/name:os.system",
-        "!!python/module:os",
-    ],
-)
-def test_a_tag_that_would_build_objects_is_refused_and_not_run(tmp_path, tag):
-    witness = tmp_path / "executed"
-    value = tag.format(witness)
-    with pytest.raises(ConfigError, match="python/"):
-        load(tmp_path, MINIMAL + f"run:\n  name: {value}\n")
-    with pytest.raises(ConfigError, match="python/"):
-        load(tmp_path, MINIMAL, f"run.name={value}")
-    assert not witness.exists()
-
-
-# ---------------------------------------------------------------------------------- before a device
-
-
-def test_train_py_reports_a_misspelt_key_in_one_line_before_it_touches_a_device(tmp_path):
-    (tmp_path / "study.yaml").write_text(MINIMAL + "optim: {weight_deacy: 1}\n", encoding="utf-8")
-    # With this environment and device, joining the process group or asking for a GPU would fail.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MASTER_")}
-    environment |= {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
-    finished = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--config", "study.yaml", "run.device=cuda"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert finished.returncode == 1
-    (line,) = finished.stderr.splitlines()
-    assert "optim.weight_deacy" in line
-    assert "optim.weight_decay?" in line
-    assert finished.stdout == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
 
 
 # ------------------------------------------------------------------------------- files in configs/
