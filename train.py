@@ -4,40 +4,41 @@
   python train.py --config configs/quickstart.yaml
   torchrun --nproc-per-node=8 train.py --config configs/irv2_rmsprop.yaml
 
-The same command continues a run that was stopped. Exit status: 0 finished, 1 something must be
-mended first, 130 / 143 stopped by Ctrl-C / SIGTERM with a checkpoint written.
+The same command continues a run that was stopped. Exit status: 0 finished; 1 something must be
+mended first; stopped with a checkpoint written: 75 by SIGTERM or SIGUSR1, 130 by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data import loader, sources, stream, transforms
 from irv2 import checkpoint, config, distributed, engine, optim, rundir
 from irv2.config import Config
 from irv2.distributed import World
+from irv2.jsonl import JsonLines
 from irv2.logbook import Logbook
 from irv2.metrics import Pace
 from irv2.model import inception_resnet_v2
-from irv2.preemption import StopRequest
-from irv2.schedule import Schedule, whole_periods
+from irv2.preemption import Stopped, StopRequest, until_stopped
+from irv2.saving import BackgroundSaver
+from irv2.schedule import Schedule, period_ended
 
-Batches = Iterator[tuple[Tensor, Tensor]]
+Pairs = Iterator[tuple[Tensor, Tensor]]  # images and labels
 MISTAKES = (
     config.ConfigError,
     sources.DataError,
     checkpoint.CheckpointError,
     distributed.WorldError,
-    engine.NotFiniteError,
+    engine.DivergedError,
     OSError,  # no permission, no space: its own words name the file
 )
 
@@ -70,9 +71,10 @@ def train(
             f"{cfg.directory}: the ranks found different checkpoints in it; it must lie on a file "
             "system that all of them share"
         )
-    saved_step = state.step if rundir.checkpoints(cfg.directory) else 0
+    is_saved = bool(rundir.checkpoints(cfg.directory))
     if world.is_main:
         _lock = rundir.lock(cfg.directory)  # held until this function ends
+        rundir.set_aside_unusable(cfg.directory, state.step)
         rundir.write_config(cfg.directory, experiment.config)
     log = Logbook(cfg.directory if world.is_main else None, state.step, total_steps)
     log.text("config", rundir.config_text(experiment.config), state.step)
@@ -87,50 +89,68 @@ def train(
         seed=cfg.run.seed,
         freeze_bn=cfg.model.freeze_bn,
     )
-    network = parallel(state.model, cfg.train.compile, world)
-    pace = Pace()
-    batches = training_batches(cfg, source, state.images_seen, division.micro_batch, world)
-    batches = watched(batches, pace, log, cfg.data, source.classes)
-    loss = grad_norm = torch.zeros(())
-    while True:
-        is_last = state.step >= total_steps
-        stopping = world.any(stop.signal is not None)
-        evaluating = is_last or evaluation_due(cfg, state.images_seen, len(source))
-        saving = stopping or evaluating or state.step % cfg.checkpoint.every_steps == 0
-        if saving and state.step > saved_step:
-            engine.check_finite(state, loss, grad_norm)
-            if world.is_main:
-                rundir.save(state, cfg.directory, experiment, cfg.checkpoint.keep)
-            saved_step = state.step
-            pace.restart()
-        if stopping:
-            log.say(f"stopped after step {state.step}; the same command continues from there")
-            break
-        if evaluating:
-            evaluate(cfg, state, val_source, experiment, log, world)
-            pace.restart()
-        if is_last:
-            break
-
-        lr = schedule.learning_rate(state.images_seen)
-        loss, grad_norm = engine.train_step(state, network, batches, lr, options, world)
-        state.images_seen += global_batch
-        pace.trained(global_batch)
-        log.stepped()
-        if state.step % cfg.log.every_steps == 0 or state.step == total_steps:
-            engine.check_finite(state, loss, grad_norm)
-            log.train(
-                {
-                    "step": state.step,
-                    "images_seen": state.images_seen,
-                    "epoch": state.images_seen / len(source),
-                    "loss": loss.item(),
-                    "lr": lr,
-                    "grad_norm": grad_norm.item(),
-                    **pace.read(),
-                }
+    network = distributed.parallel(state.model, cfg.train.compile, world)
+    pace, taken = Pace(), Taken()
+    order = stream.Stream(len(source), cfg.run.seed)
+    batches = training_batches(cfg, source, order, state.images_seen, division.micro_batch, world)
+    batches = watched(batches, taken, pace, log, cfg.data, source.classes)
+    ledger = None
+    if cfg.log.ledger:
+        ledger = rundir.open_ledger(cfg.directory, world.rank, world.size, state.step, print)
+    saved_step = state.step if is_saved else 0
+    checkpoints = cfg.directory / "checkpoints"
+    saver = BackgroundSaver(checkpoints, cfg.checkpoint.keep, saved_step, log.say, engine.RUNNING)
+    with saver:
+        while True:
+            is_last = state.step >= total_steps
+            stopping = world.any(stop.signal is not None)
+            evaluating = is_last or period_ended(
+                state.images_seen, global_batch, cfg.eval.every_epochs, len(source)
             )
-    if not stopping:
+            saving = stopping or evaluating or state.step % cfg.checkpoint.every_steps == 0
+            if saving and state.step > saved_step:
+                note_bad_steps(cfg, state, order, log)
+                if world.is_main:
+                    log.sync()
+                    saver.begin(state.step, state.tensors(), rundir.meta(state, experiment))
+                saved_step = state.step
+            if evaluating and not stopping:
+                stopping = not evaluate(cfg, state, val_source, experiment, log, world, stop)
+                pace.restart()
+            if stopping or is_last:
+                break
+
+            lr = schedule.learning_rate(state.images_seen)
+            loss, grad_norm = engine.train_step(
+                state, network, batches, lr, options, world, saver.wait_for_copy
+            )
+            state.images_seen += global_batch
+            pace.trained(global_batch)
+            log.stepped()
+            note_taken(cfg, state, taken, len(source), ledger, log, world)
+            if state.step % cfg.log.every_steps == 0 or state.step == total_steps:
+                note_bad_steps(cfg, state, order, log)
+                log.train(
+                    {
+                        "step": state.step,
+                        "images_seen": state.images_seen,
+                        "epoch": state.images_seen / len(source),
+                        "loss": loss.item(),
+                        "lr": lr,
+                        "grad_norm": grad_norm.item(),
+                        **pace.read(),
+                    }
+                )
+
+    # End
+    if world.is_main and saver.saved_step < state.step:
+        raise checkpoint.CheckpointError(
+            f"{checkpoints}: step {state.step} could not be saved, the newest here is of step "
+            f"{saver.saved_step}; mend what is said above, then start the same command again"
+        )
+    if stopping:
+        log.say(f"stopped after step {state.step}; the same command continues from there")
+    else:
         log.say(f"finished: step {state.step} of {total_steps}, in {cfg.directory}")
     log.close()
     return stop.exit_status if stopping else 0
@@ -178,60 +198,103 @@ def announce(
     world.say(f"run: {cfg.directory}    watch: tensorboard --logdir {cfg.directory}")
 
 
-def parallel(model: nn.Module, compiled: bool, world: World) -> nn.Module:
-    """The model as a step calls it: compiled if asked, gradients averaged over ranks."""
-    if compiled:
-        model.compile()
-    if world.size == 1:
-        return model
-    # Running statistics are averaged by the step itself, so none are broadcast. The option has a
-    # new name in newer releases of PyTorch.
-    known = inspect.signature(DistributedDataParallel).parameters
-    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{option: False})
-
-
 def training_batches(
-    cfg: Config, source: sources.Source, start: int, micro_batch: int, world: World
+    cfg: Config, source: sources.Source, order: stream.Stream, start: int, micro: int, world: World
 ) -> Iterator[loader.Batch]:
     """This rank's micro-batches from stream position `start` on, without end."""
     data = cfg.data
     view = transforms.TrainView(
         data.image_size, cfg.run.seed, data.crop_area, data.crop_aspect, data.hflip, data.colour
     )
-    order = stream.Stream(len(source), cfg.run.seed)
-    keys = stream.micro_batches(
-        order, start, cfg.train.global_batch, micro_batch, world.rank, world.size
+    keys = stream.micro_batches(order, start, cfg.train.global_batch, micro, world.rank, world.size)
+    return loader.load(
+        source,
+        view,
+        keys,
+        loader.Normalisation(data.mean, data.std),
+        loader.Workers(data.workers, cfg.run.timeout_s),
+        world.device,
+        replace_bad=True,
+        checksums=cfg.log.ledger,
     )
-    normalisation = loader.Normalisation(data.mean, data.std)
-    workers = loader.Workers(data.workers)
-    return loader.load(source, view, keys, normalisation, workers, world.device, replace_bad=True)
+
+
+@dataclass
+class Taken:
+    """What a step has taken from the stream, on this rank."""
+
+    indices: list[int] = field(default_factory=list)
+    checksums: list[int] = field(default_factory=list)
+    replaced: list[loader.Replaced] = field(default_factory=list)
 
 
 def watched(
-    batches: Iterator[loader.Batch], pace: Pace, log: Logbook, data: config.Data, classes: list[str]
-) -> Batches:
-    """What a step needs of each; `pace` learns the time waited, TensorBoard shows the first."""
+    batches: Iterator[loader.Batch],
+    taken: Taken,
+    pace: Pace,
+    log: Logbook,
+    data: config.Data,
+    classes: list[str],
+) -> Pairs:
+    """The batches' images and labels; `taken` and `pace` learn of them, TensorBoard shows the
+    first."""
     is_first = True
     while True:
         asked = time.perf_counter()
-        images, labels = next(batches)[:2]
+        batch = next(batches)
         pace.waited(time.perf_counter() - asked)
+        taken.indices += batch.indices
+        taken.checksums += batch.checksums
+        taken.replaced += batch.replaced
         if is_first:
-            std, mean = (images.new_tensor(v).view(1, 3, 1, 1) for v in (data.std, data.mean))
-            log.images("training images", images * std + mean, [classes[i] for i in labels])
+            std, mean = (batch.images.new_tensor(v).view(1, 3, 1, 1) for v in (data.std, data.mean))
+            names = [classes[label] for label in batch.labels]
+            log.images("training images", batch.images * std + mean, names)
             is_first = False
-        yield images, labels
+        yield batch.images, batch.labels
 
 
-def evaluation_due(cfg: Config, images_seen: int, images_per_epoch: int) -> bool:
-    """Whether the last step reached or passed a multiple of eval.every_epochs."""
-    before = max(0, images_seen - cfg.train.global_batch)
-    now, then = (
-        whole_periods(seen, cfg.eval.every_epochs, images_per_epoch)
-        for seen in (images_seen, before)
-    )
-    return now > then
+def note_taken(
+    cfg: Config,
+    state: engine.TrainState,
+    taken: Taken,
+    images_per_epoch: int,
+    ledger: JsonLines | None,
+    log: Logbook,
+    world: World,
+) -> None:
+    """Record what the last step took. Raises DataError when too many images were unusable."""
+    if ledger is not None:
+        ledger.append({"step": state.step, "indices": taken.indices, "checksums": taken.checksums})
+    for image in world.gather(taken.replaced):
+        state.bad_images += 1
+        log.bad_image(state.step, image._asdict())
+    for items in (taken.indices, taken.checksums, taken.replaced):
+        items.clear()
+    if state.bad_images > cfg.data.max_bad_fraction * max(images_per_epoch, state.images_seen):
+        raise sources.DataError(
+            f"{state.bad_images} of {state.images_seen} images seen could not be used and were "
+            f"replaced, more than data.max_bad_fraction={cfg.data.max_bad_fraction:g} allows; "
+            f"they are listed in {cfg.directory / 'bad_images.jsonl'}: mend or remove them"
+        )
+
+
+def note_bad_steps(
+    cfg: Config, state: engine.TrainState, order: stream.Stream, log: Logbook
+) -> None:
+    """Record the steps left out. Raises DivergedError when there were too many in a row."""
+    batch = cfg.train.global_batch
+    for step in engine.read_bad_steps(state):
+        keys = order[(step - 1) * batch : step * batch]
+        log.bad_step(step, [index for _, index in keys])
+    if state.bad_steps_in_a_row > cfg.train.max_bad_steps:
+        own = "dir" if cfg.run.dir else "name"
+        raise engine.DivergedError(
+            f"step {state.step}: the loss or the gradient was not finite "
+            f"{state.bad_steps_in_a_row} times in a row; none of these steps was applied. To go on "
+            f"from the newest checkpoint with a lower rate, add: --resume {cfg.directory} "
+            f"run.{own}={getattr(cfg.run, own)}-lower optim.lr={cfg.optim.lr / 2:g}"
+        )
 
 
 def evaluate(
@@ -241,22 +304,31 @@ def evaluate(
     experiment: rundir.Experiment,
     log: Logbook,
     world: World,
-) -> None:
-    """Evaluate averaged and raw weights, unless the log has them already; keep the best."""
+    stop: StopRequest,
+) -> bool:
+    """Evaluate averaged and raw weights, unless the log has them already; keep the best.
+
+    Returns whether it came to its end; a stopped evaluation is done again when the run goes on.
+    """
     data = cfg.data
     view = transforms.EvalView(data.image_size, data.eval_crop, data.eval_interpolation)
     normalisation = loader.Normalisation(data.mean, data.std)
+    workers = loader.Workers(data.workers, cfg.run.timeout_s)
     for which, model in (("ema", state.ema.module), ("raw", state.model)):
         if world.any(log.has_eval(state.step, which)):
             continue
         keys = stream.evaluation_batches(len(source), cfg.eval.batch, world.rank, world.size)
-        workers = loader.Workers(data.workers)
+        rounds = stream.evaluation_rounds(len(source), cfg.eval.batch, world.size)
         batches = loader.load(source, view, keys, normalisation, workers, world.device)
+        batches = until_stopped(batches, rounds, lambda: world.any(stop.signal is not None))
         pairs = ((batch.images, batch.labels) for batch in batches)
         with log.progress(len(source), f"evaluating {which}") as bar:
-            result = engine.evaluate(
-                model, pairs, world, cfg.train.precision, lambda n: bar.update(n * world.size)
-            )
+            try:
+                result = engine.evaluate(
+                    model, pairs, world, cfg.train.precision, lambda n: bar.update(n * world.size)
+                )
+            except Stopped:
+                return False
         line = {
             "step": state.step,
             "epoch": state.images_seen / experiment.images_per_epoch,
@@ -267,8 +339,12 @@ def evaluate(
             "images": result.images,
         }
         if world.is_main and result.top1 > log.best_top1():
-            rundir.write_best(cfg.directory, model.state_dict(), experiment, line)
+            try:
+                rundir.write_best(cfg.directory, model.state_dict(), experiment, line)
+            except OSError as error:
+                log.say(f"NOT WRITTEN, training goes on: {rundir.BEST} ({error})")
         log.eval(line)
+    return True
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -302,7 +378,7 @@ def main() -> int:
         )
         with (
             StopRequest() as stop,
-            distributed.start(cfg.run.device) as world,
+            distributed.start(cfg.run.device, cfg.run.timeout_s) as world,
             loader.worker_errors(),
         ):
             return train(cfg, division, arguments.resume, world, stop)

@@ -90,18 +90,20 @@ def validate(arguments: argparse.Namespace, world: World) -> None:
 
 def open_run(directory: Path, which: str, say: Callable[[str], None]) -> Subject:
     """A run's newest checkpoint. Raises CheckpointError."""
-    path, saved = rundir.load_newest(directory, say)
-    cfg = saved["config"]
-    state = saved["ema" if which == "ema" else "model"]
-    model = weights.build_model(state, str(path), tuple(cfg["model"]["blocks"]))
-    return Subject(model, str(path), which, saved["step"], saved["classes"], cfg["data"])
+    part = "ema" if which == "ema" else "model"
+    found = rundir.load_newest(directory, say, only=[part])
+    cfg = found.meta["config"]
+    model = weights.build_model(found.parts[part], str(found.path), tuple(cfg["model"]["blocks"]))
+    return Subject(
+        model, str(found.path), which, found.meta["step"], found.meta["classes"], cfg["data"]
+    )
 
 
 def open_weights(source: str) -> Subject:
     """A weights file, or weights timm knows. Raises WeightsError."""
     state, metadata = weights.read(source)
     classes = json.loads(metadata["classes"]) if "classes" in metadata else None
-    data = config.Data(train="", val="").model_dump() | {"val": None}
+    data = config.Data(train="unknown", val="unknown").model_dump() | {"val": None}
     data |= json.loads(metadata.get("data", "{}"))
     result = json.loads(metadata.get("result", "{}"))
     which = result.get("weights", "as published")

@@ -7,6 +7,7 @@ same on any number of ranks, and every image is seen exactly once an epoch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -61,3 +62,9 @@ def evaluation_batches(length: int, batch: int, rank: int, world_size: int) -> l
         [(0, index) for index in range(first, min(first + batch, stop))]
         for first in range(start, stop, batch)
     ]
+
+
+def evaluation_rounds(length: int, batch: int, world_size: int) -> int:
+    """The most batches that `evaluation_batches` gives to any rank."""
+    largest_share = math.ceil(length / world_size)
+    return math.ceil(largest_share / batch)

@@ -1,101 +1,217 @@
-"""The checkpoints of a run: written whole or not at all, found by looking.
+"""The durable store of a run: checkpoints written whole or not at all, and found by looking.
 
-A checkpoint is written under a temporary name, flushed to disk and renamed, so a crash leaves
-either the old set of files or the new one. Loading executes nothing (`weights_only=True`).
+A checkpoint is a folder, `step-000001234/`: a safetensors file for each part of the state,
+`meta.json` for everything that is no tensor, and `SHA256SUMS` over them, which `sha256sum -c`
+reads too. It is written under a hidden name, flushed to disk and renamed, so that a crash leaves
+either the old set of checkpoints or the new one. Reading compares every byte that it uses with
+its checksum and executes nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import pickle
 import re
-import zipfile
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
+import safetensors.torch
+from torch import Tensor
 
-_NAME = re.compile(r"step-(\d{9})\.pt")
+Parts = dict[str, dict[str, Tensor]]
+
+META, SUMS = "meta.json", "SHA256SUMS"
+_NAME = re.compile(r"step-(\d{9})")
+_HIDDEN = re.compile(r"\.step-\d{9}\.(new|old)")
+_PART = re.compile(r"[a-z_]+")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used."""
+    """A checkpoint that cannot be written or used."""
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read: named tensors by part, on the CPU, everything else, and file -> SHA-256."""
+
+    path: Path
+    parts: Parts
+    meta: dict[str, Any]
+    sums: dict[str, str]
+
+
+# ---------------------------------------------------------------------------------- writing
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Create or replace a file so that it is never seen half-written, also after a power cut."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_through(temporary, write)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    _sync_directory(path.parent)
+
+
+def save(directory: Path, step: int, parts: Parts, meta: dict[str, Any]) -> Path:
+    """Write the checkpoint of a step; an unusable one of the same step is replaced.
+
+    Raises CheckpointError, with every other checkpoint as it was, if it cannot be written.
+    """
+    path = directory / f"step-{step:09d}"
+    new, old = (directory / f".{path.name}.{age}" for age in ("new", "old"))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(directory)
+        new.mkdir()
+        sums = {}
+        for name, content in _files(parts, meta):
+            sums[name] = hashlib.sha256(content).hexdigest()
+            _write_through(new / name, lambda file, content=content: file.write(content))
+        _write_through(new / SUMS, lambda file: file.write(_sums_text(sums).encode()))
+        _sync_directory(new)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        _sync_directory(directory)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise CheckpointError(f"{path}: cannot be written ({error})") from None
+    shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Remove the checkpoints older than the newest `keep` that read back whole."""
+    whole = 0
+    for path in reversed(found(directory)):
+        if whole >= keep:
+            hidden = path.with_name(f".{path.name}.old")
+            path.rename(hidden)  # so that one that is half removed is never found
+            shutil.rmtree(hidden, ignore_errors=True)
+        elif is_whole(path):
+            whole += 1
+
+
+def _files(parts: Parts, meta: dict[str, Any]) -> Iterable[tuple[str, bytes]]:
+    """(name, content) of a checkpoint's files, one in memory at a time."""
+    for part, tensors in parts.items():
+        yield f"{part}.safetensors", safetensors.torch.save(tensors)
+    yield META, (json.dumps({**meta, "parts": list(parts)}, indent=1) + "\n").encode()
+
+
+def _sums_text(sums: dict[str, str]) -> str:
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+
+
+def _write_through(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    with open(path, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
 
 
-def save(directory: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the state of a step and remove all but the newest `keep` checkpoints.
+def _remove_leftovers(directory: Path) -> None:
+    """What saves and removals that were killed have left behind."""
+    for path in directory.iterdir():
+        if _HIDDEN.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
-    Raises CheckpointError, with nothing removed, if it cannot be written.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"step-{step:09d}.pt"
-    try:
-        write_atomically(path, lambda file: torch.save(state, file))
-    except (OSError, RuntimeError) as error:  # the latter is how torch tells of a full disk
-        raise CheckpointError(f"{path}: cannot be written ({error})") from None
-    leftovers = directory.glob(".step-*.pt.tmp")  # of saves that were killed
-    for old in (*found(directory)[:-keep], *leftovers):
-        old.unlink()
-    return path
+
+# ---------------------------------------------------------------------------------- reading
 
 
 def found(directory: Path) -> list[Path]:
     """The checkpoints of a directory, oldest first."""
-    return sorted(p for p in directory.glob("step-*.pt") if _NAME.fullmatch(p.name))
+    return sorted(p for p in directory.glob("step-*") if _NAME.fullmatch(p.name))
 
 
 def step_of(path: Path) -> int:
     """The step a checkpoint's name states. Raises CheckpointError for any other name."""
     match = _NAME.fullmatch(path.name)
     if match is None:
-        raise CheckpointError(f"{path}: not a checkpoint's name (step-000001234.pt)")
+        raise CheckpointError(f"{path}: not a checkpoint's name (step-000001234)")
     return int(match[1])
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Raises CheckpointError if it is missing or damaged."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        return read_tensors(path)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+def load(path: Path, only: Iterable[str] | None = None) -> Checkpoint:
+    """Read a checkpoint, or `only` some of its parts, comparing what is read with its checksums.
 
-
-def read_tensors(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote, onto the CPU, without executing anything in the file.
-
-    Raises ValueError, without the path, if it is damaged or holds more than tensors and numbers.
+    Raises CheckpointError if it is missing or anything in it is damaged.
     """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    sums = _read_sums(path)
+    meta = _read_meta(path, sums)
+    names = meta["parts"] if only is None else only
+    parts = {}
+    for part in names:
+        content = _read(path, f"{part}.safetensors", sums)
+        try:
+            parts[part] = safetensors.torch.load(content)
+        except Exception as error:  # its error types are its own
+            raise CheckpointError(f"{path}: {part} cannot be read ({error})") from None
+    return Checkpoint(path, parts, meta, sums)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every byte of a checkpoint is as it was saved."""
     try:
-        if zipfile.is_zipfile(path):  # torch.load compares no checksums
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"{damaged} does not match its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError("not a file of tensors and numbers only; nothing in it was run") from None
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"damaged or not a PyTorch file ({reason})") from None
+        sums = _read_sums(path)
+        for part in _read_meta(path, sums)["parts"]:
+            _read(path, f"{part}.safetensors", sums)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _read_sums(path: Path) -> dict[str, str]:
+    content = _read_file(path, SUMS)
+    lines = content.decode("utf-8", "replace").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if not sums or _sums_text(sums).encode() != content:
+        raise CheckpointError(f"{path}: {SUMS} is damaged")
+    return sums
+
+
+def _read_meta(path: Path, sums: dict[str, str]) -> dict[str, Any]:
+    content = _read(path, META, sums)
+    try:
+        meta = json.loads(content)
+    except ValueError:
+        meta = None
+    parts = meta.get("parts") if isinstance(meta, dict) else None
+    if not isinstance(parts, list) or not all(_PART.fullmatch(str(part)) for part in parts):
+        raise CheckpointError(f"{path}: {META} is not a checkpoint's")
+    if set(sums) != {META, *(f"{part}.safetensors" for part in parts)}:
+        raise CheckpointError(f"{path}: {SUMS} does not name the parts that {META} names")
+    return meta
+
+
+def _read(path: Path, name: str, sums: dict[str, str]) -> bytes:
+    """The content of a file of a checkpoint. Raises CheckpointError if it is not what was saved."""
+    content = _read_file(path, name)
+    if hashlib.sha256(content).hexdigest() != sums.get(name):
+        raise CheckpointError(f"{path}: {name} does not match its SHA-256")
+    return content
+
+
+def _read_file(path: Path, name: str) -> bytes:
+    try:
+        return (path / name).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror})") from None

@@ -32,17 +32,21 @@ MACHINE_KEYS = frozenset(
         "run.name",
         "run.dir",
         "run.device",
+        "run.timeout_s",
         "data.train",
         "data.val",
         "data.workers",
+        "data.max_bad_fraction",
         "train.micro_batch",
         "train.compile",
         "train.max_steps",
+        "train.max_bad_steps",
         "eval.batch",
         "eval.every_epochs",
         "checkpoint.every_steps",
         "checkpoint.keep",
         "log.every_steps",
+        "log.ledger",
         "model.grad_checkpointing",
     }
 )
@@ -72,6 +76,9 @@ class Run(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of everything random")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU if there is one"
+    )
+    timeout_s: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="seconds after which a rank or loader that does not answer ends the run"
     )
 
 
@@ -113,6 +120,11 @@ class Data(Section):
     eval_interpolation: Literal["bicubic", "bilinear"] = Field(
         "bicubic", description="evaluation: how the image is resized"
     )
+    max_bad_fraction: Share = Field(
+        0.001,
+        description="end the run when more than this share of the images seen, or of one epoch's "
+        "if that is more, could not be used and were replaced",
+    )
 
     @field_validator("crop_area", "crop_aspect")
     @classmethod
@@ -133,6 +145,11 @@ class Train(Section):
     compile: bool = Field(False, description="torch.compile the network")
     max_steps: Positive | None = Field(
         None, description="stop after this many updates; null: never"
+    )
+    max_bad_steps: Annotated[int, Field(ge=0)] = Field(
+        10,
+        description="end the run after more than this many steps in a row that were left out "
+        "because the loss or the gradient was not finite",
     )
 
 
@@ -180,6 +197,7 @@ class Checkpoint(Section):
 
 class Log(Section):
     every_steps: Positive = Field(50, description="updates between lines")
+    ledger: bool = Field(False, description="write the images of every step, by rank, to ledger/")
 
 
 class Config(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import os
 import signal
 import sys
@@ -15,9 +16,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
-TIMEOUT = timedelta(minutes=10)  # a rank that hangs longer in a collective ends the run
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 class WorldError(ValueError):
@@ -75,6 +75,14 @@ class World:
         votes = torch.tensor([int(flag)])
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
         return bool(votes.item())
+
+    def gather(self, items: list) -> list:
+        """The items of all ranks, in order of rank, on every rank; the device is not touched."""
+        if not self.any(bool(items)) or self.size == 1:
+            return items
+        lists: list = [None] * self.size
+        dist.all_gather_object(lists, items, group=self.control)
+        return [item for each in lists for item in each]
 
 
 class Division(NamedTuple):
@@ -139,6 +147,19 @@ def divide_batch(global_batch: int, micro_batch: int, world_size: int) -> Divisi
     return Division(size, share // size)
 
 
+def parallel(model: nn.Module, compiled: bool, world: World) -> nn.Module:
+    """The model as a step calls it: compiled if asked, gradients averaged over ranks."""
+    if compiled:
+        model.compile()
+    if world.size == 1:
+        return model
+    # Running statistics are averaged by the step itself, so none are broadcast. The option has a
+    # new name in newer releases of PyTorch.
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{option: False})
+
+
 def exit_status(
     body: Callable[[], int],
     mistakes: tuple[type[Exception], ...],
@@ -160,11 +181,15 @@ def exit_status(
             print(f"{speaker}: {error}", file=sys.stderr, flush=True)
         return 1
     except RuntimeError as error:
-        words = ("closed by peer", "reset by peer")  # gloo's
+        words = ("closed by peer", "reset by peer", "Timed out waiting")  # gloo's
         if not (isinstance(error, dist.DistError) or any(word in str(error) for word in words)):
             raise
         reason = str(error).strip().splitlines()[0][:200]
-        print(f"{speaker}: ends, as another rank did ({reason})", file=sys.stderr, flush=True)
+        print(
+            f"{speaker}: ends, as another rank has ended or hangs ({reason})",
+            file=sys.stderr,
+            flush=True,
+        )
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -182,10 +207,28 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB at the heap's end
 
 
+def _join(device: torch.device, timeout: timedelta) -> None:
+    """Join the process group of the environment: NCCL's on GPUs, gloo's on CPUs."""
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun's store outlives a restart, and with it the addresses of ranks that are dead.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt-{attempt}", store)
+    is_cuda = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=device if is_cuda else None,
+    )
+
+
 @contextmanager
-def start(device_name: str) -> Iterator[World]:
+def start(device_name: str, timeout_s: float = 600.0) -> Iterator[World]:
     """Join the process group torchrun describes (none: a world of one) and leave it at the end.
 
+    A rank that lets the others wait for `timeout_s` in a collective ends them all.
     Float32 means float32: TF32 is off, so that two devices can be compared.
     """
     rank, size = int(os.environ.get("RANK", 0)), world_size()
@@ -200,11 +243,9 @@ def start(device_name: str) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, device)
         return
+    _join(device, timedelta(seconds=timeout_s))
+    control = dist.group.WORLD
     if device.type == "cuda":
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
-        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-        control = dist.group.WORLD
+        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     yield World(rank, size, device, control)
     dist.destroy_process_group()  # not after an error: peers may wait in a collective for ever

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,12 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 from irv2.distributed import World
 from irv2.metrics import EvalCounter, EvalResult
 
+COUNTERS = ("step", "images_seen", "bad_images", "bad_steps", "bad_steps_in_a_row")
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")  # a forward changes them
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class TrainState:
-    """All that training changes. `step` counts updates; `images_seen` is the stream's position."""
+    """All that training changes. `step` counts steps, `images_seen` is the stream's position."""
 
     model: nn.Module
     ema: ModelEmaV3
@@ -31,39 +32,59 @@ class TrainState:
     scaler: torch.amp.GradScaler
     step: int = 0
     images_seen: int = 0
+    bad_images: int = 0  # that training could not use
+    bad_steps: int = 0  # left out because the loss or the gradient was not finite
+    bad_steps_in_a_row: int = 0
+    unread: list[Tensor] = field(default_factory=list)  # of the last steps: was it applied?
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on from here; weights under timm's names."""
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors to go on from, not copied; weights under timm's names."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "images_seen": self.images_seen,
+            "optimizer": {
+                f"{slot}.{name}": tensor
+                for name, parameter in self.model.named_parameters()
+                for slot, tensor in self.optimizer.state.get(parameter, {}).items()
+            },
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a saved state. Raises RuntimeError if it is another network's."""
-        self.model.load_state_dict(state["model"])
-        self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.images_seen = state["step"], state["images_seen"]
+    def counters(self) -> dict[str, Any]:
+        """What is no tensor. `read_bad_steps` must have been called after the last step."""
+        return {
+            **{name: getattr(self, name) for name in COUNTERS},
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load(self, tensors: dict[str, dict[str, Tensor]], counters: dict[str, Any]) -> None:
+        """Go back to a saved state.
+
+        Raises RuntimeError or KeyError if it is another network's or optimizer's.
+        """
+        self.model.load_state_dict(tensors["model"])
+        self.ema.module.load_state_dict(tensors["ema"])
+        parameters = dict(self.model.named_parameters())
+        for key, saved in tensors["optimizer"].items():
+            slot, _, name = key.partition(".")
+            parameter = parameters[name]
+            self.optimizer.state[parameter][slot] = torch.empty_like(parameter).copy_(saved)
+        self.scaler.load_state_dict(counters["scaler"])
+        for name in COUNTERS:
+            setattr(self, name, counters[name])
 
 
 def running_average(model: nn.Module, decay: float) -> ModelEmaV3:
     """Average of weights and batch-norm statistics with TensorFlow's warm-up.
 
-    timm's 1 - (1 + s / 9)^-1 with s = n + 1, n the updates before this one, is
+    timm's 1 - (1 + s / 9)^-1 with s = n + 1, n the steps before this one, is
     tf.train.ExponentialMovingAverage's min(decay, (1 + n) / (10 + n)). timm subtracts 1 from the
     step it is given, so `train_step` adds one.
     """
     return ModelEmaV3(model, decay, use_warmup=True, warmup_gamma=9.0, warmup_power=1.0)
 
 
-class NotFiniteError(ValueError):
-    """The loss or the gradient of a step is infinite or not a number."""
+class DivergedError(ValueError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +130,19 @@ def train_step(
     lr: float,
     options: StepOptions,
     world: World,
+    before_update: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """One update from `options.accumulation` micro-batches; returns (loss, gradient norm).
 
     `network` is `state.model`, or what wraps it for gradients to be averaged over ranks. Both
-    results stay on the device and are those of the global batch, the norm before clipping.
+    results stay on the device and are those of the global batch, the norm before clipping. A step
+    whose loss or gradient is not finite changes nothing but `state.step`; `read_bad_steps` tells.
+    `before_update` is called when weights, average and optimizer are about to change.
     Nothing here waits for the device (fp16 apart, whose scaler looks for overflow).
     """
     train_mode(state.model, options.freeze_bn)
+    statistics = [] if options.freeze_bn else running_statistics(state.model)
+    statistics_before = torch._foreach_clone(statistics) if statistics else []
     device_type = world.device.type
     dtype = PRECISIONS[options.precision]
     total = torch.zeros((), device=world.device)
@@ -134,30 +160,72 @@ def train_step(
     state.scaler.unscale_(state.optimizer)
     max_norm = float("inf") if options.clip_norm is None else options.clip_norm
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), max_norm, foreach=True)
+    world.average_([total, *(s for s in statistics if s.is_floating_point())])
+    # Gradients are averages over ranks, so one rank's bad number is seen by all of them.
+    good = torch.isfinite(total)
+    if not state.scaler.is_enabled():  # else an infinite gradient is in order: the scaler skips it
+        good = good & torch.isfinite(norm)
+    before_update()
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    state.scaler.step(state.optimizer)
+    update = _update_if if good.is_cpu else _update_where
+    update(state, good, statistics, statistics_before)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    statistics = [] if options.freeze_bn else running_statistics(state.model)
-    world.average_([total, *statistics])
     state.step += 1
-    state.ema.update(state.model, step=state.step + 1)
+    state.unread.append(good)
     return total, norm
 
 
-def check_finite(state: TrainState, loss: Tensor, grad_norm: Tensor) -> None:
-    """Raise NotFiniteError if the last step went wrong; waits for the device.
+def _update_if(
+    state: TrainState, good: Tensor, statistics: list[Tensor], before: list[Tensor]
+) -> None:
+    """Apply the gradients if the step was `good`, a bool; else undo what forward changed."""
+    if good:
+        state.scaler.step(state.optimizer)
+        state.ema.update(state.model, step=state.step + 2)
+    elif statistics:
+        torch._foreach_copy_(statistics, before)
 
-    With fp16 an infinite gradient is in order: the scaler has left that step out.
+
+def _update_where(
+    state: TrainState, good: Tensor, statistics: list[Tensor], before: list[Tensor]
+) -> None:
+    """The same decided on the device by masks, so that the host need not wait for `good`."""
+    for now, then in zip(statistics, before):
+        torch.where(good, now, then, out=now)
+    state.scaler.step(state.optimizer, where=good)
+    _update_average(state.ema, state.model, state.step + 2, good)
+
+
+@torch.no_grad()
+def _update_average(ema: ModelEmaV3, model: nn.Module, step: int, where: Tensor) -> None:
+    """ModelEmaV3's update where the bool on the device is true, no change where it is false."""
+    averages, values = [], []
+    for average, value in zip(ema.module.state_dict().values(), model.state_dict().values()):
+        if average.is_floating_point():
+            averages.append(average)
+            values.append(value)
+        else:
+            average.copy_(value)
+    changes = torch._foreach_sub(values, averages)
+    torch._foreach_mul_(changes, (1 - ema.get_decay(step)) * where)
+    torch._foreach_add_(averages, changes)
+
+
+def read_bad_steps(state: TrainState) -> list[int]:
+    """The steps since the last call that were left out, counted in `state`; waits for the device.
+
+    The first step is number 1.
     """
-    seen = [loss] if state.scaler.is_enabled() else [loss, grad_norm]
-    if not all(math.isfinite(value.item()) for value in seen):
-        raise NotFiniteError(
-            f"step {state.step}: the loss is {loss.item():g} and the gradient norm "
-            f"{grad_norm.item():g}; the checkpoints were written before that. Go on from them "
-            "with --resume PATH under another run.name, or start again, with a lower optim.lr"
-        )
+    good = torch.stack(state.unread).tolist() if state.unread else []
+    first = state.step - len(good) + 1
+    state.unread.clear()
+    for is_good in good:
+        state.bad_steps_in_a_row = 0 if is_good else state.bad_steps_in_a_row + 1
+    bad = [first + i for i, is_good in enumerate(good) if not is_good]
+    state.bad_steps += len(bad)
+    return bad
 
 
 def _gradients_exchanged(network: nn.Module, exchange: bool) -> Any:
@@ -168,11 +236,9 @@ def _gradients_exchanged(network: nn.Module, exchange: bool) -> Any:
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """Running mean and variance of every batch norm. Ranks see different images, so these differ
-    until averaged; averaging at each step keeps every rank's model the same."""
-    return [
-        b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))
-    ]
+    """What forward changes in every batch norm. Ranks see different images, so means and variances
+    differ until averaged; averaging at each step keeps every rank's model the same."""
+    return [b for name, b in model.named_buffers() if name.endswith(RUNNING)]
 
 
 def dropout_seed(seed: int, step: int, rank: int, part: int) -> int:

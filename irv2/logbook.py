@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from irv2 import checkpoint
+from irv2.jsonl import JsonLines
 
 
 class Logbook:
@@ -32,12 +30,9 @@ class Logbook:
         self._bar: tqdm | None = None
         if directory is None:
             return
-        path = directory / "log.jsonl"
-        kept = [line for line in read(path) if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
-        self.evals = [line for line in kept if line["kind"] == "eval"]
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._lines = JsonLines(directory / "log.jsonl", step, self.say)
+        self._bad_images = JsonLines(directory / "bad_images.jsonl", step, self.say)
+        self.evals = [line for line in self._lines.kept if line["kind"] == "eval"]
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
         self._start_step, self._started = step, time.perf_counter()
         if sys.stdout.isatty():
@@ -60,7 +55,7 @@ class Logbook:
         """Record a logged step, with the keys of a "train" line of log.jsonl."""
         if not self.active:
             return
-        self._write({"kind": "train", **line})
+        self._lines.append({"kind": "train", **line})
         for key in ("loss", "lr", "grad_norm", "images_per_s", "data_wait"):
             self._board.add_scalar(f"train/{key}", line[key], line["step"])
         shown = f"loss {line['loss']:.3f}  lr {line['lr']:.4g}  {line['images_per_s']:.0f} images/s"
@@ -77,7 +72,7 @@ class Logbook:
         if not self.active:
             return
         line = {"kind": "eval", **line}
-        self._write(line)
+        self._lines.append(line)
         self.evals.append(line)
         for key in ("top1", "top5", "loss"):
             self._board.add_scalar(f"eval_{line['weights']}/{key}", line[key], line["step"])
@@ -85,6 +80,28 @@ class Logbook:
             f"epoch {line['epoch']:.2f}  {line['weights']:>3}  top-1 {line['top1']:.2f} %  "
             f"top-5 {line['top5']:.2f} %  loss {line['loss']:.3f}  ({line['images']} images)"
         )
+
+    def bad_step(self, step: int, images: list[int]) -> None:
+        """Record a step that was left out, with the indices of its images."""
+        if not self.active:
+            return
+        self._lines.append({"kind": "bad_step", "step": step, "images": images})
+        self.say(f"step {step} was left out: its loss or gradient is not finite")
+
+    def bad_image(self, step: int, line: dict[str, Any]) -> None:
+        """Record an image that was replaced in a step: epoch, index, name, reason, replacement."""
+        if not self.active:
+            return
+        self._bad_images.append({"step": step, **line})
+        self.say(
+            f"step {step} took another image of its class for {line['name']}: {line['reason']}"
+        )
+
+    def sync(self) -> None:
+        """Make sure that a power cut takes no line recorded so far."""
+        if self.active:
+            self._lines.sync()
+            self._bad_images.sync()
 
     def has_eval(self, step: int, weights: str) -> bool:
         """Whether that evaluation is already in the log."""
@@ -119,35 +136,15 @@ class Logbook:
         if self._bar is not None:
             self._bar.close()
         if self.active:
-            self._file.close()
+            self._lines.close()
+            self._bad_images.close()
             self._board.close()
-
-    def _write(self, line: dict[str, Any]) -> None:
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in line.items()
-        }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
 
     def _time_left(self, step: int) -> str:
         elapsed = time.perf_counter() - self._started
         return tqdm.format_interval(
             elapsed / max(1, step - self._start_step) * (self.total_steps - step)
         )
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl; one that a crash has cut short is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
 
 
 def _grid(pixels: Tensor, names: list[str], columns: int = 8, caption_px: int = 14) -> np.ndarray:

@@ -51,8 +51,14 @@ class RMSpropTF(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient."""
+    def step(
+        self, closure: Callable[[], float] | None = None, *, where: Tensor | None = None
+    ) -> float | None:
+        """One update of every parameter that has a gradient.
+
+        `where`: a bool [] on the parameters' device; where it is false nothing changes, whatever
+        the gradients are. That is decided on the device, so the host need not wait for it.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -60,24 +66,29 @@ class RMSpropTF(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._update(params, group)
+                self._update(params, group, where)
         return loss
 
-    def _update(self, params: list[Tensor], group: dict) -> None:
+    def _update(self, params: list[Tensor], group: dict, where: Tensor | None) -> None:
         states = [self._state_of(p) for p in params]
         mean_squares = [state["square_avg"] for state in states]
         momenta = [state["momentum_buffer"] for state in states]
         grads = [p.grad for p in params]
         if group["weight_decay"]:
             grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+        alpha, momentum = group["alpha"], group["momentum"]
+        if where is not None:
+            grads = _zero_unless(where, grads)
+            alpha, momentum = (torch.where(where, value, 1.0) for value in (alpha, momentum))
 
-        torch._foreach_mul_(mean_squares, group["alpha"])
+        torch._foreach_mul_(mean_squares, alpha)
         torch._foreach_addcmul_(mean_squares, grads, grads, value=1 - group["alpha"])
         roots = torch._foreach_add(mean_squares, group["eps"])
         torch._foreach_sqrt_(roots)
-        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_mul_(momenta, momentum)
         torch._foreach_addcdiv_(momenta, grads, roots, value=group["lr"])
-        torch._foreach_sub_(params, momenta)
+        change = momenta if where is None else torch._foreach_mul(momenta, where.float())
+        torch._foreach_sub_(params, change)
 
     def _state_of(self, p: Tensor) -> dict:
         state = self.state[p]
@@ -85,6 +96,14 @@ class RMSpropTF(torch.optim.Optimizer):
             state["square_avg"] = torch.ones_like(p)
             state["momentum_buffer"] = torch.zeros_like(p)
         return state
+
+
+def _zero_unless(where: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, or zeros in place of any value: multiplying by 0 would keep what is NaN."""
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    flat = torch.where(where, flat, 0.0)
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors)]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -1,24 +1,34 @@
-"""Stopping politely: Ctrl-C and SIGTERM become a wish that the loop grants between two steps."""
+"""Stopping politely: a signal becomes a wish that the loop grants between two steps."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import TypeVar
 
-GRACE_S = 1.0  # a terminal and torchrun both pass Ctrl-C on; the echo is not a second wish
+Item = TypeVar("Item")
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, schedulers, Slurm's warning
+GRACE_S = 2.0  # torchrun passes on what the process got itself; the echo is not a second wish
+REQUEUE = os.EX_TEMPFAIL  # 75: nothing is wrong, start the same command again
+
+
+class Stopped(Exception):
+    """Work is left unfinished because a signal asked for it."""
 
 
 class StopRequest:
-    """In a `with` block: remembers the first SIGINT or SIGTERM; a later SIGINT leaves at once."""
+    """In a `with` block: remembers the first of `SIGNALS`; a second one leaves at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._asked_at = 0.0
 
     def __enter__(self) -> StopRequest:
-        self._before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -31,10 +41,26 @@ class StopRequest:
             self.signal, self._asked_at = number, now
             if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
                 os.write(2, b"\nfinishing this step; Ctrl-C again leaves at once\n")
-        elif number == signal.SIGINT and now - self._asked_at > GRACE_S:
+        elif now - self._asked_at > GRACE_S:
             os._exit(128 + number)
 
     @property
     def exit_status(self) -> int:
-        """128 + the signal's number, as a shell reports it; SIGTERM's where only a peer got one."""
-        return 128 + (self.signal or signal.SIGTERM)
+        """130 after Ctrl-C, as a shell reports it; `REQUEUE` after any other signal."""
+        return 128 + signal.SIGINT if self.signal == signal.SIGINT else REQUEUE
+
+
+def until_stopped(
+    items: Iterator[Item], rounds: int, stopping: Callable[[], bool]
+) -> Iterator[Item]:
+    """The items, as long as `stopping` is false; then raises Stopped.
+
+    `stopping` is called once a round: ranks that vote in it must agree on `rounds`, the most
+    items that any of them has.
+    """
+    for _ in range(rounds):
+        if stopping():
+            raise Stopped
+        item = next(items, None)
+        if item is not None:
+            yield item

@@ -4,6 +4,8 @@ runs/<name>/config.yaml             every key spelled out, with git revision and
 runs/<name>/log.jsonl               a line per logged step and per evaluation
 runs/<name>/tensorboard/            the same, to look at
 runs/<name>/checkpoints/            the newest states to go on from
+runs/<name>/bad_images.jsonl        images that training could not use, if there were any
+runs/<name>/ledger/                 the images of every step, by rank, with log.ledger=true
 runs/<name>/best.safetensors        weights of the best evaluation, timm's names
 """
 
@@ -12,8 +14,9 @@ from __future__ import annotations
 import fcntl
 import json
 import platform
+import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,12 +27,18 @@ import torchvision
 import yaml
 from torch import Tensor
 
-from irv2 import checkpoint, weights
-from irv2.checkpoint import CheckpointError
+from irv2 import checkpoint, jsonl, weights
+from irv2.checkpoint import Checkpoint, CheckpointError
 from irv2.config import differences
 from irv2.engine import TrainState
+from irv2.jsonl import JsonLines
 
 BEST = "best.safetensors"
+RECIPE = ("optim", "schedule", "loss", "ema")  # what may change where a run begins from another
+
+
+class OtherExperimentError(CheckpointError):
+    """A checkpoint of another network, other data or another recipe."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +111,8 @@ def lock(directory: Path) -> BinaryIO:
     directory.mkdir(parents=True, exist_ok=True)
     file = open(directory / ".lock", "wb")  # noqa: SIM115 - open for the process's life
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would live on in loader workers
+    except (BlockingIOError, PermissionError):
         file.close()
         raise CheckpointError(f"{directory}: another train.py is at work in it") from None
     return file
@@ -114,32 +123,50 @@ def checkpoints(directory: Path) -> list[Path]:
     return checkpoint.found(directory / "checkpoints")
 
 
-def load_newest(directory: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """A run's newest undamaged checkpoint; says which newer ones it passes over.
+def load_newest(
+    directory: Path,
+    say: Callable[[str], None],
+    only: Iterable[str] | None = None,
+    check: Callable[[Checkpoint], None] = lambda found: None,
+) -> Checkpoint:
+    """A run's newest usable checkpoint, or `only` some of its parts; says which it passes over.
 
-    Raises CheckpointError where there is none.
+    A checkpoint is usable if it is undamaged and `check` raises no CheckpointError. Where none is,
+    raises `check`'s error on the newest, or else CheckpointError.
     """
     paths = checkpoints(directory)
     if not paths:
         raise CheckpointError(f"{directory}: no checkpoint in it; is it a run directory?")
+    errors = []
     for path in reversed(paths):
         try:
-            return path, checkpoint.load(path)
+            loaded = checkpoint.load(path, only)
+            check(loaded)
         except CheckpointError as error:
+            errors.append(error)
+            continue
+        for error in errors:
             say(f"passed over: {error}")
-    raise CheckpointError(f"{directory}: none of its {len(paths)} checkpoints can be read")
+        return loaded
+    for error in errors:
+        if isinstance(error, OtherExperimentError):
+            raise error
+    raise CheckpointError(
+        "\n".join(
+            [f"{directory}: none of its {len(paths)} checkpoints can be read", *map(str, errors)]
+        )
+    )
 
 
-def save(state: TrainState, directory: Path, experiment: Experiment, keep: int) -> None:
-    """Write a checkpoint of the run and remove all but the newest `keep`."""
-    content = {
-        **state.state_dict(),
+def meta(state: TrainState, experiment: Experiment) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors."""
+    return {
+        **state.counters(),
         "config": experiment.config,
         "classes": experiment.classes,
         "images_per_epoch": experiment.images_per_epoch,
         "software": software(),
     }
-    checkpoint.save(directory / "checkpoints", state.step, content, keep)
 
 
 def restore(
@@ -152,8 +179,9 @@ def restore(
     """Put `state` where the run goes on from, if it goes on from anything.
 
     `resume`: "auto", the run's newest checkpoint if it has one; "never", none; or the path of a
-    checkpoint or run to begin from; once the run has checkpoints of its own, it goes on from those.
-    Raises CheckpointError where going on would be another experiment, or starting would overwrite.
+    checkpoint or run to begin from, possibly with another recipe; once the run has checkpoints of
+    its own, it goes on from those. Raises CheckpointError where going on would be another
+    experiment, or starting would overwrite.
     """
     own = checkpoints(directory)
     if not own and (directory / BEST).exists():
@@ -166,29 +194,70 @@ def restore(
             f"{directory}: already holds a run up to step {checkpoint.step_of(own[-1])}; continue "
             "it without --resume never, or give another run.name"
         )
-    if own:
-        path, saved = load_newest(directory, say)
-    elif resume in ("auto", "never"):
+    if not own and resume in ("auto", "never"):
         return
-    elif Path(resume).is_dir():
-        path, saved = load_newest(Path(resume), say)
-    else:
-        path, saved = Path(resume), checkpoint.load(Path(resume))
 
-    if not {"model", "ema", "optimizer", "config", "classes"} <= saved.keys():
-        raise CheckpointError(f"{path}: not a checkpoint of train.py")
-    changes = experiment.changes_from(saved)
-    if changes:
-        advice = "undo the change" + (", or give another run.name" if own else "")
-        raise CheckpointError(
-            f"{path}: belongs to another experiment ({'; '.join(changes)}); {advice}"
-        )
+    def check(found: Checkpoint) -> None:
+        _check_experiment(found, experiment, is_own=bool(own), say=say)
+
+    if own:
+        found = load_newest(directory, say, check=check)
+    elif checkpoints(Path(resume)):
+        found = load_newest(Path(resume), say, check=check)
+    else:
+        found = checkpoint.load(Path(resume))
+        check(found)
     try:
-        state.load_state_dict(saved)
-    except (RuntimeError, ValueError) as error:
+        state.load(found.parts, found.meta)
+    except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: does not fit this network ({reason})") from None
-    say(f"continuing after step {state.step} ({state.images_seen:,} images seen), from {path}")
+        raise CheckpointError(f"{found.path}: does not fit this network ({reason})") from None
+    say(
+        f"continuing after step {state.step} ({state.images_seen:,} images seen), from {found.path}"
+    )
+
+
+def _check_experiment(
+    found: Checkpoint, experiment: Experiment, is_own: bool, say: Callable[[str], None]
+) -> None:
+    """Raise OtherExperimentError if a checkpoint does not belong to this experiment."""
+    if not {"config", "classes", "images_per_epoch"} <= found.meta.keys():
+        raise CheckpointError(f"{found.path}: not a checkpoint of train.py")
+    changes = experiment.changes_from(found.meta)
+    recipe = () if is_own else tuple(f"{section}." for section in RECIPE)
+    forbidden = [change for change in changes if not change.startswith(recipe)]
+    if forbidden:
+        advice = "undo the change" + (", or give another run.name" if is_own else "")
+        raise OtherExperimentError(
+            f"{found.path}: belongs to another experiment ({'; '.join(forbidden)}); {advice}"
+        )
+    for change in changes:
+        say(f"with another recipe than {found.path}: {change}")
+
+
+def set_aside_unusable(directory: Path, step: int) -> None:
+    """Rename what was passed over for the checkpoint of `step`, so that none of it counts."""
+    for path in checkpoints(directory):
+        if checkpoint.step_of(path) > step:
+            aside = path.with_name(f"{path.name}.unusable")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
+# ------------------------------------------------------------------------- ledger
+
+
+def open_ledger(
+    directory: Path, rank: int, world_size: int, step: int, say: Callable[[str], None]
+) -> JsonLines:
+    """A rank's file of the images of every step, in a run that stands at `step`."""
+    folder = directory / "ledger"
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        for path in folder.glob("rank-*.jsonl"):
+            if int(path.stem.removeprefix("rank-")) >= world_size:  # of a rank that has gone
+                jsonl.cut_back(path, step)
+    return JsonLines(folder / f"rank-{rank}.jsonl", step, say)
 
 
 # ------------------------------------------------------------------------- best.safetensors

@@ -13,6 +13,13 @@ def whole_periods(images_seen: int, epochs: float, images_per_epoch: int) -> int
     return images_seen // (Fraction(str(epochs)) * images_per_epoch)
 
 
+def period_ended(images_seen: int, batch: int, epochs: float, images_per_epoch: int) -> bool:
+    """Whether the last `batch` images reached or passed a multiple of `epochs` epochs."""
+    before = max(0, images_seen - batch)
+    now, then = (whole_periods(seen, epochs, images_per_epoch) for seen in (images_seen, before))
+    return now > then
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Learning rate as a function of the images a run has seen.

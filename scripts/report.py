@@ -23,7 +23,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from irv2 import logbook
+from irv2 import jsonl
 
 Lines = list[dict[str, Any]]
 COPIED = ("log.jsonl", "config.yaml", "validate.json")
@@ -113,8 +113,8 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--out", type=Path, help="folder for the page")
     arguments = parser.parse_args()
-    lines = logbook.read(arguments.run / "log.jsonl")
-    if {line["kind"] for line in lines} != {"train", "eval"}:
+    lines = jsonl.read(arguments.run / "log.jsonl")
+    if not {"train", "eval"} <= {line["kind"] for line in lines}:
         print(f"report.py: {arguments.run}: no log of an evaluated run in it", file=sys.stderr)
         return 1
     print("\n".join(f"{key:<10} {value}" for key, value in summary(arguments.run, lines)))

@@ -49,11 +49,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def start(program: str, *arguments: object, ranks: int = 1) -> subprocess.Popen[str]:
-    """Start train.py or validate.py, under torchrun if there are several ranks."""
+def start(
+    program: str, *arguments: object, ranks: int = 1, torchrun: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
+    """Start a program, under torchrun if there are several ranks or options for it."""
     python = [sys.executable]
-    if ranks > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
+    if ranks > 1 or torchrun:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        python += [*torchrun, "--"]
     command = [*python, ROOT / program, *arguments]
     return subprocess.Popen(
         [str(part) for part in command],
@@ -64,11 +67,34 @@ def start(program: str, *arguments: object, ranks: int = 1) -> subprocess.Popen[
     )
 
 
-def run(program: str, *arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end."""
-    process = start(program, *arguments, ranks=ranks)
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Wait for the end of a program."""
     out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run(program: str, *arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; options as for `start`."""
+    return finish(start(program, *arguments, **options))
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    """Read a program's output up to the line that begins with `text`."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith(text):
+            return
+    raise AssertionError(f"no line begins with {text!r}:\n{''.join(seen)}{process.stderr.read()}")
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started, their children before them."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found += [*children(child), child]
+    return found
 
 
 def log_lines(run_directory: Path, kind: str) -> list[dict]:

@@ -1,10 +1,13 @@
-"""Checkpoints are written whole or not at all, rotated by step, and never executed."""
+"""Checkpoints are written whole or not at all, checksummed, rotated by step, never executed."""
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
+import random
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,18 +21,17 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def state(step: int) -> dict:
-    return {"weights": torch.full((64, 64), float(step)), "step": step, "names": ["a", "b"]}
+def parts(step: int) -> checkpoint.Parts:
+    weights = torch.full((64, 64), float(step))
+    return {"model": {"weight": weights, "count": torch.tensor(step)}, "ema": {"weight": -weights}}
 
 
-class Touch:
-    """Unpickling this creates a file."""
+def save(directory: Path, *steps: int) -> list[Path]:
+    return [checkpoint.save(directory, n, parts(n), {"step": n, "rate": 0.1}) for n in steps]
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def __reduce__(self):
-        return Path.touch, (self.path,)
+def kept_steps(directory: Path) -> list[int]:
+    return [checkpoint.step_of(path) for path in checkpoint.found(directory)]
 
 
 # ---------------------------------------------------------------------------------- writing
@@ -112,41 +114,115 @@ def test_a_failed_fsync_leaves_the_old_file(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------- a run's
 
 
-def test_a_state_comes_back_as_it_was_saved(tmp_path):
-    path = checkpoint.save(tmp_path / "checkpoints", 7, state(7), keep=2)
+def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
+    (path,) = save(tmp_path / "checkpoints", 7)
     loaded = checkpoint.load(path)
-    assert torch.equal(loaded.pop("weights"), state(7)["weights"])
-    assert loaded == {"step": 7, "names": ["a", "b"]}
+    assert loaded.path == path
+    assert loaded.parts.keys() == {"model", "ema"}
+    for part, tensors in parts(7).items():
+        assert loaded.parts[part].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert loaded.parts[part][name].dtype == tensor.dtype
+            assert torch.equal(loaded.parts[part][name], tensor)
+    assert loaded.meta == {"step": 7, "rate": 0.1, "parts": ["model", "ema"]}
+    assert checkpoint.load(path, only=["ema"]).parts.keys() == {"ema"}
+
+
+def test_the_checksums_are_those_of_sha256sum(tmp_path):
+    (path,) = save(tmp_path, 7)
+    command = ["sha256sum", "--check", "--strict", checkpoint.SUMS]
+    output = subprocess.run(command, cwd=path, capture_output=True, text=True, check=True).stdout
+    assert output.count(": OK") == 3
+    listed = dict(line.split("  ")[::-1] for line in (path / "SHA256SUMS").read_text().splitlines())
+    assert checkpoint.load(path).sums == listed
+
+
+def test_everything_reaches_the_disk_before_the_name_and_the_name_before_the_return(
+    tmp_path, monkeypatch
+):
+    events = []
+    fsync, rename = os.fsync, Path.rename
+
+    def spy_fsync(descriptor: int) -> None:
+        events.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def spy_rename(source: Path, target: Path) -> Path:
+        events.append(("rename", target.name))
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(Path, "rename", spy_rename)
+    save(tmp_path, 1)
+    files = ["model.safetensors", "ema.safetensors", "meta.json", "SHA256SUMS"]
+    assert events == [
+        *(("fsync", name) for name in files),
+        ("fsync", ".step-000000001.new"),
+        ("rename", "step-000000001"),
+        ("fsync", tmp_path.name),
+    ]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_the_newest_are_kept_by_step_not_by_name_or_time(tmp_path, keep):
     steps = [9, 10, 99, 100, 1000]
     for step in steps:
-        checkpoint.save(tmp_path, step, state(step), keep)
-        os.utime(tmp_path / f"step-{step:09d}.pt", (0, 10_000 - step))
-    kept = checkpoint.found(tmp_path)
-    assert [checkpoint.step_of(path) for path in kept] == steps[-keep:]
-    assert [checkpoint.load(path)["step"] for path in kept] == steps[-keep:]
-    assert names(tmp_path) == [path.name for path in kept]
+        (path,) = save(tmp_path, step)
+        os.utime(path, (0, 10_000 - step))
+        checkpoint.prune(tmp_path, keep)
+    assert kept_steps(tmp_path) == steps[-keep:]
+    assert names(tmp_path) == [path.name for path in checkpoint.found(tmp_path)]
 
 
-def test_rotation_leaves_other_files_alone(tmp_path):
-    others = ["notes.txt", "step-5.pt", "step-000000005.pt.bak", "log.jsonl"]
+def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path):
+    """Else two damaged new ones would push out the last good one."""
+    paths = save(tmp_path, 1, 2, 3, 4)
+    for path in paths[2:]:
+        (path / "model.safetensors").write_bytes(b"")
+    checkpoint.prune(tmp_path, keep=1)
+    assert kept_steps(tmp_path) == [2, 3, 4]
+    (paths[1] / "meta.json").unlink()
+    checkpoint.prune(tmp_path, keep=1)
+    assert kept_steps(tmp_path) == [2, 3, 4]
+
+
+def test_rotation_leaves_other_files_alone_and_clears_what_killed_saves_left(tmp_path):
+    others = ["notes.txt", "step-5", "step-000000005.bak", "log.jsonl", ".step-notes"]
     for name in others:
         (tmp_path / name).touch()
-    for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, state(step), keep=1)
-    assert names(tmp_path) == sorted([*others, "step-000000003.pt"])
-    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-000000003.pt"]
+    for name in (".step-000000002.new", ".step-000000001.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    save(tmp_path, 1, 2, 3)
+    checkpoint.prune(tmp_path, keep=1)
+    assert names(tmp_path) == sorted([*others, "step-000000003"])
 
 
-def test_a_save_that_fails_removes_no_older_checkpoint(tmp_path):
-    checkpoint.save(tmp_path, 1, state(1), keep=1)
-    with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
-        checkpoint.save(tmp_path, 2, {"unsaveable": lambda: None}, keep=1)
-    assert names(tmp_path) == ["step-000000001.pt"]
-    assert checkpoint.load(tmp_path / "step-000000001.pt")["step"] == 1
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    (path,) = save(tmp_path, 3)
+    (path / "ema.safetensors").write_bytes(b"")
+    save(tmp_path, 3)
+    assert checkpoint.load(path).meta["step"] == 3
+    assert names(tmp_path) == ["step-000000003"]
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_a_save_that_fails_leaves_the_old_checkpoints_and_nothing_else(tmp_path, monkeypatch, call):
+    """An input/output error in each of the calls that flush a file or folder."""
+    save(tmp_path, 1)
+    calls, fsync = iter(range(9)), os.fsync
+
+    def fail(descriptor: int) -> None:
+        if next(calls) == call:
+            raise OSError(5, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckpointError, match=r"step-000000002: cannot be written .*output error"):
+        save(tmp_path, 2)
+    assert checkpoint.load(tmp_path / "step-000000001").meta["step"] == 1
+    if call < 5:  # the last call flushes the new name itself
+        assert names(tmp_path) == ["step-000000001"]
 
 
 def test_nothing_is_found_where_there_is_nothing(tmp_path):
@@ -155,8 +231,8 @@ def test_nothing_is_found_where_there_is_nothing(tmp_path):
 
 
 def test_the_step_is_read_from_the_name_alone():
-    assert checkpoint.step_of(Path("elsewhere/step-000001234.pt")) == 1234
-    for name in ("best.safetensors", "step-1234.pt", "step-000001234.pt.tmp"):
+    assert checkpoint.step_of(Path("elsewhere/step-000001234")) == 1234
+    for name in ("best.safetensors", "step-1234", "step-000001234.unusable"):
         with pytest.raises(CheckpointError, match=re.escape(name)):
             checkpoint.step_of(Path(name))
 
@@ -165,57 +241,94 @@ def test_the_step_is_read_from_the_name_alone():
 
 
 def refused(path: Path) -> str:
-    """The message of the error that loading a file must raise; it names the file."""
+    """The message of the error that loading a checkpoint must raise; it names the checkpoint."""
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
+    assert not checkpoint.is_whole(path)
     return message
 
 
 def test_a_missing_checkpoint_is_refused_by_name(tmp_path):
-    assert "no such checkpoint" in refused(tmp_path / "step-000000001.pt")
-    assert "no such checkpoint" in refused(tmp_path / "absent" / "step-000000001.pt")
+    assert "no such checkpoint" in refused(tmp_path / "step-000000001")
+    assert "no such checkpoint" in refused(tmp_path / "absent" / "step-000000001")
+    (tmp_path / "file").touch()
+    assert "no such checkpoint" in refused(tmp_path / "file")
 
 
-def test_a_directory_is_refused_by_name(tmp_path):
-    refused(tmp_path)
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "ema.safetensors", "meta.json", "SHA256SUMS"]
+)
+def test_a_missing_or_emptied_file_is_named(tmp_path, file):
+    (path,) = save(tmp_path, 1)
+    (path / file).write_bytes(b"")
+    assert file in refused(path)
+    (path / file).unlink()
+    assert f"{file} cannot be read (No such file" in refused(path)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("form", ["torch", "pickle"])
-def test_a_file_that_would_execute_something_is_refused_and_not_run(tmp_path, form):
-    path, witness = tmp_path / "step-000000001.pt", tmp_path / "executed"
-    if form == "torch":
-        torch.save({**state(1), "extra": Touch(witness)}, path)
-    else:
-        path.write_bytes(pickle.dumps({"extra": Touch(witness)}))
-    refused(path)
-    assert not witness.exists()
-    if form == "torch":  # the file is armed: an unsafe reader would have run it
-        torch.load(path, weights_only=False)
-        assert witness.exists()
+def positions(path: Path, count: int, rng: random.Random) -> list[tuple[Path, int]]:
+    """`count` bytes of a checkpoint, every file in turn so that small ones get their share."""
+    files = sorted(path.iterdir())
+    chosen = (files[i % len(files)] for i in range(count))
+    return [(file, rng.randrange(file.stat().st_size)) for file in chosen]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.9, 0.999])
-def test_a_truncated_checkpoint_is_refused_by_name(tmp_path, share):
-    path = checkpoint.save(tmp_path, 1, state(1), keep=1)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
-    refused(path)
+@pytest.mark.parametrize("harm", ["truncated", "flipped"])
+def test_harm_at_any_of_200_places_is_noticed(tmp_path, harm):
+    (path,) = save(tmp_path, 1)
+    rng = random.Random(0)
+    unnoticed = []
+    for file, offset in positions(path, 200, rng):
+        whole = file.read_bytes()
+        harmed = bytearray(whole[:offset] if harm == "truncated" else whole)
+        if harm == "flipped":
+            harmed[offset] ^= 1 << rng.randrange(8)
+        file.write_bytes(harmed)
+        try:
+            checkpoint.load(path)
+            unnoticed.append((file.name, offset))
+        except CheckpointError:
+            file.write_bytes(whole)
+    assert unnoticed == []
+    assert checkpoint.load(path).meta["step"] == 1  # and without harm it loads
 
 
-def test_a_single_flipped_bit_is_noticed(tmp_path):
-    path = checkpoint.save(tmp_path, 1, state(1), keep=1)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x40  # inside the weights
-    path.write_bytes(content)
-    refused(path)
+def test_a_part_that_its_checksums_leave_out_is_missed(tmp_path):
+    (path,) = save(tmp_path, 1)
+    sums = (path / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (path / "SHA256SUMS").write_text("".join(line for line in sums if "ema" not in line))
+    assert "does not name the parts" in refused(path)
 
 
-@pytest.mark.parametrize("content", [b"<html>404 not found</html>", bytes(1000), b"\x80\x02."])
-def test_a_file_of_another_kind_is_refused_by_name(tmp_path, content):
-    path = tmp_path / "step-000000001.pt"
-    path.write_bytes(content)
-    refused(path)
+def test_names_in_a_checkpoint_cannot_lead_out_of_it(tmp_path):
+    (path,) = save(tmp_path, 1)
+    shutil.copy(path / "ema.safetensors", tmp_path / "outside.safetensors")
+    meta = {"step": 1, "parts": ["model", "../outside"]}
+    (path / "meta.json").write_text(json.dumps(meta))
+    listed = [("../outside.safetensors", tmp_path / "outside.safetensors")]
+    listed += [(name, path / name) for name in ("meta.json", "model.safetensors")]
+    digests = {
+        name: subprocess.run(["sha256sum", file], capture_output=True, text=True).stdout[:64]
+        for name, file in listed
+    }
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
+    (path / "SHA256SUMS").write_text("".join(lines))
+    assert "meta.json is not a checkpoint's" in refused(path)
+
+
+@pytest.mark.parametrize("content", [b"<html>404 not found</html>", bytes(1000), b"[]", b"\xff{}"])
+def test_files_of_another_kind_are_refused_though_their_checksums_match(tmp_path, content):
+    (path,) = save(tmp_path, 1)
+    for file in ("ema.safetensors", "meta.json"):
+        (path / file).write_bytes(content)
+        sums = [
+            subprocess.run(["sha256sum", f.name], cwd=path, capture_output=True, text=True).stdout
+            for f in sorted(path.iterdir())
+            if f.name != "SHA256SUMS"
+        ]
+        (path / "SHA256SUMS").write_text("".join(sums))
+        with pytest.raises(CheckpointError, match=r"step-000000001: "):
+            checkpoint.load(path)

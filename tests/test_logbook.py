@@ -9,7 +9,7 @@ from pathlib import Path
 
 import programs
 
-from irv2 import logbook
+from irv2 import jsonl
 from irv2.logbook import Logbook
 
 
@@ -47,7 +47,7 @@ def test_going_on_drops_the_lines_of_lost_steps_and_keeps_the_best(tmp_path: Pat
     assert log.has_eval(2, "ema") and not log.has_eval(2, "raw") and not log.has_eval(4, "ema")
     log.train(train_line(4))
     log.close()
-    steps = [(line["kind"], line["step"]) for line in logbook.read(tmp_path / "log.jsonl")]
+    steps = [(line["kind"], line["step"]) for line in jsonl.read(tmp_path / "log.jsonl")]
     assert steps == [("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("train", 4)]
 
 
@@ -57,7 +57,7 @@ def test_a_damaged_line_costs_only_itself(tmp_path: Path) -> None:
     lines = path.read_text().splitlines()
     lines[1] = lines[1][:20]
     path.write_text("\n".join(lines))
-    assert len(logbook.read(path)) == len(lines) - 1
+    assert len(jsonl.read(path)) == len(lines) - 1
 
 
 def test_every_line_is_json_also_where_a_number_is_not_finite(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from programs import ROOT
 from torch import nn
 
-from irv2 import engine, optim, rundir
+from irv2 import checkpoint, engine, jsonl, optim, rundir
 from irv2.checkpoint import CheckpointError
 from irv2.config import build
 
@@ -32,7 +35,9 @@ def new_state(step: int = 0) -> engine.TrainState:
 
 def save(directory: Path, *steps: int) -> None:
     for step in steps:
-        rundir.save(new_state(step), directory, EXPERIMENT, keep=9)
+        state = new_state(step)
+        store = directory / "checkpoints"
+        checkpoint.save(store, step, state.tensors(), rundir.meta(state, EXPERIMENT))
 
 
 def restored(
@@ -55,18 +60,54 @@ def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
 def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tmp_path: Path) -> None:
     save(tmp_path, 3, 12)
     newest = rundir.checkpoints(tmp_path)[-1]
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
-    newest.write_bytes(content)
+    (newest / "model.safetensors").write_bytes(b"")
     step, _, weight, said = restored(tmp_path)
     assert (step, weight) == (3, 3.0)
     assert said[0].startswith("passed over: ") and str(newest) in said[0]
 
 
+def test_what_was_passed_over_is_set_aside(tmp_path: Path) -> None:
+    save(tmp_path, 3, 12, 15)
+    for _ in range(2):  # twice: the name is taken the second time
+        rundir.set_aside_unusable(tmp_path, 3)
+        names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+        assert names == [
+            "step-000000003",
+            "step-000000012.unusable",
+            "step-000000015.unusable",
+        ]
+        save(tmp_path, 12)
+
+
+def test_a_checkpoint_of_another_network_among_them_is_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    other = rundir.Experiment({**CONFIG, "model": {"blocks": [1, 2, 3]}}, ["cat", "dog"], 100)
+    state = new_state(12)
+    meta = rundir.meta(state, other)
+    checkpoint.save(tmp_path / "checkpoints", 12, state.tensors(), meta)
+    step, _, _, said = restored(tmp_path)
+    assert step == 3
+    assert "passed over" in said[0] and "another experiment (model." in said[0]
+
+
+def test_a_run_may_begin_from_another_with_another_recipe_but_not_network(tmp_path: Path) -> None:
+    save(tmp_path / "old", 5)
+    origin = str(tmp_path / "old")
+    slower = {**CONFIG, "optim": {**CONFIG["optim"], "lr": 0.02}}
+    step, _, _, said = restored(
+        tmp_path / "new", origin, rundir.Experiment(slower, ["cat", "dog"], 100)
+    )
+    assert step == 5
+    assert "optim.lr: 0.045 -> 0.02" in said[0]
+    other = {**CONFIG, "model": {**CONFIG["model"], "blocks": [1, 1, 1]}}
+    with pytest.raises(CheckpointError, match="another experiment"):
+        restored(tmp_path / "new", origin, rundir.Experiment(other, ["cat", "dog"], 100))
+
+
 def test_a_run_with_only_damaged_checkpoints_never_begins_anew(tmp_path: Path) -> None:
     save(tmp_path, 3, 12)
     for path in rundir.checkpoints(tmp_path):
-        path.write_bytes(b"")
+        (path / "meta.json").unlink()
     with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be read"):
         restored(tmp_path)
 
@@ -105,15 +146,48 @@ def test_another_experiment_is_refused(tmp_path, other, words) -> None:
 
 def test_files_of_others_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match=r"weights\.pt: not a checkpoint of train\.py"):
-        restored(tmp_path / "run", str(tmp_path / "weights.pt"))
-    with pytest.raises(CheckpointError, match=r"absent\.pt: no such checkpoint"):
-        restored(tmp_path / "run", str(tmp_path / "absent.pt"))
+    for name in ("weights.pt", "absent"):
+        with pytest.raises(CheckpointError, match=f"{name}: no such checkpoint"):
+            restored(tmp_path / "run", str(tmp_path / name))
+    checkpoint.save(tmp_path, 1, {"model": {}}, {})
+    with pytest.raises(CheckpointError, match=r"step-000000001: not a checkpoint of train\.py"):
+        restored(tmp_path / "run", str(tmp_path / "step-000000001"))
 
 
-def test_two_programs_cannot_work_in_one_run(tmp_path: Path) -> None:
-    first = rundir.lock(tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"another train\.py is at work"):
-        rundir.lock(tmp_path / "run")
-    first.close()
-    rundir.lock(tmp_path / "run").close()
+# Takes the lock, leaves a child behind that has inherited its file, waits to be killed.
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from irv2 import rundir
+held = rundir.lock(Path(sys.argv[1]))
+if os.fork() == 0:
+    os.setsid()
+    time.sleep(60)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_programs_cannot_work_in_one_run_but_a_dead_one_does_not_hold_it(tmp_path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match=r"another train\.py is at work"):
+            rundir.lock(tmp_path / "run")
+        holder.kill()
+        holder.wait()
+        rundir.lock(tmp_path / "run").close()
+        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "run")], check=True)  # the child
+
+
+def test_a_ledger_is_cut_back_for_every_rank(tmp_path: Path) -> None:
+    for rank in range(3):
+        ledger = rundir.open_ledger(tmp_path, rank, 3, 0, print)
+        for step in (1, 2, 3):
+            ledger.append({"step": step, "indices": [rank]})
+        ledger.close()
+    for rank in range(2):
+        rundir.open_ledger(tmp_path, rank, 2, 2, print).close()
+    for rank in range(3):
+        lines = jsonl.read(tmp_path / "ledger" / f"rank-{rank}.jsonl")
+        assert [line["step"] for line in lines] == [1, 2]

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from irv2.schedule import Schedule
+from irv2.schedule import Schedule, period_ended
 
 IMAGENET = 1_281_167
 
@@ -109,3 +109,11 @@ def test_a_staircase_does_not_depend_on_how_long_the_run_is():
     short, long = staircase(total_epochs=10), staircase(total_epochs=400)
     images = range(0, 10_001, 500)
     assert [short.learning_rate(i) for i in images] == [long.learning_rate(i) for i in images]
+
+
+def test_a_period_ends_with_the_step_that_reaches_or_passes_it():
+    """Of 10 images an epoch, in batches of 4: half epochs end at 5, 10, 15, 20 images."""
+    ended = [seen for seen in range(0, 24, 4) if period_ended(seen, 4, 0.5, 10)]
+    assert ended == [8, 12, 16, 20]
+    assert not period_ended(0, 4, 0.5, 10)
+    assert [seen for seen in range(0, 24, 4) if period_ended(seen, 4, 1.0, 10)] == [12, 20]

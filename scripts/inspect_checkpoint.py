@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Show what a checkpoint holds, and check every byte of it against its SHA-256.
+
+  python scripts/inspect_checkpoint.py runs/quickstart
+  python scripts/inspect_checkpoint.py runs/quickstart/checkpoints/step-000000060
+
+Of a run directory the newest good checkpoint is shown, after a line for each newer one that is
+damaged. Exit status: 0 whole, 1 damaged or none there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from irv2 import checkpoint, rundir
+from irv2.checkpoint import Checkpoint, CheckpointError
+
+
+def describe(found: Checkpoint) -> str:
+    """A table of a checkpoint and of its files. Raises KeyError if it is not train.py's."""
+    meta = found.meta
+    in_a_row = meta["bad_steps_in_a_row"]
+    rows = [
+        ("checkpoint", str(found.path)),
+        ("step", f"{meta['step']:,}"),
+        ("images seen", f"{meta['images_seen']:,}"),
+        ("epochs", f"{meta['images_seen'] / meta['images_per_epoch']:.3f}"),
+        ("bad steps", f"{meta['bad_steps']:,}" + (f", {in_a_row} just before" if in_a_row else "")),
+        ("bad images", f"{meta['bad_images']:,}"),
+        ("classes", f"{len(meta['classes']):,}"),
+        ("written by", ", ".join(f"{name} {value}" for name, value in meta["software"].items())),
+    ]
+    lines = [f"{name:<12} {value}" for name, value in rows]
+    lines += ["", f"{'file':<22} {'tensors':>7} {'bytes':>13}  SHA-256 of what was read"]
+    for name, digest in found.sums.items():
+        part = found.parts.get(name.removesuffix(".safetensors"))
+        tensors = "" if part is None else len(part)
+        lines.append(f"{name:<22} {tensors:>7} {(found.path / name).stat().st_size:>13,}  {digest}")
+    return "\n".join([*lines, "", "every file is as it was saved"])
+
+
+def main() -> int:
+    """Command line -> exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", type=Path, help="a run directory, or one of its checkpoints")
+    path = parser.parse_args().path
+    try:
+        is_run = bool(rundir.checkpoints(path))
+        print(describe(rundir.load_newest(path, print) if is_run else checkpoint.load(path)))
+    except CheckpointError as error:
+        print(f"inspect_checkpoint.py: {error}", file=sys.stderr)
+        return 1
+    except KeyError as error:
+        print(f"inspect_checkpoint.py: {path}: not of train.py, no {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

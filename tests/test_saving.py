@@ -1,0 +1,109 @@
+"""Checkpoints written while training goes on."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from irv2 import checkpoint
+from irv2.checkpoint import CheckpointError
+from irv2.saving import BackgroundSaver
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def saver(tmp_path: Path, said: list[str]) -> BackgroundSaver:
+    return BackgroundSaver(tmp_path, 2, 0, said.append, ("running_mean",))
+
+
+def parts(value: float) -> checkpoint.Parts:
+    return {
+        "model": {"weight": torch.full((8,), value), "bn.running_mean": torch.full((3,), value)}
+    }
+
+
+def loaded(directory: Path, step: int) -> dict[str, torch.Tensor]:
+    return checkpoint.load(directory / f"step-{step:09d}").parts["model"]
+
+
+def test_leaving_waits_until_everything_is_on_the_disk(tmp_path, saver, said):
+    with saver:
+        for step in (1, 2, 3):
+            saver.begin(step, parts(step), {"step": step})
+    assert [checkpoint.step_of(path) for path in checkpoint.found(tmp_path)] == [2, 3]
+    assert torch.equal(loaded(tmp_path, 3)["weight"], torch.full((8,), 3.0))
+    assert saver.saved_step == 3
+    assert said == []
+
+
+def test_training_goes_on_while_the_disk_is_slow(tmp_path, saver, monkeypatch):
+    """What changes after the copy does not reach the checkpoint."""
+    gate, save = threading.Event(), checkpoint.save
+
+    def slow_save(*arguments) -> Path:
+        assert gate.wait(timeout=30)
+        return save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    state = parts(1.0)
+    with saver:
+        saver.begin(1, state, {"step": 1})
+        saver.wait_for_copy()
+        state["model"]["weight"].fill_(2.0)
+        assert saver.saved_step == 0 and checkpoint.found(tmp_path) == []
+        gate.set()
+    assert torch.equal(loaded(tmp_path, 1)["weight"], torch.ones(8))
+
+
+def test_what_a_forward_changes_is_copied_before_it_begins(tmp_path, saver, monkeypatch):
+    """The thread is held up before it copies anything."""
+    gate, work = threading.Event(), BackgroundSaver._work
+
+    def late_work(self, *arguments) -> None:
+        assert gate.wait(timeout=30)
+        work(self, *arguments)
+
+    monkeypatch.setattr(BackgroundSaver, "_work", late_work)
+    state = parts(1.0)
+    with saver:
+        saver.begin(1, state, {"step": 1})
+        state["model"]["bn.running_mean"].fill_(2.0)  # as a forward does
+        assert not saver._copied.is_set()
+        gate.set()
+        saver.wait_for_copy()
+        state["model"]["weight"].fill_(2.0)  # as the update does
+    assert all((tensor == 1).all() for tensor in loaded(tmp_path, 1).values())
+
+
+def test_a_save_that_fails_is_said_and_the_next_one_tries_again(tmp_path, saver, said, monkeypatch):
+    save = checkpoint.save
+
+    def fail_once(directory, step, *arguments) -> Path:
+        if step == 2:
+            raise CheckpointError(f"step {step}: No space left on device")
+        return save(directory, step, *arguments)
+
+    monkeypatch.setattr(checkpoint, "save", fail_once)
+    with saver:
+        saver.begin(1, parts(1), {"step": 1})
+        saver.begin(2, parts(2), {"step": 2})
+        saver.finish()
+        assert saver.saved_step == 1
+        assert said == ["NOT SAVED, training goes on: step 2: No space left on device"]
+        saver.begin(3, parts(3), {"step": 3})
+    assert saver.saved_step == 3
+    assert [checkpoint.step_of(path) for path in checkpoint.found(tmp_path)] == [1, 3]
+
+
+def test_the_time_training_stood_still_is_added_up(saver):
+    with saver:
+        saver.begin(1, parts(1.0), {})
+        saver.wait_for_copy()
+    assert 0 < saver.stalled_s < 5
