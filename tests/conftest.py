@@ -1,0 +1,65 @@
+"""A tally of the faults that tests inject, for docs/reliability.md."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
+
+
+@pytest.fixture
+def inject(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """To be called at each fault with its kind; the faults have survived if the test passes."""
+    return lambda kind: request.node.user_properties.append(("fault", kind))
+
+
+@dataclass
+class Tally:
+    """Faults of one kind."""
+
+    injected: int = 0
+    survived: int = 0
+    seconds: float = 0.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--report", type=Path, metavar="FILE", help="write the tally of faults into this page"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: object, config: pytest.Config) -> None:
+    tallies: defaultdict[str, Tally] = defaultdict(Tally)
+    for outcome in ("passed", "failed"):
+        for test in terminalreporter.stats.get(outcome, []):
+            kinds = [kind for name, kind in test.user_properties if name == "fault"]
+            for kind in kinds if test.when == "call" else []:
+                tallies[kind].injected += 1
+                tallies[kind].survived += test.passed
+                tallies[kind].seconds += test.duration / len(kinds)
+    if not tallies:
+        return
+    injected, survived = (
+        sum(getattr(tally, name) for tally in tallies.values()) for name in ("injected", "survived")
+    )
+    verdict = f"{injected} faults injected, {survived} survived"
+    terminalreporter.write_line(verdict)
+    if (page := config.getoption("--report")) is not None:
+        write_table(page, verdict, tallies)
+
+
+def write_table(page: Path, verdict: str, tallies: dict[str, Tally]) -> None:
+    """Replace what stands between the two marks of the page."""
+    lines = [f"**{verdict}**", "", "| fault | injected | survived | seconds |", "|---|---|---|---|"]
+    lines += [
+        f"| {kind} | {tally.injected} | {tally.survived} | {tally.seconds:.0f} |"
+        for kind, tally in tallies.items()
+    ]
+    before, _, rest = page.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    page.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"]))

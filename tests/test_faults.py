@@ -1,0 +1,435 @@
+"""A run under faults, started as a user starts it: it ends as if nothing had happened.
+
+The long versions of these tests are in test_soak.py.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from programs import (
+    children,
+    finish,
+    log_lines,
+    run,
+    start,
+    wait_for,
+    write_images,
+)
+
+from irv2 import checkpoint, jsonl, weights
+
+Inject = Callable[[str], None]
+HARMED = "tests/harmed.py"
+STEPS, IMAGES = 6, 14
+CONFIG = """
+model: {{blocks: [1, 1, 1], bn_momentum: 0.5}}
+data: {{image_size: 75, workers: 0, train: {data}/train, val: {data}/val, max_bad_fraction: 1}}
+train: {{epochs: 1.7, global_batch: 4, micro_batch: 4}}
+eval: {{every_epochs: 1, batch: 2}}
+checkpoint: {{every_steps: 2}}
+log: {{every_steps: 1, ledger: true}}
+run: {{device: cpu}}
+"""
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run of 6 steps, 4 images each, over 14 images; evaluated after steps 4 and 6."""
+    folder = tmp_path_factory.mktemp("faults")
+    write_images(folder / "train", ["a", "b"], IMAGES // 2)
+    write_images(folder / "val", ["a", "b"], 2, seed=1)
+    path = folder / "small.yaml"
+    path.write_text(CONFIG.format(data=folder))
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(config: Path) -> Path:
+    """The directory of a run in which nothing went wrong."""
+    result = run("train.py", *arguments(config, config.parent / "undisturbed"))
+    assert result.returncode == 0, result.stderr
+    return config.parent / "undisturbed"
+
+
+def arguments(config: Path, directory: Path, *overrides: object) -> list[object]:
+    return ["--config", config, f"run.dir={directory}", *overrides]
+
+
+def checkpoint_of(directory: Path, step: int) -> checkpoint.Checkpoint:
+    return checkpoint.load(directory / "checkpoints" / f"step-{step:09d}")
+
+
+def steps(directory: Path) -> list[int]:
+    return [checkpoint.step_of(path) for path in checkpoint.found(directory / "checkpoints")]
+
+
+def differing(ours: checkpoint.Parts, theirs: checkpoint.Parts) -> list[str]:
+    """Names of tensors that are not bit-identical."""
+    assert {part: set(ours[part]) for part in ours} == {part: set(theirs[part]) for part in theirs}
+    return [
+        f"{part}.{name}"
+        for part, tensors in ours.items()
+        for name, tensor in tensors.items()
+        if not torch.equal(tensor, theirs[part][name])
+    ]
+
+
+def timeless(directory: Path) -> list[dict]:
+    """The log without what depends on the clock."""
+    return [
+        {key: value for key, value in line.items() if key not in ("images_per_s", "data_wait")}
+        for line in jsonl.read(directory / "log.jsonl")
+    ]
+
+
+def assert_same_end(directory: Path, undisturbed: Path) -> None:
+    """Weights, average, optimizer, counters and logged metrics are those of the other run."""
+    ours, theirs = (checkpoint_of(d, STEPS) for d in (directory, undisturbed))
+    assert differing(ours.parts, theirs.parts) == []
+    counters = ("step", "images_seen", "bad_images", "bad_steps", "bad_steps_in_a_row")
+    assert [ours.meta[key] for key in counters] == [theirs.meta[key] for key in counters]
+    assert timeless(directory) == timeless(undisturbed)
+    (best, metadata), (other, other_metadata) = (
+        weights.read(str(d / "best.safetensors")) for d in (directory, undisturbed)
+    )
+    assert differing({"best": best}, {"best": other}) == []
+    assert {**metadata, "data": ""} == {**other_metadata, "data": ""}  # workers may differ
+
+
+def ledger(directory: Path) -> dict[int, list[tuple[int, int]]]:
+    """step -> (image, checksum of its pixels) of the global batch, over all ranks in order."""
+    batches: dict[int, list[tuple[int, int]]] = {}
+    for path in sorted((directory / "ledger").iterdir()):
+        for line in jsonl.read(path):
+            pairs = zip(line["indices"], line["checksums"], strict=True)
+            batches.setdefault(line["step"], []).extend(pairs)
+    return batches
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL a program and everything it has started."""
+    for pid in (process.pid, *children(process.pid)):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+# ---------------------------------------------------------------------------------- killed
+
+
+def test_a_run_killed_in_its_saves_ends_as_if_it_had_not_been(
+    config, undisturbed, tmp_path, inject: Inject
+):
+    """In a file of the first checkpoint, before the second has its name, while the third removes
+    the first."""
+    left = {"kill-in-save=2": [], "kill-in-rename=2": [2], "kill-in-prune=1": [4, 6]}
+    for fault, expected in left.items():
+        inject(f"SIGKILL in {fault.removeprefix('kill-in-').partition('=')[0]}")
+        result = run(HARMED, fault, *arguments(config, tmp_path / "run"))
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        assert steps(tmp_path / "run") == expected
+        assert all(map(checkpoint.is_whole, checkpoint.found(tmp_path / "run" / "checkpoints")))
+    result = run("train.py", *arguments(config, tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert f"continuing after step {STEPS} " in result.stdout
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
+# ---------------------------------------------------------------------------------- moved
+
+
+def test_ranks_and_workers_may_change_in_the_middle_of_an_epoch(
+    config, undisturbed, tmp_path, inject: Inject
+):
+    for until, (ranks, workers) in {2: (1, 0), 4: (2, 2), STEPS: (1, 1)}.items():
+        inject("another number of ranks and workers")
+        limits = (f"data.workers={workers}", f"train.max_steps={until}")
+        result = run("train.py", *arguments(config, tmp_path / "run", *limits), ranks=ranks)
+        assert result.returncode == 0, result.stderr
+    assert_same_batches(tmp_path / "run", undisturbed)
+
+
+def assert_same_batches(directory: Path, undisturbed: Path) -> None:
+    """The same images with the same pixels in the same steps, each image once an epoch."""
+    batches = ledger(directory)
+    assert batches == ledger(undisturbed)
+    indices = [index for step in sorted(batches) for index, _ in batches[step]]
+    assert len(indices) > IMAGES
+    for begin in range(0, len(indices), IMAGES):
+        epoch = indices[begin : begin + IMAGES]
+        assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(IMAGES))
+
+
+# ---------------------------------------------------------------------------------- damaged
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_only(
+    config, undisturbed, tmp_path, inject: Inject
+):
+    inject("newest checkpoint damaged")
+    shutil.copytree(undisturbed, tmp_path / "run")
+    part = tmp_path / "run" / "checkpoints" / "step-000000006" / "optimizer.safetensors"
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    result = run("train.py", *arguments(config, tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert "passed over: " in result.stdout and "does not match its SHA-256" in result.stdout
+    assert "continuing after step 4" in result.stdout
+    assert_same_end(tmp_path / "run", undisturbed)
+    assert (tmp_path / "run" / "checkpoints" / "step-000000006.unusable").is_dir()
+
+
+def test_only_damaged_checkpoints_are_an_error(config, undisturbed, tmp_path, inject: Inject):
+    inject("all checkpoints damaged")
+    shutil.copytree(undisturbed, tmp_path / "run")
+    for path in checkpoint.found(tmp_path / "run" / "checkpoints"):
+        (path / "meta.json").unlink()
+    result = run("train.py", *arguments(config, tmp_path / "run"))
+    assert result.returncode == 1
+    assert "none of its 2 checkpoints can be read" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+
+
+# ---------------------------------------------------------------------------------- full disk
+
+
+def test_a_full_disk_stops_no_training_and_the_next_save_tries_again(
+    config, undisturbed, tmp_path, inject: Inject
+):
+    inject("no space for a checkpoint, later space again")
+    result = run(HARMED, "full-disk=2", *arguments(config, tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("NOT SAVED, training goes on: ") == 1
+    assert "No space left on device" in result.stdout
+    assert_same_end(tmp_path / "run", undisturbed)
+    assert steps(tmp_path / "run") == [2, 6]
+
+
+def test_a_disk_that_stays_full_is_an_error_and_costs_no_older_checkpoint(
+    config, undisturbed, tmp_path, inject: Inject
+):
+    inject("no space for a checkpoint to the end")
+    result = run(HARMED, "full-disk=2-99", *arguments(config, tmp_path / "run"))
+    assert result.returncode == 1
+    assert "step 6 could not be saved, the newest here is of step 2" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert steps(tmp_path / "run") == [2]
+    result = run("train.py", *arguments(config, tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
+# ---------------------------------------------------------------------------------- stopped
+
+
+@pytest.mark.parametrize(
+    ("fault", "moment", "number", "status"),
+    [
+        ("slow-save=0", "step 3/", signal.SIGINT, 130),
+        ("slow-save=2", "save begins", signal.SIGTERM, 75),
+        ("slow-evaluation=1", "evaluation begins", signal.SIGUSR1, 75),
+    ],
+)
+def test_a_stopped_run_loses_no_finished_step(
+    config, undisturbed, tmp_path, inject: Inject, fault, moment, number, status
+):
+    """It is continued with other workers."""
+    inject(f"{signal.Signals(number).name} at '{moment}'")
+    process = start(HARMED, fault, *arguments(config, tmp_path / "run", "data.workers=2"))
+    wait_for(process, moment)
+    process.send_signal(number)
+    stopped = finish(process)
+    assert stopped.returncode == status, stopped.stderr
+    last = log_lines(tmp_path / "run", "train")[-1]["step"]
+    assert f"stopped after step {last}; the same command continues" in stopped.stdout
+    assert steps(tmp_path / "run")[-1] == last
+    result = run("train.py", *arguments(config, tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
+def test_a_second_signal_leaves_at_once(config, tmp_path, inject: Inject):
+    inject("second SIGTERM")
+    process = start(HARMED, "slow-save=30", *arguments(config, tmp_path / "run"))
+    wait_for(process, "save begins")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    process.communicate()
+
+
+def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(config, tmp_path, inject: Inject):
+    inject("SIGTERM on one rank")
+    process = start("train.py", *arguments(config, tmp_path / "run"), ranks=2)
+    wait_for(process, "step 1/")
+    os.kill(rank_pids(process)[1], signal.SIGTERM)
+    stopped = finish(process)
+    assert stopped.returncode != 0
+    assert "stopped after step" in stopped.stdout
+    assert steps(tmp_path / "run")[-1] == log_lines(tmp_path / "run", "train")[-1]["step"]
+    assert "exitcode: 75" in stopped.stderr.replace(" ", "").replace("exitcode:", "exitcode: ")
+
+
+def rank_pids(process: subprocess.Popen[str]) -> list[int]:
+    """The processes of the ranks that torchrun has started, in order."""
+    pids = {}
+    for pid in children(process.pid):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        rank = [entry for entry in environment if entry.startswith(b"RANK=")]
+        is_rank = Path(f"/proc/{pid}/stat").read_text().split()[3] == str(process.pid)
+        if rank and is_rank:
+            pids[int(rank[0][5:])] = pid
+    return [pids[rank] for rank in sorted(pids)]
+
+
+# ---------------------------------------------------------------------------------- not finite
+
+
+def test_a_bad_number_on_one_rank_makes_all_ranks_leave_the_step_out(
+    config, tmp_path, inject: Inject
+):
+    inject("NaN on one rank")
+    limits = ("train.max_steps=4", "checkpoint.every_steps=1")
+    place = arguments(config, tmp_path / "run", *limits)
+    result = run(HARMED, "nan=1:3-4", *place, ranks=2)
+    assert result.returncode == 0, result.stderr
+    three, four = (checkpoint_of(tmp_path / "run", step) for step in (3, 4))
+    assert differing(three.parts, four.parts) == []
+    assert (four.meta["bad_steps"], four.meta["bad_steps_in_a_row"]) == (2, 2)
+    noted = log_lines(tmp_path / "run", "bad_step")
+    batches = ledger(tmp_path / "run")
+    assert [line["step"] for line in noted] == [3, 4]
+    assert noted[0]["images"] == [index for index, _ in batches[3]]
+    assert all(torch.isfinite(tensor).all() for tensor in four.parts["model"].values())
+    assert not all((m == 0).all() for n, m in four.parts["optimizer"].items() if "momentum" in n)
+
+
+def test_too_many_bad_steps_end_the_run_and_it_goes_on_with_a_lower_rate(
+    config, tmp_path, inject: Inject
+):
+    inject("NaN for ever")
+    limit = arguments(config, tmp_path / "run", "train.max_bad_steps=1")
+    result = run(HARMED, "nan=0:3-99", *limit)
+    assert result.returncode == 1
+    assert "step 4: the loss or the gradient was not finite 2 times in a row" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert steps(tmp_path / "run") == [2]
+    advice = ["--resume", str(tmp_path / "run"), "optim.lr=0.0225"]
+    assert " ".join(advice[:2]) in result.stderr and advice[2] in result.stderr
+    result = run("train.py", *arguments(config, tmp_path / "lower"), *advice)
+    assert result.returncode == 0, result.stderr
+    assert "optim.lr: 0.045 -> 0.0225" in result.stdout
+    assert log_lines(tmp_path / "lower", "train")[0]["lr"] == 0.0225
+
+
+# ---------------------------------------------------------------------------------- bad images
+
+
+def spoil(folder: Path, count: int) -> list[str]:
+    """Make unusable the first `count` images of each class; returns their paths."""
+    paths = sorted(path for name in "ab" for path in sorted((folder / name).iterdir())[:count])
+    for path in paths:
+        path.write_bytes(b"no image")
+    return [str(path) for path in paths]
+
+
+def test_unusable_training_images_are_replaced_listed_and_counted(config, tmp_path, inject: Inject):
+    """Stopped and continued with other ranks and workers, the list is that of one run."""
+    shutil.copytree(config.parent / "train", tmp_path / "train")
+    spoiled = spoil(tmp_path / "train", 2)
+    for _ in spoiled:
+        inject("unusable training image")
+    data = f"data.train={tmp_path / 'train'}"
+    place = arguments(config, tmp_path / "one", data, "data.workers=1")
+    result = run("train.py", *place)
+    assert result.returncode == 0, result.stderr
+    place = arguments(config, tmp_path / "two", data)
+    assert run("train.py", *place, "train.max_steps=2", ranks=2).returncode == 0
+    assert run("train.py", *place).returncode == 0
+    assert_same_batches(tmp_path / "two", tmp_path / "one")
+
+    listed = [jsonl.read(tmp_path / name / "bad_images.jsonl") for name in ("one", "two")]
+    assert listed[0] == listed[1]
+    first_epoch = [line for line in listed[0] if line["epoch"] == 0]
+    assert sorted(line["name"] for line in first_epoch) == spoiled
+    assert all("not a known kind of image" in line["reason"] for line in listed[0])
+    for step, batch in ledger(tmp_path / "one").items():
+        here = {line["index"] for line in listed[0] if line["step"] == step}
+        assert here <= {index for index, _ in batch}
+    final = checkpoint_of(tmp_path / "two", STEPS)
+    assert final.meta["bad_images"] == len(listed[0])
+
+
+def test_too_many_unusable_images_end_the_run(config, tmp_path, inject: Inject):
+    shutil.copytree(config.parent / "train", tmp_path / "train")
+    for _ in spoil(tmp_path / "train", 4):
+        inject("half of the training images unusable")
+    limits = (f"data.train={tmp_path / 'train'}", "data.max_bad_fraction=0.1")
+    result = run("train.py", *arguments(config, tmp_path / "run", *limits))
+    assert result.returncode == 1
+    listed = jsonl.read(tmp_path / "run" / "bad_images.jsonl")
+    assert 2 <= len(listed) <= 5  # more than 0.1 of 14; the step that passed it is the last
+    said = f"{len(listed)} of {4 * listed[-1]['step']} images seen could not be used"
+    assert said in result.stderr and "bad_images.jsonl: mend or remove them" in result.stderr
+
+
+# ---------------------------------------------------------------------------------- dead or hung
+
+
+def test_a_killed_loader_worker_is_told_in_one_line(config, tmp_path, inject: Inject):
+    inject("loader worker killed")
+    process = start("train.py", *arguments(config, tmp_path / "run", "data.workers=2"))
+    wait_for(process, "step 1/")
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    result = finish(process)
+    assert result.returncode == 1
+    assert "train.py: DataLoader worker" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_torchrun_brings_a_run_back_whose_rank_died(config, tmp_path, inject: Inject):
+    lose_a_rank(config, tmp_path, inject, signal.SIGKILL)
+
+
+def lose_a_rank(config: Path, tmp_path: Path, inject: Inject, number: signal.Signals) -> None:
+    """Send a signal to one of two ranks: the run must come back by itself and end."""
+    inject(f"{number.name} of a rank under --max-restarts")
+    place = arguments(config, tmp_path / "run", "run.timeout_s=30")
+    process = start("train.py", *place, ranks=2, torchrun=("--max-restarts=1",))
+    wait_for(process, "step 3/")
+    os.kill(rank_pids(process)[1], number)
+    result = finish(process)
+    assert result.returncode == 0, result.stderr
+    assert "continuing after step" in result.stdout
+    assert f"finished: step {STEPS} of {STEPS}" in result.stdout
+    assert [line["step"] for line in log_lines(tmp_path / "run", "train")] == [1, 2, 3, 4, 5, 6]
+
+
+# ---------------------------------------------------------------------------------- twice
+
+
+def test_a_second_run_in_one_directory_is_refused_but_not_after_the_first_is_dead(
+    config, undisturbed, tmp_path, inject: Inject
+):
+    inject("two runs in one directory")
+    place = arguments(config, tmp_path / "run", "data.workers=2")
+    process = start(HARMED, "slow-save=60", *place)  # it cannot end meanwhile
+    wait_for(process, "save begins")
+    second = run("train.py", *place)
+    assert second.returncode == 1
+    assert "another train.py is at work in it" in second.stderr
+    inject("lock of a dead run")
+    kill(process)
+    result = run("train.py", *place)
+    assert result.returncode == 0, result.stderr
+    assert_same_end(tmp_path / "run", undisturbed)
