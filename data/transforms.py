@@ -27,6 +27,7 @@ MAX_ATTEMPTS = 100
 
 # 400 MB in a worker, as PIL holds them; the average image of ImageNet has 0.2 million.
 MAX_PIXELS = 100_000_000
+MAX_ASPECT = 1000  # evaluation scales the shorter side up to some 333 px, and the longer with it
 
 VIEW = 1  # keeps a view's draws apart from those of the order, seeded by (seed, epoch)
 
@@ -44,7 +45,8 @@ def decode(encoded: bytes, name: str) -> Image.Image:
 
     As timm's and torchvision's ImageFolder (and TF-slim), on which published results rest: an EXIF
     orientation is not applied, and transparency is dropped, not blended. Unlike theirs, 16 bits are
-    scaled to 8. Raises ImageError naming the image, before decoding if it has over MAX_PIXELS.
+    scaled to 8. Raises ImageError naming the image, before decoding if it has over MAX_PIXELS
+    or is more than MAX_ASPECT times as long as wide.
     """
     try:
         with warnings.catch_warnings():  # a file's oddities, told by PIL anew in every epoch
@@ -52,6 +54,8 @@ def decode(encoded: bytes, name: str) -> Image.Image:
             image = Image.open(io.BytesIO(encoded))
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} px, over {MAX_PIXELS:,} in all")
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} px, over {MAX_ASPECT} to 1")
             return _to_rgb(image)
     except UnidentifiedImageError:  # its own message quotes the buffer's address
         raise ImageError(f"{name}: cannot be decoded (not a known kind of image)") from None

@@ -3,7 +3,8 @@
 
   python scripts/benchmark.py checkpoint     what saving costs training, on the quickstart
 
-Prints a table; --json also writes the figures, with the machine and versions they belong to.
+Prints a table with the machine and versions it belongs to. docs/benchmarks.md is written by
+`python scripts/benchmark.py checkpoint --page docs/benchmarks.md`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from irv2 import checkpoint, config, distributed, engine, rundir
 from irv2.saving import BackgroundSaver
+from scripts.pages import replace_section
 
 ROOT = Path(__file__).resolve().parent.parent
 PER_STEPS = 100  # steps for which the cost of one save is stated
@@ -133,9 +135,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="pairs of windows (default: 5)")
     parser.add_argument("--steps", type=int, default=5, help="steps a window (default: 5)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures here")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="put the table into this page")
     arguments = parser.parse_args()
     found = measure_saving(arguments.rounds, arguments.steps)
     print(table(found))
+    if arguments.page is not None:
+        replace_section(arguments.page, arguments.what, table(found))
     if arguments.json is not None:
         text = json.dumps({**found, "machine": machine()}, indent=2) + "\n"
         checkpoint.write_atomically(arguments.json, lambda file: file.write(text.encode()))

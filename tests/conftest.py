@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
+from scripts.pages import replace_section
 
 
 @pytest.fixture
@@ -50,16 +50,14 @@ def pytest_terminal_summary(terminalreporter: object, config: pytest.Config) -> 
     verdict = f"{injected} faults injected, {survived} survived"
     terminalreporter.write_line(verdict)
     if (page := config.getoption("--report")) is not None:
-        write_table(page, verdict, tallies)
-
-
-def write_table(page: Path, verdict: str, tallies: dict[str, Tally]) -> None:
-    """Replace what stands between the two marks of the page."""
-    lines = [f"**{verdict}**", "", "| fault | injected | survived | seconds |", "|---|---|---|---|"]
-    lines += [
-        f"| {kind} | {tally.injected} | {tally.survived} | {tally.seconds:.0f} |"
-        for kind, tally in tallies.items()
-    ]
-    before, _, rest = page.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"]))
+        head = [
+            f"**{verdict}**",
+            "",
+            "| fault | injected | survived | seconds |",
+            "|---|---|---|---|",
+        ]
+        lines = [
+            f"| {kind} | {tally.injected} | {tally.survived} | {tally.seconds:.0f} |"
+            for kind, tally in tallies.items()
+        ]
+        replace_section(page, "faults", "\n".join([*head, *lines]))

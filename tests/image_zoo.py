@@ -137,6 +137,7 @@ def zoo() -> dict[str, Specimen]:
         "empty.jpg": Specimen(b"", None),
         "float.tif": Specimen(saved(Image.fromarray(deep / np.float32(65535)), "TIFF"), None),
         "header_alone.jpg": Specimen(plain_jpeg[:100], None),
+        "thread.png": Specimen(png(1, 1001, 8, PNG_GREY, b"\0\0" * 1001), None),
         "huge.png": Specimen(png(60_000, 60_000, 8, PNG_GREY, row), None),
         "int32.tif": Specimen(saved(Image.fromarray(deep.astype(np.int32) * 9), "TIFF"), None),
         "large.png": Specimen(png(10_001, 10_000, 8, PNG_GREY, row), None),

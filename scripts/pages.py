@@ -1,0 +1,18 @@
+"""Tables in the docs that a command writes, each between two marks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def replace_section(page: Path, name: str, text: str) -> None:
+    """Put text between `<!-- name: begin -->` and `<!-- name: end -->` of a Markdown page.
+
+    Raises ValueError if the page lacks one of the marks.
+    """
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    before, has_begin, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, has_end, after = rest.partition(end)
+    if not (has_begin and has_end):
+        raise ValueError(f"{page}: no section '{name}' in it")
+    page.write_text(f"{before}{begin}{text.rstrip()}\n{end}{after}", encoding="utf-8")
