@@ -7,6 +7,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ from data.stream import Key
 from data.transforms import Colour, decode, to_input
 
 MAX_REPLACEMENTS = 10  # a class of which as many cannot be decoded needs a person
+RESCUE_S = 5  # torch tells of most time-outs itself, and by then has
 REPLACEMENT = 2  # keeps these draws apart from a view's, seeded by (seed, epoch, index, VIEW)
 
 View = Callable[[Image.Image, int, int], tuple[np.ndarray, Colour | None]]
@@ -250,7 +252,7 @@ def batches_of(loader: DataLoader) -> Iterator[WorkerBatch | ImageError]:
     end_workers = partial(end, workers)
     atexit.register(end_workers)  # a traceback may keep this generator open until then
     try:
-        while (batch := next_batch(iterator, workers)) is not None:
+        while (batch := next_batch(iterator, workers, loader.timeout)) is not None:
             yield batch
     except GeneratorExit:
         del iterator  # torch's own end: workers finish what they do
@@ -261,18 +263,34 @@ def batches_of(loader: DataLoader) -> Iterator[WorkerBatch | ImageError]:
 
 
 def next_batch(
-    iterator: Iterator[WorkerBatch | ImageError], workers: list[BaseProcess]
+    iterator: Iterator[WorkerBatch | ImageError], workers: list[BaseProcess], timeout_s: float
 ) -> WorkerBatch | ImageError | None:
-    """The next batch, None after the last. Raises RuntimeError, in torch's words, for a death that
-    torch has overlooked: a batch's memory is fetched from its worker, which may be about to die."""
+    """The next batch, None after the last. Raises RuntimeError, in torch's words, for what torch
+    overlooks: a batch's memory is fetched from its worker, which may be about to die, or hang."""
+    hung = threading.Event()
+
+    def cut_off() -> None:
+        hung.set()
+        for worker in workers:
+            worker.kill()
+
+    alarm = threading.Timer(timeout_s + RESCUE_S, cut_off)
+    if timeout_s and workers:
+        alarm.start()
     try:
         return next(iterator, None)
-    except (OSError, EOFError):
+    except (OSError, EOFError, RuntimeError) as error:
+        if hung.is_set():
+            raise RuntimeError(f"DataLoader timed out after {timeout_s:g} seconds") from None
+        if isinstance(error, RuntimeError):
+            raise
         dead = wait([worker.sentinel for worker in workers], timeout=1)
         pids = [worker.pid for worker in workers if worker.sentinel in dead]
         if not pids:
             raise
         raise RuntimeError(f"DataLoader worker (pid {pids[0]}) exited unexpectedly") from None
+    finally:
+        alarm.cancel()
 
 
 def end(workers: list[BaseProcess]) -> None:

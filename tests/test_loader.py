@@ -447,7 +447,7 @@ def test_a_lost_connection_is_a_workers_death_only_if_it_dies(seconds, said):
     child.start()
     try:
         with pytest.raises((RuntimeError, ConnectionResetError), match=said):
-            next_batch(Unreachable(), [child])
+            next_batch(Unreachable(), [child], 0)
     finally:
         child.kill()
         child.join()
@@ -464,6 +464,20 @@ def test_a_hanging_worker_is_told_after_the_time_allowed_and_ended(source, act):
         drain(endless(source, Workers(2, timeout_s=1.5)), act)
     assert 1.5 <= time.monotonic() - started < 5
     assert_told(error.value, "timed out after 1.5 seconds", "storage", "run.timeout_s")
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_stopped_with_batches_not_yet_fetched_are_told_too():
+    """Fetching one waits for its worker inside torch, beyond the reach of torch's time-out."""
+
+    def stop_all(_pid: int) -> None:
+        time.sleep(1)  # both have batches ready
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGSTOP)
+
+    with pytest.raises(WorkerError) as error:
+        drain(endless(Numbered(), Workers(2, timeout_s=1.0)), stop_all)
+    assert_told(error.value, "timed out after 1 seconds", "run.timeout_s")
     assert multiprocessing.active_children() == []
 
 
