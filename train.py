@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -65,6 +66,9 @@ def train(
 
     # Resume
     experiment = rundir.Experiment(cfg.model_dump(), source.classes, len(source))
+    is_new = not cfg.directory.exists()
+    if world.is_main and not is_new:
+        _lock = rundir.lock(cfg.directory)  # held until this function ends
     rundir.restore(state, cfg.directory, resume, experiment, world.say)
     if not world.same(state.step):
         raise checkpoint.CheckpointError(
@@ -73,7 +77,8 @@ def train(
         )
     is_saved = bool(rundir.checkpoints(cfg.directory))
     if world.is_main:
-        _lock = rundir.lock(cfg.directory)  # held until this function ends
+        if is_new:
+            _lock = rundir.lock(cfg.directory)
         rundir.set_aside_unusable(cfg.directory, state.step)
         rundir.write_config(cfg.directory, experiment.config)
     log = Logbook(cfg.directory if world.is_main else None, state.step, total_steps)
@@ -94,12 +99,17 @@ def train(
     order = stream.Stream(len(source), cfg.run.seed)
     batches = training_batches(cfg, source, order, state.images_seen, division.micro_batch, world)
     batches = watched(batches, taken, pace, log, cfg.data, source.classes)
+    if world.size > 1:
+        size = (division.micro_batch, 3, cfg.data.image_size, cfg.data.image_size)
+        blank = torch.zeros(size, device=world.device).contiguous(memory_format=torch.channels_last)
+        engine.settle(state, network, blank, options)
     ledger = None
     if cfg.log.ledger:
         ledger = rundir.open_ledger(cfg.directory, world.rank, world.size, state.step, print)
-    saved_step = state.step if is_saved else 0
-    checkpoints = cfg.directory / "checkpoints"
-    saver = BackgroundSaver(checkpoints, cfg.checkpoint.keep, saved_step, log.say, engine.RUNNING)
+    best = rundir.BestWeights(cfg.directory, experiment, log.say)
+    tried_step = state.step if is_saved else 0
+    store = cfg.directory / rundir.STORE
+    saver = BackgroundSaver(store, cfg.checkpoint.keep, tried_step, log.say, engine.RUNNING)
     with saver:
         while True:
             is_last = state.step >= total_steps
@@ -108,14 +118,16 @@ def train(
                 state.images_seen, global_batch, cfg.eval.every_epochs, len(source)
             )
             saving = stopping or evaluating or state.step % cfg.checkpoint.every_steps == 0
-            if saving and state.step > saved_step:
-                note_bad_steps(cfg, state, order, log)
+            if saving and state.step > tried_step:
+                note_bad_steps(cfg, state, order, saver, log)
+                if ledger is not None:
+                    ledger.sync()
                 if world.is_main:
                     log.sync()
                     saver.begin(state.step, state.tensors(), rundir.meta(state, experiment))
-                saved_step = state.step
+                tried_step = state.step
             if evaluating and not stopping:
-                stopping = not evaluate(cfg, state, val_source, experiment, log, world, stop)
+                stopping = not evaluate(cfg, state, val_source, best, log, world, stop)
                 pace.restart()
             if stopping or is_last:
                 break
@@ -129,7 +141,7 @@ def train(
             log.stepped()
             note_taken(cfg, state, taken, len(source), ledger, log, world)
             if state.step % cfg.log.every_steps == 0 or state.step == total_steps:
-                note_bad_steps(cfg, state, order, log)
+                note_bad_steps(cfg, state, order, saver, log)
                 log.train(
                     {
                         "step": state.step,
@@ -142,17 +154,22 @@ def train(
                     }
                 )
 
+        saver.finish()
+        if world.is_main and saver.saved_step < state.step:  # perhaps there is room again
+            saver.begin(state.step, state.tensors(), rundir.meta(state, experiment))
+
     # End
-    if world.is_main and saver.saved_step < state.step:
+    log.close()
+    is_lost = world.is_main and not (saver.saved_step >= state.step and best.flush())
+    if world.any(is_lost):  # the ranks wait here for the main one's save
         raise checkpoint.CheckpointError(
-            f"{checkpoints}: step {state.step} could not be saved, the newest here is of step "
-            f"{saver.saved_step}; mend what is said above, then start the same command again"
+            f"{cfg.directory}: step {state.step} could not be saved; mend what is said above, then "
+            "start the same command again: it goes on from the newest checkpoint there"
         )
     if stopping:
         log.say(f"stopped after step {state.step}; the same command continues from there")
     else:
         log.say(f"finished: step {state.step} of {total_steps}, in {cfg.directory}")
-    log.close()
     return stop.exit_status if stopping else 0
 
 
@@ -246,7 +263,7 @@ def watched(
         taken.indices += batch.indices
         taken.checksums += batch.checksums
         taken.replaced += batch.replaced
-        if is_first:
+        if is_first and log.active:
             std, mean = (batch.images.new_tensor(v).view(1, 3, 1, 1) for v in (data.std, data.mean))
             names = [classes[label] for label in batch.labels]
             log.images("training images", batch.images * std + mean, names)
@@ -280,20 +297,26 @@ def note_taken(
 
 
 def note_bad_steps(
-    cfg: Config, state: engine.TrainState, order: stream.Stream, log: Logbook
+    cfg: Config,
+    state: engine.TrainState,
+    order: stream.Stream,
+    saver: BackgroundSaver,
+    log: Logbook,
 ) -> None:
     """Record the steps left out. Raises DivergedError when there were too many in a row."""
     batch = cfg.train.global_batch
-    for step in engine.read_bad_steps(state):
+    bad_steps, in_a_row = engine.read_bad_steps(state)
+    for step in bad_steps:
         keys = order[(step - 1) * batch : step * batch]
         log.bad_step(step, [index for _, index in keys])
-    if state.bad_steps_in_a_row > cfg.train.max_bad_steps:
-        own = "dir" if cfg.run.dir else "name"
+    if in_a_row > cfg.train.max_bad_steps:
+        saver.finish()
+        directory = str(cfg.directory)
+        origin = f"--resume {shlex.quote(directory)} " if rundir.checkpoints(cfg.directory) else ""
         raise engine.DivergedError(
-            f"step {state.step}: the loss or the gradient was not finite "
-            f"{state.bad_steps_in_a_row} times in a row; none of these steps was applied. To go on "
-            f"from the newest checkpoint with a lower rate, add: --resume {cfg.directory} "
-            f"run.{own}={getattr(cfg.run, own)}-lower optim.lr={cfg.optim.lr / 2:g}"
+            f"step {state.step}: the loss or the gradient was not finite {in_a_row} times in a "
+            f"row; none of these steps was applied. To go on with a lower rate, add: {origin}"
+            f"run.dir={shlex.quote(directory + '-lower')} optim.lr={cfg.optim.lr / 2:g}"
         )
 
 
@@ -301,7 +324,7 @@ def evaluate(
     cfg: Config,
     state: engine.TrainState,
     source: sources.Source,
-    experiment: rundir.Experiment,
+    best: rundir.BestWeights,
     log: Logbook,
     world: World,
     stop: StopRequest,
@@ -331,7 +354,7 @@ def evaluate(
                 return False
         line = {
             "step": state.step,
-            "epoch": state.images_seen / experiment.images_per_epoch,
+            "epoch": state.images_seen / best.experiment.images_per_epoch,
             "weights": which,
             "top1": result.top1,
             "top5": result.top5,
@@ -339,10 +362,7 @@ def evaluate(
             "images": result.images,
         }
         if world.is_main and result.top1 > log.best_top1():
-            try:
-                rundir.write_best(cfg.directory, model.state_dict(), experiment, line)
-            except OSError as error:
-                log.say(f"NOT WRITTEN, training goes on: {rundir.BEST} ({error})")
+            best.write(model.state_dict(), line)
         log.eval(line)
     return True
 

@@ -57,6 +57,8 @@ def decode(encoded: bytes, name: str) -> Image.Image:
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} px, over {MAX_ASPECT} to 1")
             return _to_rgb(image)
+    except MemoryError:  # says nothing of the image
+        raise
     except UnidentifiedImageError:  # its own message quotes the buffer's address
         raise ImageError(f"{name}: cannot be decoded (not a known kind of image)") from None
     except Exception as error:

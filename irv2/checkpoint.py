@@ -67,7 +67,9 @@ def save(directory: Path, step: int, parts: Parts, meta: dict[str, Any]) -> Path
     path = directory / f"step-{step:09d}"
     new, old = (directory / f".{path.name}.{age}" for age in ("new", "old"))
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        if not directory.exists():
+            directory.mkdir(parents=True)
+            _sync_directory(directory.parent)
         _remove_leftovers(directory)
         new.mkdir()
         sums = {}
@@ -88,15 +90,19 @@ def save(directory: Path, step: int, parts: Parts, meta: dict[str, Any]) -> Path
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Remove the checkpoints older than the newest `keep` that read back whole."""
-    whole = 0
-    for path in reversed(found(directory)):
-        if whole >= keep:
+    """Remove all but the newest `keep` checkpoints, once two of those (or one, if `keep` is 1) read
+    back whole; until then also keep older ones."""
+    newest_first = found(directory)[::-1]
+    if len(newest_first) <= keep:
+        return
+    wanted = min(keep, 2)
+    for i, path in enumerate(newest_first):
+        if wanted > 0 and is_whole(path):
+            wanted -= 1
+        elif wanted == 0 and i >= keep:
             hidden = path.with_name(f".{path.name}.old")
             path.rename(hidden)  # so that one that is half removed is never found
             shutil.rmtree(hidden, ignore_errors=True)
-        elif is_whole(path):
-            whole += 1
 
 
 def _files(parts: Parts, meta: dict[str, Any]) -> Iterable[tuple[str, bytes]]:
@@ -136,8 +142,15 @@ def _remove_leftovers(directory: Path) -> None:
 
 
 def found(directory: Path) -> list[Path]:
-    """The checkpoints of a directory, oldest first."""
-    return sorted(p for p in directory.glob("step-*") if _NAME.fullmatch(p.name))
+    """The checkpoints of a directory, oldest first.
+
+    Raises OSError for a directory that is there but cannot be listed: it must not look empty.
+    """
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    return sorted(directory / name for name in names if _NAME.fullmatch(name))
 
 
 def step_of(path: Path) -> int:
@@ -151,10 +164,12 @@ def step_of(path: Path) -> int:
 def load(path: Path, only: Iterable[str] | None = None) -> Checkpoint:
     """Read a checkpoint, or `only` some of its parts, comparing what is read with its checksums.
 
-    Raises CheckpointError if it is missing or anything in it is damaged.
+    Raises CheckpointError if it is missing or anything in it is damaged, OSError if it cannot be
+    read now.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint")
+        words = "a file, not a checkpoint's folder" if path.exists() else "no such checkpoint"
+        raise CheckpointError(f"{path}: {words}")
     sums = _read_sums(path)
     meta = _read_meta(path, sums)
     names = meta["parts"] if only is None else only
@@ -213,5 +228,5 @@ def _read(path: Path, name: str, sums: dict[str, str]) -> bytes:
 def _read_file(path: Path, name: str) -> bytes:
     try:
         return (path / name).read_bytes()
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror})") from None

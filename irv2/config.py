@@ -77,7 +77,7 @@ class Run(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU if there is one"
     )
-    timeout_s: Annotated[float, Field(gt=0)] = Field(
+    timeout_s: Annotated[float, Field(gt=0, le=1e6)] = Field(
         600.0, description="seconds after which a rank or loader that does not answer ends the run"
     )
 

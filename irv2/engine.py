@@ -140,22 +140,16 @@ def train_step(
     `before_update` is called when weights, average and optimizer are about to change.
     Nothing here waits for the device (fp16 apart, whose scaler looks for overflow).
     """
-    train_mode(state.model, options.freeze_bn)
     statistics = [] if options.freeze_bn else running_statistics(state.model)
     statistics_before = torch._foreach_clone(statistics) if statistics else []
-    device_type = world.device.type
-    dtype = PRECISIONS[options.precision]
+    train_mode(state.model, options.freeze_bn)
     total = torch.zeros((), device=world.device)
     for part in range(options.accumulation):
         x, labels = next(batches)
         torch.manual_seed(dropout_seed(options.seed, state.step, world.rank, part))
         is_last = part == options.accumulation - 1
         with _gradients_exchanged(network, is_last):
-            with torch.autocast(device_type, dtype, enabled=dtype is not None):
-                output = network(x)
-            loss = options.loss(output, labels) / options.accumulation
-            state.scaler.scale(loss).backward()
-        total += loss.detach()
+            total += _forward_backward(state, network, x, labels, options)
 
     state.scaler.unscale_(state.optimizer)
     max_norm = float("inf") if options.clip_norm is None else options.clip_norm
@@ -175,6 +169,35 @@ def train_step(
     state.step += 1
     state.unread.append(good)
     return total, norm
+
+
+def _forward_backward(
+    state: TrainState, network: nn.Module, x: Tensor, labels: Tensor, options: StepOptions
+) -> Tensor:
+    """Add a micro-batch's gradients; returns its part of the loss."""
+    dtype = PRECISIONS[options.precision]
+    with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+        output = network(x)
+    loss = options.loss(output, labels) / options.accumulation
+    state.scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def settle(state: TrainState, network: nn.Module, x: Tensor, options: StepOptions) -> None:
+    """Have DistributedDataParallel lay out its buffers of gradients before the first step.
+
+    It does so after its first backward, and from then on ranks add up in another order; a continued
+    run would differ from an unbroken one in its first step. `x`: any images [B, 3, H, W]. Changes
+    nothing in `state`.
+    """
+    before = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
+    train_mode(state.model, options.freeze_bn)
+    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    _forward_backward(state, network, x, labels, options)
+    state.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def _update_if(
@@ -213,19 +236,21 @@ def _update_average(ema: ModelEmaV3, model: nn.Module, step: int, where: Tensor)
     torch._foreach_add_(averages, changes)
 
 
-def read_bad_steps(state: TrainState) -> list[int]:
-    """The steps since the last call that were left out, counted in `state`; waits for the device.
+def read_bad_steps(state: TrainState) -> tuple[list[int], int]:
+    """(steps since the last call that were left out, most of them in a row), counted in `state`.
 
-    The first step is number 1.
+    The first step of a run is number 1; a row may have begun before. Waits for the device.
     """
     good = torch.stack(state.unread).tolist() if state.unread else []
     first = state.step - len(good) + 1
     state.unread.clear()
+    longest = 0
     for is_good in good:
         state.bad_steps_in_a_row = 0 if is_good else state.bad_steps_in_a_row + 1
+        longest = max(longest, state.bad_steps_in_a_row)
     bad = [first + i for i, is_good in enumerate(good) if not is_good]
     state.bad_steps += len(bad)
-    return bad
+    return bad, longest
 
 
 def _gradients_exchanged(network: nn.Module, exchange: bool) -> Any:

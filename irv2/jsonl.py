@@ -30,6 +30,7 @@ class JsonLines:
         self.kept = cut_back(path, step) if path.exists() else []
         self._file: FileIO | None = None
         self._pending = b""
+        self._is_told = False  # that it cannot be written
 
     def append(self, record: Record) -> None:
         """Add a line; a number that is not finite becomes null."""
@@ -37,19 +38,29 @@ class JsonLines:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        is_first_failure = not self._pending
         self._pending += (json.dumps(finite, allow_nan=False) + "\n").encode()
+        self._write()
+
+    def _write(self) -> None:
+        """Write what waits, as far as the disk has room."""
         try:
-            if self._file is None:
-                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - see close()
             while self._pending:
-                self._pending = self._pending[self._file.write(self._pending) :]
+                self._pending = self._pending[self._write_bytes(self._pending) :]
+            self._is_told = False
         except OSError as error:
-            if is_first_failure:
+            if not self._is_told:
                 self.say(f"{self.path}: cannot be written ({error.strerror}); will be tried again")
+            self._is_told = True
+
+    def _write_bytes(self, content: bytes) -> int:
+        """Write what there is room for; returns how much that was."""
+        if self._file is None:
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - see close()
+        return self._file.write(content)
 
     def sync(self) -> None:
         """Make sure that a power cut takes no line written so far."""
+        self._write()
         try:
             if self._file is not None:
                 os.fsync(self._file.fileno())
@@ -57,21 +68,27 @@ class JsonLines:
             self.say(f"{self.path}: cannot be flushed to disk ({error.strerror})")
 
     def close(self) -> None:
+        """Write what waits and close the file; says so if lines are lost."""
+        self._write()
+        if self._pending:
+            self.say(f"{self.path}: its last lines are LOST, there was no room for them")
         if self._file is not None:
             self._file.close()
 
 
 def read(path: Path) -> list[Record]:
-    """The lines of a file; one that a crash has cut short is left out."""
+    """The records of a file; what is none, as a line that a crash has cut short, is left out."""
     if not path.exists():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    records = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            record = json.loads(text)
+        except ValueError:
             continue
-    return lines
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
 
 
 def cut_back(path: Path, step: int) -> list[Record]:

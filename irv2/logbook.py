@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ class Logbook:
         self._lines = JsonLines(directory / "log.jsonl", step, self.say)
         self._bad_images = JsonLines(directory / "bad_images.jsonl", step, self.say)
         self.evals = [line for line in self._lines.kept if line["kind"] == "eval"]
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        self._board: SummaryWriter | None = SummaryWriter(
+            str(directory / "tensorboard"), purge_step=step + 1
+        )
         self._start_step, self._started = step, time.perf_counter()
         if sys.stdout.isatty():
             self._bar = tqdm(
@@ -41,10 +43,22 @@ class Logbook:
             )
 
     def say(self, text: str) -> None:
-        """A line for the person at the terminal."""
+        """A line for the person at the terminal; a run does not end because nobody can read it."""
         if self.active:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            printable = text.encode("utf-8", "backslashreplace").decode("utf-8")
+            with suppress(OSError):
+                tqdm.write(printable, file=sys.stdout)
+                sys.stdout.flush()
+
+    def _draw(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Call a method of TensorBoard's writer, until a disk without room has ended it."""
+        if self._board is None:
+            return
+        try:
+            getattr(self._board, method)(*arguments, **options)
+        except OSError as error:
+            self._board = None
+            self.say(f"TensorBoard shows nothing more until the run is started again ({error})")
 
     def stepped(self) -> None:
         """One more step is done."""
@@ -57,7 +71,7 @@ class Logbook:
             return
         self._lines.append({"kind": "train", **line})
         for key in ("loss", "lr", "grad_norm", "images_per_s", "data_wait"):
-            self._board.add_scalar(f"train/{key}", line[key], line["step"])
+            self._draw("add_scalar", f"train/{key}", line[key], line["step"])
         shown = f"loss {line['loss']:.3f}  lr {line['lr']:.4g}  {line['images_per_s']:.0f} images/s"
         if self._bar is not None:
             self._bar.set_postfix_str(shown)
@@ -75,7 +89,7 @@ class Logbook:
         self._lines.append(line)
         self.evals.append(line)
         for key in ("top1", "top5", "loss"):
-            self._board.add_scalar(f"eval_{line['weights']}/{key}", line[key], line["step"])
+            self._draw("add_scalar", f"eval_{line['weights']}/{key}", line[key], line["step"])
         self.say(
             f"epoch {line['epoch']:.2f}  {line['weights']:>3}  top-1 {line['top1']:.2f} %  "
             f"top-5 {line['top5']:.2f} %  loss {line['loss']:.3f}  ({line['images']} images)"
@@ -115,12 +129,12 @@ class Logbook:
         """Preformatted text in TensorBoard."""
         if self.active:
             indented = "".join(f"    {line}\n" for line in content.splitlines())
-            self._board.add_text(tag, indented, step)
+            self._draw("add_text", tag, indented, step)
 
     def images(self, tag: str, pixels: Tensor, names: list[str]) -> None:
         """A grid of images [B, 3, H, W] in [0, 1] with their class names, in TensorBoard."""
         if self.active:
-            self._board.add_image(tag, _grid(pixels, names), self._start_step, dataformats="HWC")
+            self._draw("add_image", tag, _grid(pixels, names), self._start_step, dataformats="HWC")
 
     @contextmanager
     def progress(self, total: int, title: str) -> Iterator[tqdm]:
@@ -138,7 +152,7 @@ class Logbook:
         if self.active:
             self._lines.close()
             self._bad_images.close()
-            self._board.close()
+            self._draw("close")
 
     def _time_left(self, step: int) -> str:
         elapsed = time.perf_counter() - self._started

@@ -78,7 +78,8 @@ class RMSpropTF(torch.optim.Optimizer):
             grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
         alpha, momentum = group["alpha"], group["momentum"]
         if where is not None:
-            grads = _zero_unless(where, grads)
+            # Not multiplied: 0 times what is not a number is not 0.
+            grads = [torch.where(where, grad, 0.0) for grad in grads]
             alpha, momentum = (torch.where(where, value, 1.0) for value in (alpha, momentum))
 
         torch._foreach_mul_(mean_squares, alpha)
@@ -96,14 +97,6 @@ class RMSpropTF(torch.optim.Optimizer):
             state["square_avg"] = torch.ones_like(p)
             state["momentum_buffer"] = torch.zeros_like(p)
         return state
-
-
-def _zero_unless(where: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, or zeros in place of any value: multiplying by 0 would keep what is NaN."""
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    flat = torch.where(where, flat, 0.0)
-    parts = flat.split([t.numel() for t in tensors])
-    return [part.view(t.shape) for part, t in zip(parts, tensors)]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import fcntl
 import json
 import platform
-import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from irv2.engine import TrainState
 from irv2.jsonl import JsonLines
 
 BEST = "best.safetensors"
+STORE = "checkpoints"
 RECIPE = ("optim", "schedule", "loss", "ema")  # what may change where a run begins from another
 
 
@@ -112,15 +112,17 @@ def lock(directory: Path) -> BinaryIO:
     file = open(directory / ".lock", "wb")  # noqa: SIM115 - open for the process's life
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would live on in loader workers
-    except (BlockingIOError, PermissionError):
+    except OSError as error:
         file.close()
-        raise CheckpointError(f"{directory}: another train.py is at work in it") from None
+        is_held = isinstance(error, (BlockingIOError, PermissionError))
+        reason = "another train.py is at work in it" if is_held else f"cannot be locked ({error})"
+        raise CheckpointError(f"{directory}: {reason}") from None
     return file
 
 
 def checkpoints(directory: Path) -> list[Path]:
     """A run's checkpoints, oldest first."""
-    return checkpoint.found(directory / "checkpoints")
+    return checkpoint.found(directory / STORE)
 
 
 def load_newest(
@@ -184,10 +186,11 @@ def restore(
     experiment, or starting would overwrite.
     """
     own = checkpoints(directory)
-    if not own and (directory / BEST).exists():
+    remains = [path for path in (directory / BEST, *(directory / STORE).glob("step-*")) if not own]
+    if any(path.exists() for path in remains):
         raise CheckpointError(
-            f"{directory}: holds the weights of a run but none of its checkpoints, so it cannot be "
-            "continued; give another run.name, or move it away"
+            f"{directory}: holds {remains[-1].name}, but no checkpoint to go on from; give another "
+            "run.name, or move it away"
         )
     if own and resume == "never":
         raise CheckpointError(
@@ -202,7 +205,7 @@ def restore(
 
     if own:
         found = load_newest(directory, say, check=check)
-    elif checkpoints(Path(resume)):
+    elif Path(resume).is_dir() and checkpoints(Path(resume)):
         found = load_newest(Path(resume), say, check=check)
     else:
         found = checkpoint.load(Path(resume))
@@ -239,9 +242,8 @@ def set_aside_unusable(directory: Path, step: int) -> None:
     """Rename what was passed over for the checkpoint of `step`, so that none of it counts."""
     for path in checkpoints(directory):
         if checkpoint.step_of(path) > step:
-            aside = path.with_name(f"{path.name}.unusable")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+            names = (f"{path.name}.unusable{n}" for n in ("", *map(str, range(2, 10**6))))
+            path.rename(next(n for n in map(path.with_name, names) if not n.exists()))
 
 
 # ------------------------------------------------------------------------- ledger
@@ -254,8 +256,9 @@ def open_ledger(
     folder = directory / "ledger"
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
+        current = {f"rank-{other}.jsonl" for other in range(world_size)}
         for path in folder.glob("rank-*.jsonl"):
-            if int(path.stem.removeprefix("rank-")) >= world_size:  # of a rank that has gone
+            if path.name not in current:  # of a rank that has gone
                 jsonl.cut_back(path, step)
     return JsonLines(folder / f"rank-{rank}.jsonl", step, say)
 
@@ -263,16 +266,37 @@ def open_ledger(
 # ------------------------------------------------------------------------- best.safetensors
 
 
-def write_best(
-    directory: Path, state: dict[str, Tensor], experiment: Experiment, result: dict[str, Any]
-) -> None:
-    """Write best.safetensors: weights, and in its metadata classes, blocks, view and result."""
-    metadata = {
-        "classes": experiment.classes,
-        "blocks": experiment.config["model"]["blocks"],
-        "data": experiment.config["data"],
-        "result": result,
-    }
-    kept = {key: value for key, value in state.items() if not key.startswith("aux.")}
-    texts = {key: json.dumps(value) for key, value in metadata.items()}
-    weights.write(directory / BEST, kept, texts)
+class BestWeights:
+    """best.safetensors: weights, and in its metadata classes, blocks, view and result.
+
+    What there is no room for waits in memory for `flush`.
+    """
+
+    def __init__(self, directory: Path, experiment: Experiment, say: Callable[[str], None]) -> None:
+        self.path, self.experiment, self.say = directory / BEST, experiment, say
+        self._waiting: tuple[dict[str, Tensor], dict[str, str]] | None = None
+
+    def write(self, state: dict[str, Tensor], result: dict[str, Any]) -> None:
+        """Replace the file by these weights, whole or not at all."""
+        metadata = {
+            "classes": self.experiment.classes,
+            "blocks": self.experiment.config["model"]["blocks"],
+            "data": self.experiment.config["data"],
+            "result": result,
+        }
+        texts = {key: json.dumps(value) for key, value in metadata.items()}
+        kept = {key: value for key, value in state.items() if not key.startswith("aux.")}
+        self._waiting = kept, texts
+        if not self.flush():  # training goes on and changes them
+            self._waiting = {key: value.cpu().clone() for key, value in kept.items()}, texts
+
+    def flush(self) -> bool:
+        """Whether nothing waits any more."""
+        if self._waiting is not None:
+            try:
+                weights.write(self.path, *self._waiting)
+            except OSError as error:
+                self.say(f"NOT WRITTEN, will be tried again: {self.path} ({error})")
+                return False
+            self._waiting = None
+        return True

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from irv2 import checkpoint
-from irv2.checkpoint import CheckpointError, Parts
+from irv2.checkpoint import Parts
 
 
 class BackgroundSaver:
@@ -109,17 +109,17 @@ class BackgroundSaver:
         stream: torch.cuda.Stream | None,
     ) -> None:
         try:
-            with torch.cuda.stream(stream):
-                for host, tensor in pairs:
-                    host.copy_(tensor, non_blocking=True)
-            if stream is not None:
-                stream.synchronize()
-        finally:
-            self._copied.set()
-        try:
+            try:
+                with torch.cuda.stream(stream):
+                    for host, tensor in pairs:
+                        host.copy_(tensor, non_blocking=True)
+                if stream is not None:
+                    stream.synchronize()
+            finally:
+                self._copied.set()
             checkpoint.save(self.directory, step, self._host, meta)
-        except CheckpointError as error:
-            self.say(f"NOT SAVED, training goes on: {error}")
+        except Exception as error:  # whatever it is, training must not lose by it
+            self.say(f"NOT SAVED, training goes on: {str(error) or type(error).__name__}")
             return
         self.saved_step = step
         try:

@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("path", type=Path, help="a run directory, or one of its checkpoints")
     path = parser.parse_args().path
     try:
-        is_run = bool(rundir.checkpoints(path))
+        is_run = path.is_dir() and rundir.checkpoints(path)
         print(describe(rundir.load_newest(path, print) if is_run else checkpoint.load(path)))
     except CheckpointError as error:
         print(f"inspect_checkpoint.py: {error}", file=sys.stderr)

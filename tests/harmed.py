@@ -21,11 +21,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils.tensorboard import FileWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from irv2 import checkpoint, engine
+from irv2 import checkpoint, engine, jsonl
 
 
 def span(text: str) -> range:
@@ -82,14 +83,16 @@ def kill_in_save(call: range) -> None:
 
 
 def full_disk(saves: range) -> None:
-    save, fsync, calls = checkpoint.save, os.fsync, iter(range(1, sys.maxsize))
+    """Checkpoints, best weights, log lines and TensorBoard's events fail, until the next save."""
+    save, calls = checkpoint.save, iter(range(1, sys.maxsize))
+    places = ((os, "fsync"), (jsonl.JsonLines, "_write_bytes"), (FileWriter, "add_event"))
+    sound = [getattr(owner, name) for owner, name in places]
 
     def harmed(*arguments) -> Path:
-        os.fsync = fail if next(calls) in saves else fsync
-        try:
-            return save(*arguments)
-        finally:
-            os.fsync = fsync
+        is_full = next(calls) in saves
+        for (owner, name), function in zip(places, sound):
+            setattr(owner, name, fail if is_full else function)
+        return save(*arguments)
 
     checkpoint.save = harmed
 

@@ -73,16 +73,16 @@ def test_bad_steps_are_numbered_and_counted():
     state = new_state(small_network())
     for harm in ("", "loss", "", "gradient", "loss"):
         step(state, harm)
-    assert engine.read_bad_steps(state) == [2, 4, 5]
+    assert engine.read_bad_steps(state) == ([2, 4, 5], 2)
     assert (state.bad_steps, state.bad_steps_in_a_row) == (3, 2)
     step(state, "loss")
-    assert engine.read_bad_steps(state) == [6]
-    assert (state.bad_steps, state.bad_steps_in_a_row) == (4, 3)
     step(state)
-    assert engine.read_bad_steps(state) == []
+    assert engine.read_bad_steps(state) == ([6], 3)  # a row that has ended since counts
+    step(state)
+    assert engine.read_bad_steps(state) == ([], 0)
     assert (state.bad_steps, state.bad_steps_in_a_row) == (4, 0)
     counters = state.counters()
-    assert counters["bad_steps"] == 4 and counters["step"] == 7
+    assert counters["bad_steps"] == 4 and counters["step"] == 8
 
 
 @pytest.mark.parametrize("harm", ["", "loss", "gradient"])
@@ -103,11 +103,11 @@ def test_an_infinite_gradient_is_in_order_where_the_scaler_skips_it():
     before = everything(state)
     scale = state.scaler.get_scale()
     step(state, "gradient")
-    assert engine.read_bad_steps(state) == []
+    assert engine.read_bad_steps(state) == ([], 0)
     assert state.scaler.get_scale() < scale
     assert torch.equal(everything(state)["model.0.weight"], before["model.0.weight"])
     step(state, "loss")
-    assert engine.read_bad_steps(state) == [2]
+    assert engine.read_bad_steps(state) == ([2], 1)
 
 
 def test_the_caller_learns_when_the_weights_are_about_to_change():

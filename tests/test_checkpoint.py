@@ -230,6 +230,39 @@ def test_nothing_is_found_where_there_is_nothing(tmp_path):
     assert checkpoint.found(tmp_path / "absent") == []
 
 
+def test_a_directory_that_cannot_be_listed_does_not_look_empty(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(NotADirectoryError):
+        checkpoint.found(tmp_path / "checkpoints")
+
+
+def test_nothing_is_read_where_nothing_is_to_be_removed(tmp_path, monkeypatch):
+    save(tmp_path, 1, 2, 3)
+    monkeypatch.setattr(checkpoint, "is_whole", lambda path: pytest.fail("read"))
+    checkpoint.prune(tmp_path, keep=3)
+    assert kept_steps(tmp_path) == [1, 2, 3]
+
+
+def test_of_many_to_keep_two_are_read_back(tmp_path, monkeypatch):
+    save(tmp_path, *range(1, 9))
+    is_whole, seen = checkpoint.is_whole, []
+    monkeypatch.setattr(checkpoint, "is_whole", lambda p: seen.append(p) or is_whole(p))
+    checkpoint.prune(tmp_path, keep=6)
+    assert kept_steps(tmp_path) == [3, 4, 5, 6, 7, 8]
+    assert [checkpoint.step_of(path) for path in seen] == [8, 7]
+
+
+def test_a_read_error_of_the_moment_is_not_taken_for_damage(tmp_path, monkeypatch):
+    (path,) = save(tmp_path, 1)
+
+    def fail(_path: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        checkpoint.load(path)
+
+
 def test_the_step_is_read_from_the_name_alone():
     assert checkpoint.step_of(Path("elsewhere/step-000001234")) == 1234
     for name in ("best.safetensors", "step-1234", "step-000001234.unusable"):
@@ -255,7 +288,7 @@ def test_a_missing_checkpoint_is_refused_by_name(tmp_path):
     assert "no such checkpoint" in refused(tmp_path / "step-000000001")
     assert "no such checkpoint" in refused(tmp_path / "absent" / "step-000000001")
     (tmp_path / "file").touch()
-    assert "no such checkpoint" in refused(tmp_path / "file")
+    assert "a file, not a checkpoint's folder" in refused(tmp_path / "file")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ OUT_OF_RANGE = {
     "run.dir": ['""'],
     "run.seed": ["-1", "9223372036854775808"],
     "run.device": ["gpu", "CUDA", '"cuda:0"'],
-    "run.timeout_s": ["0", "-600.0"],
+    "run.timeout_s": ["0", "-600.0", "1000001"],
     "model.drop_rate": ["-0.01", "1.0", "1"],
     "model.bn_momentum": ["0.0", "-0.1", "1.01"],
     "model.blocks": ["[1, 1]", "[1, 1, 1, 1]", "[1, 0, 1]", "[1, 1, -1]", "[]"],

@@ -177,7 +177,7 @@ def test_a_restored_state_continues_bit_by_bit(tmp_path):
     state = new_state(small_network(drop_rate=0.5))
     train(state, 4, steps=2, seed=3)
     state.images_seen = 16
-    assert engine.read_bad_steps(state) == []
+    assert engine.read_bad_steps(state) == ([], 0)
     checkpoint.save(tmp_path, state.step, state.tensors(), state.counters())
     restored = new_state(small_network(drop_rate=0.5))
     torch.rand(17)  # what the random generators did in between must not matter

@@ -211,6 +211,7 @@ def test_a_full_disk_stops_no_training_and_the_next_save_tries_again(
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("NOT SAVED, training goes on: ") == 1
     assert "No space left on device" in result.stdout
+    assert "log.jsonl: cannot be written" in result.stdout
     assert_same_end(tmp_path / "run", undisturbed)
     assert steps(tmp_path / "run") == [2, 6]
 
@@ -221,7 +222,7 @@ def test_a_disk_that_stays_full_is_an_error_and_costs_no_older_checkpoint(
     inject("no space for a checkpoint to the end")
     result = run(HARMED, "full-disk=2-99", *arguments(config, tmp_path / "run"))
     assert result.returncode == 1
-    assert "step 6 could not be saved, the newest here is of step 2" in result.stderr
+    assert "step 6 could not be saved" in result.stderr
     assert "Traceback" not in result.stderr
     assert steps(tmp_path / "run") == [2]
     result = run("train.py", *arguments(config, tmp_path / "run"))

@@ -77,7 +77,8 @@ def small_files() -> Iterator[int]:
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_lines_wait_until_the_disk_has_room_again(tmp_path, small_files):
+@pytest.mark.parametrize("then", ["append", "sync", "close"])
+def test_lines_wait_until_the_disk_has_room_again(tmp_path, small_files, then):
     said = []
     lines = JsonLines(tmp_path / "log.jsonl", step=0, say=said.append)
     for step in (1, 2, 3):
@@ -86,6 +87,26 @@ def test_lines_wait_until_the_disk_has_room_again(tmp_path, small_files):
     assert len(said) == 1 and "log.jsonl: cannot be written" in said[0]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1], limits[1]))
-    lines.append({"step": 4, "text": ""})
+    if then == "append":
+        lines.append({"step": 4, "text": ""})
+        assert [line["step"] for line in read(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
+    elif then == "sync":
+        lines.sync()
+        assert [line["step"] for line in read(tmp_path / "log.jsonl")] == [1, 2, 3]
     lines.close()
-    assert [line["step"] for line in read(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in read(tmp_path / "log.jsonl")][:3] == [1, 2, 3]
+    assert len(said) == 1
+
+
+def test_lines_that_are_lost_are_told(tmp_path, small_files):
+    said = []
+    lines = JsonLines(tmp_path / "log.jsonl", step=0, say=said.append)
+    lines.append({"step": 1, "text": "x" * 2 * small_files})
+    lines.close()
+    assert "LOST" in said[-1]
+
+
+def test_what_is_no_record_is_left_out(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n3\n{"no": "step"}\n{"step": "x"}\n{"step": 2}\n')
+    assert [line["step"] for line in read(path)] == [1, 2]

@@ -109,3 +109,25 @@ def test_report_sums_up_and_draws_a_run(tmp_path: Path) -> None:
 def test_report_of_no_run_is_one_line(tmp_path: Path) -> None:
     done = report(tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
+
+
+def test_a_tensorboard_without_room_ends_itself_not_the_run(tmp_path, capsys) -> None:
+    log = Logbook(tmp_path, step=0, total_steps=6)
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    log._board.add_scalar = fail
+    for step in (1, 2):
+        log.train(train_line(step))
+    log.text("config", "x", 2)
+    log.close()
+    assert capsys.readouterr().out.count("TensorBoard shows nothing more") == 1
+    assert [line["step"] for line in jsonl.read(tmp_path / "log.jsonl")] == [1, 2]
+
+
+def test_a_name_that_is_no_text_can_be_said(tmp_path, capsys) -> None:
+    log = Logbook(tmp_path, step=0, total_steps=6)
+    log.say("caf\udce9.jpg")
+    log.close()
+    assert "caf\\udce9.jpg" in capsys.readouterr().out

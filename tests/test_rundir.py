@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -67,16 +69,25 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tmp_path: Path) -> Non
 
 
 def test_what_was_passed_over_is_set_aside(tmp_path: Path) -> None:
-    save(tmp_path, 3, 12, 15)
-    for _ in range(2):  # twice: the name is taken the second time
+    save(tmp_path, 3)
+    for step in (12, 15, 12):
+        save(tmp_path, step)
         rundir.set_aside_unusable(tmp_path, 3)
-        names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-        assert names == [
-            "step-000000003",
-            "step-000000012.unusable",
-            "step-000000015.unusable",
-        ]
-        save(tmp_path, 12)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [
+        "step-000000003",
+        "step-000000012.unusable",
+        "step-000000012.unusable2",
+        "step-000000015.unusable",
+    ]
+
+
+@pytest.mark.parametrize("name", ["step-000000900.pt", "step-000000900.unusable"])
+def test_a_run_whose_checkpoints_are_none_any_more_never_begins_anew(tmp_path: Path, name) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / name).touch()
+    with pytest.raises(CheckpointError, match=f"holds {name}, but no checkpoint to go on from"):
+        restored(tmp_path)
 
 
 def test_a_checkpoint_of_another_network_among_them_is_passed_over(tmp_path: Path) -> None:
@@ -146,8 +157,8 @@ def test_another_experiment_is_refused(tmp_path, other, words) -> None:
 
 def test_files_of_others_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "weights.pt")
-    for name in ("weights.pt", "absent"):
-        with pytest.raises(CheckpointError, match=f"{name}: no such checkpoint"):
+    for name, words in {"weights.pt": "a file, not", "absent": "no such checkpoint"}.items():
+        with pytest.raises(CheckpointError, match=f"{name}: {words}"):
             restored(tmp_path / "run", str(tmp_path / name))
     checkpoint.save(tmp_path, 1, {"model": {}}, {})
     with pytest.raises(CheckpointError, match=r"step-000000001: not a checkpoint of train\.py"):
@@ -160,10 +171,9 @@ import os, sys, time
 from pathlib import Path
 from irv2 import rundir
 held = rundir.lock(Path(sys.argv[1]))
-if os.fork() == 0:
-    os.setsid()
-    time.sleep(60)
-print("held", flush=True)
+child = os.fork()
+if child:
+    print(child, flush=True)
 time.sleep(60)
 """
 
@@ -171,13 +181,13 @@ time.sleep(60)
 def test_two_programs_cannot_work_in_one_run_but_a_dead_one_does_not_hold_it(tmp_path) -> None:
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
+        child = int(holder.stdout.readline())
         with pytest.raises(CheckpointError, match=r"another train\.py is at work"):
             rundir.lock(tmp_path / "run")
         holder.kill()
         holder.wait()
         rundir.lock(tmp_path / "run").close()
-        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "run")], check=True)  # the child
+        os.kill(child, signal.SIGKILL)
 
 
 def test_a_ledger_is_cut_back_for_every_rank(tmp_path: Path) -> None:

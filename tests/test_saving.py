@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -102,8 +103,27 @@ def test_a_save_that_fails_is_said_and_the_next_one_tries_again(tmp_path, saver,
     assert [checkpoint.step_of(path) for path in checkpoint.found(tmp_path)] == [1, 3]
 
 
-def test_the_time_training_stood_still_is_added_up(saver):
+def test_the_time_training_stood_still_is_added_up(saver, monkeypatch):
+    save = checkpoint.save
+
+    def slow_save(*arguments) -> Path:
+        time.sleep(0.5)
+        return save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", slow_save)
     with saver:
         saver.begin(1, parts(1.0), {})
         saver.wait_for_copy()
-    assert 0 < saver.stalled_s < 5
+        assert saver.stalled_s < 0.4  # not for the disk
+    assert saver.stalled_s >= 0.4  # but in the end for the disk
+
+
+def test_a_save_that_breaks_in_any_way_is_said_and_survived(saver, said, monkeypatch):
+    def fail(*_arguments) -> Path:
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    with saver:
+        saver.begin(1, parts(1.0), {})
+    assert saver.saved_step == 0
+    assert said == ["NOT SAVED, training goes on: MemoryError"]

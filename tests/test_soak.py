@@ -225,8 +225,13 @@ def test_torchrun_passes_on_the_warning_of_slurm(config, undisturbed, tmp_path, 
 # ---------------------------------------------------------------------------------- not finite
 
 
+def weights_of(parts: checkpoint.Parts) -> checkpoint.Parts:
+    """Without the optimizer, which has no state before its first update."""
+    return {part: parts[part] for part in ("model", "ema")}
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("bad", ["1", "2-3", "4"])
+@pytest.mark.parametrize("bad", ["1-2", "3", "5"])
 def test_a_bad_number_on_one_rank(config, tmp_path, inject: Inject, rank, bad):
     inject("NaN on one rank")
     place = arguments(config, tmp_path / "run", "checkpoint.every_steps=1", "checkpoint.keep=9")
@@ -237,8 +242,8 @@ def test_a_bad_number_on_one_rank(config, tmp_path, inject: Inject, rank, bad):
     assert [line["step"] for line in log_lines(tmp_path / "run", "bad_step")] == expected
     states = {step: checkpoint_of(tmp_path / "run", step).parts for step in steps(tmp_path / "run")}
     for step in range(2, STEPS + 1):
-        changed = differing(states[step], states[step - 1]) if step - 1 in states else ["first"]
-        assert (changed == []) == (step in expected), step
+        is_same = not differing(*(weights_of(states[n]) for n in (step, step - 1)))
+        assert is_same == (step in expected), step
 
 
 # ---------------------------------------------------------------------------------- bad images
