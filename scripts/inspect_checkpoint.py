@@ -5,7 +5,7 @@
   python scripts/inspect_checkpoint.py runs/quickstart/checkpoints/step-000000060
 
 Of a run directory the newest good checkpoint is shown, after a line for each newer one that is
-damaged. Exit status: 0 whole, 1 damaged or none there.
+damaged. Exit status: 0 what is shown is whole, 1 nothing whole is there.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> int:
     try:
         is_run = path.is_dir() and rundir.checkpoints(path)
         print(describe(rundir.load_newest(path, print) if is_run else checkpoint.load(path)))
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         print(f"inspect_checkpoint.py: {error}", file=sys.stderr)
         return 1
     except KeyError as error:
