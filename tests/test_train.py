@@ -144,7 +144,7 @@ def test_run_that_lost_its_checkpoints_does_not_begin_anew(tmp_path, capsys, mon
     (tmp_path / "run" / "best.safetensors").touch()
     status, error = call(capsys, monkeypatch, "--config", config_path)
     assert status == 1 and "no checkpoint to go on from" in error
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["best.safetensors"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"best.safetensors", ".lock"}
 
 
 def test_run_directory_that_cannot_be_made_is_one_line(tmp_path, capsys, monkeypatch) -> None:
