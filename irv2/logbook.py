@@ -57,7 +57,9 @@ class Logbook:
         try:
             getattr(self._board, method)(*arguments, **options)
         except OSError as error:
-            self._board = None
+            board, self._board = self._board, None
+            with suppress(OSError):  # its thread must not go on trying
+                board.close()
             self.say(f"TensorBoard shows nothing more until the run is started again ({error})")
 
     def stepped(self) -> None:
