@@ -47,15 +47,15 @@ DURABLE_S = 30  # torchrun kills ranks that long after it has passed on a signal
 # ---------------------------------------------------------------------------------- killed
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 2)])
-def test_killed_at_random_moments(config, tmp_path, inject: Inject, ranks, workers):
-    """25 times; each run is killed again and again until it has come to its end."""
+@pytest.mark.parametrize(("wanted", "ranks", "workers"), [(35, 1, 0), (15, 2, 2)])
+def test_killed_at_random_moments(config, tmp_path, inject: Inject, wanted, ranks, workers):
+    """`wanted` times; each run is killed again and again until it has come to its end."""
     rng = random.Random(SEED + ranks)
     undisturbed = tmp_path / "undisturbed"
     options = f"data.workers={workers}"
     assert run("train.py", *arguments(config, undisturbed, options), ranks=ranks).returncode == 0
     directory, kills = tmp_path / "run0", 0
-    while kills < 25:
+    while kills < wanted:
         is_moment = rng.random() < 0.6
         fault = f"kill-in-{rng.choice(['save', 'rename', 'prune'])}={rng.randint(1, 2)}"
         program = ("train.py",) if is_moment else (HARMED, fault)
