@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from data import loader, sources, stream, transforms
-from irv2 import engine, optim
+from irv2 import checkpoint, engine, optim
 from irv2.distributed import World
 from irv2.model import inception_resnet_v2
+from irv2.saving import BackgroundSaver
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,6 +84,49 @@ def test_a_step_never_waits_for_the_device(precision: str) -> None:
         engine.train_step(state, state.model, prepared, 0.045, options, World(0, 1, CUDA))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def everything(state: engine.TrainState) -> dict[str, Tensor]:
+    return {
+        f"{part}.{name}": tensor.clone()
+        for part, tensors in state.tensors().items()
+        for name, tensor in tensors.items()
+    }
+
+
+def test_a_bad_step_changes_nothing_and_waits_for_nothing() -> None:
+    state = state_on(CUDA)
+    step(state, CUDA, "fp32")
+    before = everything(state)
+    images, labels = batch(CUDA)
+    images[3] = float("nan")
+    options = engine.StepOptions(clip_norm=2.0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches = iter([(images, labels)])
+        engine.train_step(state, state.model, batches, 0.045, options, World(0, 1, CUDA))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    after = everything(state)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert engine.read_bad_steps(state) == ([2], 1)
+
+
+def test_a_background_save_is_of_the_moment_it_began(tmp_path: Path) -> None:
+    state = state_on(CUDA)
+    step(state, CUDA, "fp32")
+    engine.read_bad_steps(state)
+    before = {name: tensor.cpu() for name, tensor in everything(state).items()}
+    options = engine.StepOptions(clip_norm=2.0)
+    with BackgroundSaver(tmp_path, 2, 0, print, engine.RUNNING) as saver:
+        saver.begin(1, state.tensors(), state.counters())
+        batches, world = iter([batch(CUDA)]), World(0, 1, CUDA)
+        engine.train_step(state, state.model, batches, 0.045, options, world, saver.wait_for_copy)
+    saved = checkpoint.load(tmp_path / "step-000000001").parts
+    for part, tensors in saved.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, before[f"{part}.{name}"]), name
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
