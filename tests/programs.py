@@ -97,6 +97,12 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and is still listed does not."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
 def log_lines(run_directory: Path, kind: str) -> list[dict]:
     lines = (run_directory / "log.jsonl").read_text().splitlines()
     return [line for line in map(json.loads, lines) if line["kind"] == kind]
