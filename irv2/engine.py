@@ -78,7 +78,7 @@ def running_average(model: nn.Module, decay: float) -> ModelEmaV3:
 
     timm's 1 - (1 + s / 9)^-1 with s = n + 1, n the steps before this one, is
     tf.train.ExponentialMovingAverage's min(decay, (1 + n) / (10 + n)). timm subtracts 1 from the
-    step it is given, so `train_step` adds one.
+    step it is given, so it is given n + 2.
     """
     return ModelEmaV3(model, decay, use_warmup=True, warmup_gamma=9.0, warmup_power=1.0)
 

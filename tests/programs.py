@@ -99,8 +99,10 @@ def children(pid: int) -> list[int]:
 
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that has ended and is still listed does not."""
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def log_lines(run_directory: Path, kind: str) -> list[dict]:

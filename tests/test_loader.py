@@ -21,7 +21,7 @@ import timm.data
 import torch
 from image_zoo import write_zoo
 from PIL import Image
-from programs import ROOT, environment, write_images
+from programs import ROOT, environment, is_alive, write_images
 from torchvision.datasets import ImageFolder
 
 from data.loader import (
@@ -511,17 +511,23 @@ raise ValueError("a mistake")
 """
 
 
-def test_workers_keep_no_program_from_ending():
-    finished = subprocess.run(
-        [sys.executable, "-c", MISTAKE],
+def start_script(text: str) -> subprocess.Popen[str]:
+    """A Python program of its own that can import this module."""
+    return subprocess.Popen(
+        [sys.executable, "-c", text],
         cwd=ROOT,
         env=environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=30,
     )
-    assert finished.returncode == 1
-    assert finished.stderr.endswith("ValueError: a mistake\n")
+
+
+def test_workers_keep_no_program_from_ending():
+    program = start_script(MISTAKE)
+    _, error = program.communicate(timeout=30)
+    assert program.returncode == 1
+    assert error.endswith("ValueError: a mistake\n")
 
 
 def test_a_reader_that_has_had_enough_leaves_no_worker():
@@ -532,23 +538,9 @@ def test_a_reader_that_has_had_enough_leaves_no_worker():
     assert multiprocessing.active_children() == []
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs; a dead one that nobody has asked after does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
 def test_workers_end_with_a_main_process_that_is_killed():
-    program = subprocess.Popen(
-        [sys.executable, "-c", ORPHANS],
-        cwd=ROOT,
-        env=environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    program = start_script(ORPHANS)
     workers = [int(pid) for pid in program.stdout.readline().split()]
     assert len(workers) == 2
     try:
@@ -556,16 +548,16 @@ def test_workers_end_with_a_main_process_that_is_killed():
             os.kill(pid, signal.SIGTERM)
             os.kill(pid, signal.SIGINT)
         time.sleep(0.2)
-        assert all(map(alive, workers))
+        assert all(map(is_alive, workers))
         program.kill()
         program.wait()
         deadline = time.monotonic() + 2
-        while any(map(alive, workers)) and time.monotonic() < deadline:
+        while any(map(is_alive, workers)) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not any(map(alive, workers))
+        assert not any(map(is_alive, workers))
     finally:
         program.kill()
         program.wait()
         program.stdout.close()
-        for pid in filter(alive, workers):
+        for pid in filter(is_alive, workers):
             os.kill(pid, signal.SIGKILL)
