@@ -14,14 +14,14 @@ import argparse
 import math
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from data import loader, sources, stream, transforms
+from data import augment, loader, sources, stream, transforms, workers
+from data.to_input import ToInput
 from irv2 import checkpoint, config, distributed, engine, optim, rundir
 from irv2.config import Config
 from irv2.distributed import World
@@ -52,6 +52,7 @@ def train(
     global_batch = cfg.train.global_batch
     source, val_source = sources.open_source(cfg.data.train), sources.open_source(cfg.data.val)
     sources.check_same_classes(val_source.classes, source.classes, cfg.data.val, cfg.data.train)
+    order = training_order(cfg, source)
     total_steps = math.ceil(cfg.train.epochs * len(source) / global_batch)
     total_steps = min(total_steps, cfg.train.max_steps or total_steps)
 
@@ -96,9 +97,8 @@ def train(
     )
     network = distributed.parallel(state.model, cfg.train.compile, world)
     pace, taken = Pace(), Taken()
-    order = stream.Stream(len(source), cfg.run.seed)
     batches = training_batches(cfg, source, order, state.images_seen, division.micro_batch, world)
-    batches = watched(batches, taken, pace, log, cfg.data, source.classes)
+    batches = watched(batches, taken, pace, log, world.device, cfg.data, source.classes)
     if world.size > 1:
         size = (division.micro_batch, 3, cfg.data.image_size, cfg.data.image_size)
         blank = torch.zeros(size, device=world.device).contiguous(memory_format=torch.channels_last)
@@ -113,7 +113,10 @@ def train(
     with saver:
         while True:
             is_last = state.step >= total_steps
-            stopping = world.any(stop.signal is not None)
+            stopping, some_replaced = world.votes(stop.signal is not None, bool(taken.replaced))
+            if taken.keys:
+                replaced = world.gather(taken.replaced) if some_replaced else []
+                note_taken(cfg, state, taken, replaced, len(source), ledger, log)
             evaluating = is_last or period_ended(
                 state.images_seen, global_batch, cfg.eval.every_epochs, len(source)
             )
@@ -139,7 +142,6 @@ def train(
             state.images_seen += global_batch
             pace.trained(global_batch)
             log.stepped()
-            note_taken(cfg, state, taken, len(source), ledger, log, world)
             if state.step % cfg.log.every_steps == 0 or state.step == total_steps:
                 note_bad_steps(cfg, state, order, saver, log)
                 log.train(
@@ -215,32 +217,58 @@ def announce(
     world.say(f"run: {cfg.directory}    watch: tensorboard --logdir {cfg.directory}")
 
 
+def training_order(cfg: Config, source: sources.Source) -> stream.Stream:
+    """The order of the training images. Raises DataError if shards are needed for it."""
+    if cfg.data.shuffle_window is None:
+        return stream.Stream(len(source), cfg.run.seed)
+    stored = getattr(source, "storage_order", None)
+    if stored is None:
+        raise sources.DataError(
+            f"data.shuffle_window={cfg.data.shuffle_window} is for shards, and {cfg.data.train} "
+            "holds none: leave it out, or make shards with scripts/make_shards.py"
+        )
+    return stream.Stream(len(source), cfg.run.seed, stored, cfg.data.shuffle_window)
+
+
 def training_batches(
     cfg: Config, source: sources.Source, order: stream.Stream, start: int, micro: int, world: World
 ) -> Iterator[loader.Batch]:
     """This rank's micro-batches from stream position `start` on, without end."""
     data = cfg.data
+    change = None
+    if data.rand_augment is not None or data.random_erasing > 0:
+        grey = [round(255 * mean) for mean in data.mean]
+        change = augment.Augment(data.rand_augment, data.random_erasing, grey)
     view = transforms.TrainView(
-        data.image_size, cfg.run.seed, data.crop_area, data.crop_aspect, data.hflip, data.colour
+        size=data.image_size,
+        seed=cfg.run.seed,
+        area_range=data.crop_area,
+        aspect_range=data.crop_aspect,
+        hflip=data.hflip,
+        colour=data.colour,
+        augment=change,
     )
     keys = stream.micro_batches(order, start, cfg.train.global_batch, micro, world.rank, world.size)
-    return loader.load(
+    batches = loader.load(
         source,
         view,
         keys,
-        loader.Normalisation(data.mean, data.std),
-        loader.Workers(data.workers, cfg.run.timeout_s),
-        world.device,
+        ToInput(data.mean, data.std, world.device, cfg.train.compile),
+        workers.Workers(data.workers, cfg.run.timeout_s),
         replace_bad=True,
         checksums=cfg.log.ledger,
     )
+    if data.mixup > 0 or data.cutmix > 0:
+        mix = augment.Mix(data.mixup, data.cutmix, len(source.classes), cfg.run.seed)
+        return mix.batches(batches)
+    return batches
 
 
 @dataclass
 class Taken:
     """What a step has taken from the stream, on this rank."""
 
-    indices: list[int] = field(default_factory=list)
+    keys: list[stream.Key] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
     replaced: list[loader.Replaced] = field(default_factory=list)
 
@@ -250,6 +278,7 @@ def watched(
     taken: Taken,
     pace: Pace,
     log: Logbook,
+    device: torch.device,
     data: config.Data,
     classes: list[str],
 ) -> Pairs:
@@ -257,15 +286,15 @@ def watched(
     first."""
     is_first = True
     while True:
-        asked = time.perf_counter()
-        batch = next(batches)
-        pace.waited(time.perf_counter() - asked)
-        taken.indices += batch.indices
+        with pace.waiting(device):
+            batch = next(batches)
+        taken.keys += batch.keys
         taken.checksums += batch.checksums
         taken.replaced += batch.replaced
         if is_first and log.active:
             std, mean = (batch.images.new_tensor(v).view(1, 3, 1, 1) for v in (data.std, data.mean))
-            names = [classes[label] for label in batch.labels]
+            labels = batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)  # mixed
+            names = [classes[label] for label in labels]
             log.images("training images", batch.images * std + mean, names)
             is_first = False
         yield batch.images, batch.labels
@@ -275,18 +304,22 @@ def note_taken(
     cfg: Config,
     state: engine.TrainState,
     taken: Taken,
+    replaced: list[loader.Replaced],
     images_per_epoch: int,
     ledger: JsonLines | None,
     log: Logbook,
-    world: World,
 ) -> None:
-    """Record what the last step took. Raises DataError when too many images were unusable."""
+    """Record what the last step took, and what all ranks had to replace.
+
+    Raises DataError when too many images were unusable.
+    """
     if ledger is not None:
-        ledger.append({"step": state.step, "indices": taken.indices, "checksums": taken.checksums})
-    for image in world.gather(taken.replaced):
+        indices = [index for _, index in taken.keys]
+        ledger.append({"step": state.step, "indices": indices, "checksums": taken.checksums})
+    for image in replaced:
         state.bad_images += 1
         log.bad_image(state.step, image._asdict())
-    for items in (taken.indices, taken.checksums, taken.replaced):
+    for items in (taken.keys, taken.checksums, taken.replaced):
         items.clear()
     if state.bad_images > cfg.data.max_bad_fraction * max(images_per_epoch, state.images_seen):
         raise sources.DataError(
@@ -335,14 +368,14 @@ def evaluate(
     """
     data = cfg.data
     view = transforms.EvalView(data.image_size, data.eval_crop, data.eval_interpolation)
-    normalisation = loader.Normalisation(data.mean, data.std)
-    workers = loader.Workers(data.workers, cfg.run.timeout_s)
+    to_input = ToInput(data.mean, data.std, world.device, cfg.train.compile)
+    processes = workers.Workers(data.workers, cfg.run.timeout_s)
     for which, model in (("ema", state.ema.module), ("raw", state.model)):
         if world.any(log.has_eval(state.step, which)):
             continue
         keys = stream.evaluation_batches(len(source), cfg.eval.batch, world.rank, world.size)
         rounds = stream.evaluation_rounds(len(source), cfg.eval.batch, world.size)
-        batches = loader.load(source, view, keys, normalisation, workers, world.device)
+        batches = loader.load(source, view, keys, to_input, processes)
         batches = until_stopped(batches, rounds, lambda: world.any(stop.signal is not None))
         pairs = ((batch.images, batch.labels) for batch in batches)
         with log.progress(len(source), f"evaluating {which}") as bar:
@@ -396,15 +429,20 @@ def main() -> int:
         division = distributed.divide_batch(
             cfg.train.global_batch, cfg.train.micro_batch, distributed.world_size()
         )
+        if division.micro_batch % 2 and (cfg.data.mixup > 0 or cfg.data.cutmix > 0):
+            raise config.ConfigError(
+                "data.mixup and data.cutmix mix pairs, and micro-batches of "
+                f"{division.micro_batch} images cannot be paired: choose another train.micro_batch"
+            )
         with (
             StopRequest() as stop,
             distributed.start(cfg.run.device, cfg.run.timeout_s) as world,
-            loader.worker_errors(),
+            workers.worker_errors(),
         ):
             return train(cfg, division, arguments.resume, world, stop)
 
     return distributed.exit_status(
-        body, MISTAKES, of_one_rank=(sources.ImageError, loader.WorkerError)
+        body, MISTAKES, of_one_rank=(sources.ImageError, workers.WorkerError)
     )
 
 

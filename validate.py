@@ -24,7 +24,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import loader, sources, stream, transforms
+from data import loader, sources, stream, transforms, workers
+from data.to_input import ToInput
 from irv2 import checkpoint, config, distributed, engine, rundir, weights
 from irv2.distributed import World
 from irv2.metrics import EvalResult
@@ -135,9 +136,9 @@ def evaluate(
         settings["image_size"], settings["eval_crop"], settings["eval_interpolation"]
     )
     keys = stream.evaluation_batches(len(source), arguments.batch, world.rank, world.size)
-    normalisation = loader.Normalisation(settings["mean"], settings["std"])
-    workers = loader.Workers(arguments.workers)
-    batches = loader.load(source, view, keys, normalisation, workers, world.device)
+    to_input = ToInput(settings["mean"], settings["std"], world.device)
+    processes = workers.Workers(arguments.workers)
+    batches = loader.load(source, view, keys, to_input, processes)
     pairs = ((batch.images, batch.labels) for batch in batches)
     hidden = not (world.is_main and sys.stderr.isatty())
     with tqdm(total=len(source), unit="image", leave=False, disable=hidden) as bar:
@@ -237,12 +238,12 @@ def main() -> int:
     arguments = parse_arguments()
 
     def body() -> int:
-        with distributed.start(arguments.device) as world, loader.worker_errors():
+        with distributed.start(arguments.device) as world, workers.worker_errors():
             validate(arguments, world)
         return 0
 
     return distributed.exit_status(
-        body, MISTAKES, of_one_rank=(sources.ImageError, loader.WorkerError)
+        body, MISTAKES, of_one_rank=(sources.ImageError, workers.WorkerError)
     )
 
 

@@ -16,19 +16,35 @@ Key = tuple[int, int]  # (epoch, image index)
 
 
 class Stream:
-    """The order in which a run sees `length` images, epoch after epoch."""
+    """The order in which a run sees `length` images, epoch after epoch.
 
-    def __init__(self, length: int, seed: int) -> None:
+    `stored`, int [length], is the order in which they lie on the disk, if that is to be kept to:
+    each epoch then takes blocks of `window` images that lie one after another, in a random order of
+    blocks, and shuffles within each. Without it, every order of all images is as likely.
+    """
+
+    def __init__(
+        self, length: int, seed: int, stored: np.ndarray | None = None, window: int = 1
+    ) -> None:
         self.length, self.seed = length, seed
+        self._stored, self._window = stored, window
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
     def permutation(self, epoch: int) -> np.ndarray:
         """Order of the images in an epoch: int64 [length]."""
         if epoch != self._epoch:
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            self._order = self._shuffled(np.random.default_rng((self.seed, epoch)))
             self._epoch = epoch
         return self._order
+
+    def _shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        if self._stored is None:
+            return rng.permutation(self.length)
+        # Turned, so that blocks begin at other images in each epoch.
+        stored = np.roll(self._stored, rng.integers(self.length))
+        blocks = np.split(stored, range(self._window, self.length, self._window))
+        return np.concatenate([rng.permutation(blocks[i]) for i in rng.permutation(len(blocks))])
 
     def __getitem__(self, positions: slice) -> list[Key]:
         """Keys of the positions [start, stop)."""

@@ -1,7 +1,8 @@
-"""Encoded bytes -> pixels: decoding, the Inception crop and colour, evaluation views.
+"""Encoded bytes -> uint8 pixels: decoding, the Inception crop, evaluation views.
 
-Workers decode, crop and resize to uint8; colour and normalisation run on the device, on the whole
-batch. What is random in an image's view is drawn from (seed, epoch, index) alone.
+Workers decode, crop and resize; flip, colour and normalisation run on the device, on the whole
+batch (data/to_input.py). What is random in an image's view is drawn from (seed, epoch, index)
+alone.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import timm.data
-import torch
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
+from data.resample import Box, resize
 from data.sources import ImageError
+from data.to_input import Colour
 
 MAX_BRIGHTNESS_DELTA = 32 / 255  # TF-slim, inception_preprocessing.py, distort_color (fast mode)
 SATURATION_RANGE = (0.5, 1.5)
@@ -28,20 +29,16 @@ MAX_ATTEMPTS = 100
 # 400 MB in a worker, as PIL holds them; the average image of ImageNet has 0.2 million.
 MAX_PIXELS = 100_000_000
 MAX_ASPECT = 1000  # evaluation scales the shorter side up to some 333 px, and the longer with it
+JPEG_START = b"\xff\xd8\xff"
+JPEG_COLOURS = {"YCbCr", "RGB", "Gray"}  # of which two decoders make the same RGB
 
 VIEW = 1  # keeps a view's draws apart from those of the order, seeded by (seed, epoch)
 
-
-class Colour(NamedTuple):
-    """Colour change of one image."""
-
-    brightness: float  # added to pixels in [0, 1]
-    saturation: float  # multiplies saturation, value kept
-    saturation_first: float  # 1: saturation, then brightness; 0: the other way round
+# ---------------------------------------------------------------------------------- decoding
 
 
-def decode(encoded: bytes, name: str) -> Image.Image:
-    """Encoded image -> RGB, the first frame if there are several.
+def decode(encoded: bytes, name: str) -> np.ndarray:
+    """Encoded image -> RGB, uint8 [H, W, 3], the first frame if there are several.
 
     As timm's and torchvision's ImageFolder (and TF-slim), on which published results rest: an EXIF
     orientation is not applied, and transparency is dropped, not blended. Unlike theirs, 16 bits are
@@ -49,20 +46,43 @@ def decode(encoded: bytes, name: str) -> Image.Image:
     or is more than MAX_ASPECT times as long as wide.
     """
     try:
-        with warnings.catch_warnings():  # a file's oddities, told by PIL anew in every epoch
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(encoded))
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} px, over {MAX_PIXELS:,} in all")
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise ValueError(f"{image.width} x {image.height} px, over {MAX_ASPECT} to 1")
-            return _to_rgb(image)
+        pixels = _decode_jpeg(encoded) if encoded.startswith(JPEG_START) else None
+        return np.asarray(_decode_any(encoded)) if pixels is None else pixels
     except MemoryError:  # says nothing of the image
         raise
     except UnidentifiedImageError:  # its own message quotes the buffer's address
         raise ImageError(f"{name}: cannot be decoded (not a known kind of image)") from None
     except Exception as error:
         raise ImageError(f"{name}: cannot be decoded ({error})") from None
+
+
+def _decode_jpeg(encoded: bytes) -> np.ndarray | None:
+    """A sound JPEG, by the faster decoder; None leaves it to the other. Pixels are the same."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
+        if colours in JPEG_COLOURS:
+            _check_size(width, height)
+            return simplejpeg.decode_jpeg(encoded, "RGB")
+    except ValueError:  # damaged, or merely odd
+        pass
+    return None
+
+
+def _decode_any(encoded: bytes) -> Image.Image:
+    """Whatever PIL reads."""
+    with warnings.catch_warnings():  # a file's oddities, told by PIL anew in every epoch
+        warnings.simplefilter("ignore")
+        image = Image.open(io.BytesIO(encoded))
+        _check_size(*image.size)
+        return _to_rgb(image)
+
+
+def _check_size(width: int, height: int) -> None:
+    """Raise ValueError for a size that no sane data set holds."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} px, over {MAX_PIXELS:,} in all")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{width} x {height} px, over {MAX_ASPECT} to 1")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -92,19 +112,24 @@ class TrainView:
     aspect_range: tuple[float, float] = (0.75, 1.33)
     hflip: float = 0.5
     colour: bool = True
+    augment: Callable[[np.ndarray, tuple[int, int, int]], None] | None = None
 
     def __call__(
-        self, image: Image.Image, epoch: int, index: int
-    ) -> tuple[np.ndarray, Colour | None]:
-        """RGB image -> (uint8 [size, size, 3], colour change still to be applied)."""
+        self, pixels: np.ndarray, epoch: int, index: int, out: np.ndarray
+    ) -> tuple[bool, Colour | None]:
+        """Put the crop of uint8 [H, W, 3] into `out`, uint8 [size, size, 3].
+
+        Returns whether it is still to be mirrored, and the colour change still to be applied.
+        `augment` may change `out`, given (seed, epoch, index) to draw from.
+        """
         rng = np.random.default_rng((self.seed, epoch, index, VIEW))
-        x, y, width, height = draw_crop(rng, *image.size, self.area_range, self.aspect_range)
-        # Cut first: resize(box=…) would let pixels outside the crop into its edge.
-        crop = image.crop((x, y, x + width, y + height))
-        pixels = np.asarray(crop.resize((self.size, self.size), Image.Resampling.BILINEAR))
-        if rng.random() < self.hflip:
-            pixels = pixels[:, ::-1]
-        return pixels, draw_colour(rng) if self.colour else None
+        height, width, _ = pixels.shape
+        box = draw_crop(rng, width, height, self.area_range, self.aspect_range)
+        resize(pixels, out, box=box, size=(self.size, self.size))
+        if self.augment is not None:
+            self.augment(out, (self.seed, epoch, index))
+        flip = bool(rng.random() < self.hflip)
+        return flip, draw_colour(rng) if self.colour else None
 
 
 def draw_crop(
@@ -113,8 +138,8 @@ def draw_crop(
     height: int,
     area_range: tuple[float, float],
     aspect_range: tuple[float, float],
-) -> tuple[int, int, int, int]:
-    """Crop (x, y, width, height) in px by the law of TensorFlow's sample_distorted_bounding_box.
+) -> Box:
+    """Crop by the law of TensorFlow's sample_distorted_bounding_box.
 
     Aspect is uniform (not its logarithm), then height is uniform over what the area range allows,
     then the place; a crop that covers less than a tenth of the image is drawn again, as TF-slim's
@@ -145,8 +170,8 @@ def draw_crop(
         # The last offset is never drawn: TensorFlow's Uniform(n) ends at n - 1.
         x = int(rng.integers(width - crop_width)) if crop_width < width else 0
         y = int(rng.integers(height - crop_height)) if crop_height < height else 0
-        return x, y, crop_width, crop_height
-    return 0, 0, width, height
+        return Box(x, y, crop_width, crop_height)
+    return Box(0, 0, width, height)
 
 
 def draw_colour(rng: np.random.Generator) -> Colour:
@@ -161,49 +186,45 @@ def draw_colour(rng: np.random.Generator) -> Colour:
 # ---------------------------------------------------------------------------------- evaluation
 
 
+@dataclass(frozen=True)
 class EvalView:
-    """timm's evaluation view: shorter side to size / crop, centre crop. Pixels are timm's own."""
+    """timm's evaluation view: shorter side to size / crop, centre crop. Pixels are timm's own.
 
-    def __init__(self, size: int, crop: float, interpolation: str) -> None:
-        self._transform = timm.data.create_transform(
-            (3, size, size),
-            is_training=False,
-            use_prefetcher=True,  # uint8 out, normalised later
-            interpolation=interpolation,
-            crop_pct=crop,
-        )
-
-    def __call__(self, image: Image.Image, epoch: int, index: int) -> tuple[np.ndarray, None]:
-        """RGB image -> (uint8 [size, size, 3], no colour change)."""
-        return np.asarray(self._transform(image)).transpose(1, 2, 0), None
-
-
-# ---------------------------------------------------------------------------------- on the device
-
-
-def to_input(images: Tensor, colours: Tensor | None, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> the network's input, float32 [B, 3, H, W] in channels-last memory.
-
-    colours: [B, 3], rows of `Colour`; None leaves colours alone, and pixels are exactly timm's:
-    (pixel / 255 - mean) / std.
+    Source: timm/data/transforms_factory.py, transforms_imagenet_eval, and what it calls of
+    torchvision (Resize, CenterCrop).
     """
-    x = images.permute(0, 3, 1, 2).float().div_(255)
-    if colours is not None:
-        x = apply_colour(x, colours)
-    return x.sub_(mean.view(1, 3, 1, 1)).div_(std.view(1, 3, 1, 1))
+
+    size: int
+    crop: float
+    interpolation: str
+
+    def __call__(
+        self, pixels: np.ndarray, epoch: int, index: int, out: np.ndarray
+    ) -> tuple[bool, None]:
+        """Put the view of uint8 [H, W, 3] into `out`, uint8 [size, size, 3]."""
+        height, width, _ = pixels.shape
+        shorter = math.floor(self.size / self.crop)
+        if width <= height:
+            resized = shorter, int(shorter * height / width)
+        else:
+            resized = int(shorter * width / height), shorter
+        corner = tuple(round((side - self.size) / 2) for side in resized)
+        bicubic = self.interpolation == "bicubic"
+        if _order_of_passes_varies((width, height), resized):
+            how = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+            whole = np.asarray(Image.fromarray(pixels).resize(resized, how))
+            out[:] = whole[corner[1] :, corner[0] :][: self.size, : self.size]
+        else:
+            whole = Box(0, 0, width, height)
+            resize(pixels, out, box=whole, size=resized, corner=corner, bicubic=bicubic)
+        return False, None
 
 
-def apply_colour(images: Tensor, colours: Tensor) -> Tensor:
-    """Apply the change of each image: float [B, 3, H, W] in [0, 1], [B, 3] -> the same, in [0, 1].
+def _order_of_passes_varies(size: tuple[int, int], resized: tuple[int, int]) -> bool:
+    """Whether releases of Pillow differ: from 13 on it may resize the columns of an image first.
 
-    As TensorFlow's adjust_brightness and adjust_saturation: saturation is HSV's, with value kept;
-    pixels are clipped once, at the end.
+    It does so where the height shrinks by more than twice what the width does (Pillow #9549), as
+    it can in pictures that are over twice as high as wide.
     """
-    brightness, saturation, saturation_first = colours.view(-1, 3, 1, 1, 1).unbind(1)
-    x = images + brightness * (1 - saturation_first)
-    value = x.amax(1, keepdim=True)
-    # s = (value - min) / value becomes min(s * factor, 1): every channel's distance from value
-    # shrinks or grows by min(factor, 1 / s).
-    limit = value.clamp_min(1e-12) / (value - x.amin(1, keepdim=True))
-    x = value - (value - x) * torch.minimum(saturation, limit)
-    return (x + brightness * saturation_first).clamp_(0, 1)
+    lost_width, lost_height = (before - after for before, after in zip(size, resized))
+    return lost_height > max(0, 2 * lost_width)

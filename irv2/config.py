@@ -114,11 +114,25 @@ class Data(Section):
     crop_aspect: Pair = Field([0.75, 1.33], description="training crop: range of width / height")
     hflip: Share = Field(0.5, description="probability of a horizontal flip")
     colour: bool = Field(True, description="brightness ±32/255 and saturation 0.5-1.5 in training")
+    rand_augment: Annotated[int, Field(ge=0, le=30)] | None = Field(
+        None, description="magnitude of RandAugment, two operations; null: none"
+    )
+    random_erasing: Share = Field(0.0, description="probability that a part is made grey")
+    mixup: NonNegative = Field(0.0, description="mixup of pairs: alpha of its shares; 0: none")
+    cutmix: NonNegative = Field(0.0, description="cutmix of pairs: alpha of its shares; 0: none")
+    shuffle_window: Positive | None = Field(
+        None,
+        description="shards: shuffle blocks of this many images that lie one after another, for "
+        "slow disks; null: shuffle all images",
+    )
     eval_crop: Annotated[float, Field(gt=0, le=1)] = Field(
         0.8975, description="evaluation: centre crop's share of the resized side"
     )
     eval_interpolation: Literal["bicubic", "bilinear"] = Field(
         "bicubic", description="evaluation: how the image is resized"
+    )
+    allow_resized: bool = Field(
+        False, description="evaluate shards whose images were resized when they were made"
     )
     max_bad_fraction: Share = Field(
         0.001,

@@ -68,18 +68,22 @@ class World:
         if self.is_main:
             print(text, flush=True)
 
+    def votes(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on at least one rank; the device is not touched."""
+        if self.size == 1:
+            return list(flags)
+        votes = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
+        return [bool(vote) for vote in votes.tolist()]
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank; the device is not touched."""
-        if self.size == 1:
-            return flag
-        votes = torch.tensor([int(flag)])
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(votes.item())
+        return self.votes(flag)[0]
 
     def gather(self, items: list) -> list:
         """The items of all ranks, in order of rank, on every rank; the device is not touched."""
-        if not self.any(bool(items)) or self.size == 1:
-            return items
+        if self.size == 1:
+            return list(items)
         lists: list = [None] * self.size
         dist.all_gather_object(lists, items, group=self.control)
         return [item for each in lists for item in each]

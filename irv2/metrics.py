@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -75,9 +77,19 @@ class Pace:
         """Begin to count anew, so that what came between is not the training's time."""
         self.started, self.images, self.waited_s = time.perf_counter(), 0, 0.0
 
-    def waited(self, seconds: float) -> None:
-        """Add time in which the step stood still for want of a batch."""
-        self.waited_s += seconds
+    @contextmanager
+    def waiting(self, device: torch.device) -> Iterator[None]:
+        """Around the wait for a batch: time in which the model stood still for want of it.
+
+        A GPU works on while the host waits; the time counts if it came to the end of its work.
+        """
+        asked, work = time.perf_counter(), None
+        if device.type == "cuda":
+            work = torch.cuda.Event()
+            work.record()
+        yield
+        if work is None or work.query():
+            self.waited_s += time.perf_counter() - asked
 
     def trained(self, images: int) -> None:
         """Add images of a finished step (global count)."""

@@ -370,6 +370,7 @@ def _rank_main(rank: int, size: int, port: int, directory: str) -> None:
     with distributed.start("cpu") as world:
         found["place"] = (world.rank, world.size, world.is_main)
         found["any"] = [world.any(flag) for flag in (False, rank == 1, rank == 0, True)]
+        found["votes"] = world.votes(False, rank == 1, True)
         found["sum"] = world.sum_(torch.tensor([rank + 1, 10])).tolist()
         averaged = [torch.full((2, 2), float(rank)), torch.tensor(4.0 * rank)]
         world.average_(averaged)
@@ -431,6 +432,7 @@ def test_each_rank_knows_its_place(ranks):
 
 def test_any_is_true_on_every_rank_if_it_is_true_on_one(ranks):
     assert [found["any"] for found in ranks] == [[False, True, True, True]] * 2
+    assert [found["votes"] for found in ranks] == [[False, True, True]] * 2
 
 
 def test_sums_and_averages_are_over_all_ranks(ranks):
@@ -489,6 +491,7 @@ def test_a_world_of_one_needs_no_process_group():
     assert ALONE.same(3)
     assert tensor.tolist() == [1.0, 2.0]
     assert (ALONE.any(True), ALONE.any(False)) == (True, False)
+    assert ALONE.votes(True, False) == [True, False]
 
 
 # ---------------------------------------------------------------------------------- the batch

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from data import loader, sources, stream, transforms
+from data.to_input import ToInput
+from data.workers import Workers
 from irv2 import checkpoint, engine, optim
 from irv2.distributed import World
 from irv2.model import inception_resnet_v2
@@ -20,7 +22,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 CUDA = torch.device("cuda", 0)
-NORMALISATION = loader.Normalisation([0.5] * 3, [0.5] * 3)
 
 
 def test_batches_on_the_device_are_those_of_the_cpu() -> None:
@@ -28,7 +29,7 @@ def test_batches_on_the_device_are_those_of_the_cpu() -> None:
     view = transforms.TrainView(75, seed=0)
     keys = [stream.Stream(12, seed=0)[0:12]]
     (images, labels, *_), (expected, expected_labels, *_) = (
-        next(loader.load(source, view, keys, NORMALISATION, loader.Workers(2), device))
+        next(loader.load(source, view, keys, ToInput([0.5] * 3, [0.5] * 3, device), Workers(2)))
         for device in (CUDA, torch.device("cpu"))
     )
     assert images.device == labels.device == CUDA

@@ -122,11 +122,11 @@ def test_pace_counts_images_and_waiting_between_two_readings(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
     pace = Pace()
-    pace.trained(64)
-    pace.waited(0.5)
-    pace.trained(64)
-    pace.waited(0.5)
-    now[0] += 4.0
+    for _ in range(2):
+        with pace.waiting(torch.device("cpu")):
+            now[0] += 0.5
+        now[0] += 1.5
+        pace.trained(64)
     assert pace.read() == {"images_per_s": 32.0, "data_wait": 0.25}
     now[0] += 2.0
     assert pace.read() == {"images_per_s": 0.0, "data_wait": 0.0}
@@ -137,8 +137,8 @@ def test_pace_leaves_out_what_came_before_a_restart(monkeypatch):
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
     pace = Pace()
     pace.trained(1000)
-    pace.waited(3.0)
-    now[0] += 60.0
+    with pace.waiting(torch.device("cpu")):
+        now[0] += 60.0
     pace.restart()
     pace.trained(10)
     now[0] += 1.0

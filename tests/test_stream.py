@@ -2,6 +2,7 @@
 
 from itertools import chain, islice
 
+import numpy as np
 import pytest
 
 from data.stream import Key, Stream, evaluation_batches, micro_batches
@@ -121,3 +122,40 @@ def test_evaluation_batches_are_full_but_for_the_last():
     assert sizes == [4, 4, 4]
     sizes = [len(batch) for batch in evaluation_batches(23, 4, 0, 2)]
     assert sizes == [4, 4, 3]
+
+
+# ---------------------------------------------------------------------------------- on slow disks
+
+
+STORED = np.random.default_rng(9).permutation(103)
+
+
+@pytest.mark.parametrize("window", [1, 10, 102, 103, 500])
+def test_a_window_still_shows_every_image_once_an_epoch(window):
+    order = Stream(103, 1, STORED, window)
+    for epoch in range(3):
+        assert sorted(order.permutation(epoch)) == list(range(103))
+
+
+def test_blocks_lie_one_after_another_and_are_shuffled_within_and_among_themselves():
+    order = Stream(100, 1, STORED[STORED < 100], 10)
+    place = np.argsort(STORED[STORED < 100])
+    firsts = []
+    for epoch in range(2):
+        blocks = place[order.permutation(epoch)].reshape(10, 10)
+        begins = [next(p for p in block if (p - 1) % 100 not in block) for block in blocks]
+        for block, begin in zip(blocks, begins):
+            assert sorted((block - begin) % 100) == list(range(10))
+            assert list((block - begin) % 100) != list(range(10))
+        assert begins != sorted(begins)
+        firsts.append({begin % 10 for begin in begins})
+    assert all(len(first) == 1 for first in firsts)
+    assert firsts[0] != firsts[1], "blocks begin at other images in each epoch"
+
+
+def test_a_windowed_order_is_a_function_of_seed_and_epoch():
+    order = [Stream(103, seed, STORED, 10).permutation(epoch) for seed, epoch in ((1, 2), (1, 2))]
+    assert np.array_equal(*order)
+    for seed, epoch in ((2, 2), (1, 1)):
+        other = Stream(103, seed, STORED, 10).permutation(epoch)
+        assert not np.array_equal(order[0], other)

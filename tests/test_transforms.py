@@ -18,17 +18,15 @@ from torchvision.transforms import RandomResizedCrop
 
 from data import transforms
 from data.sources import ImageError
+from data.to_input import Colour, ToInput
 from data.transforms import (
     MAX_PIXELS,
     VIEW,
-    Colour,
     EvalView,
     TrainView,
-    apply_colour,
     decode,
     draw_colour,
     draw_crop,
-    to_input,
 )
 
 RECORDED = json.loads(Path(__file__).with_name("data").joinpath("tensorflow.json").read_text())
@@ -36,7 +34,6 @@ AREA, ASPECT = (0.05, 1.0), (0.75, 1.33)  # the settings recorded
 CROP_CASES = [case for case in RECORDED["crop"]["cases"] if case["min_object_covered"] == 0.1]
 DRAWS = 20_000
 TOLERANCE = 0.015  # on a probability; 3.5 standard errors of the median, both samples counted
-HALF = torch.full((3,), 0.5)
 
 Crop = tuple[int, int, int, int]  # x, y, width, height
 
@@ -125,17 +122,6 @@ def test_impossible_ranges_give_the_whole_image(width, height, area):
 # ---------------------------------------------------------------------------------- colour
 
 
-def test_colour_is_tensorflows():
-    cases = RECORDED["colour"]["cases"]
-    images = torch.tensor([RECORDED["colour"]["images"][case["image"]] for case in cases])
-    colours = torch.tensor(
-        [[case["brightness_delta"], case["saturation_factor"], case["order"]] for case in cases]
-    )
-    result = (apply_colour(images.permute(0, 3, 1, 2), colours) - 0.5) * 2
-    expected = torch.tensor([case["result"] for case in cases]).permute(0, 3, 1, 2)
-    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
-
-
 def test_colours_are_uniform_in_tf_slims_ranges_and_orders_equally_frequent():
     rng = np.random.default_rng(0)
     brightness, saturation, first = np.array([draw_colour(rng) for _ in range(5000)]).T
@@ -153,42 +139,47 @@ def test_colours_are_uniform_in_tf_slims_ranges_and_orders_equally_frequent():
 # ---------------------------------------------------------------------------------- training view
 
 
+def shown(view: TrainView | EvalView, pixels: np.ndarray, epoch: int = 0, index: int = 0) -> tuple:
+    """(what the view makes of an image, whether to mirror it, its colour change)."""
+    out = np.empty((view.size, view.size, 3), np.uint8)
+    return out, *view(pixels, epoch, index, out)
+
+
 def same(one: tuple, other: tuple) -> bool:
-    return np.array_equal(one[0], other[0]) and one[1] == other[1]
+    return np.array_equal(one[0], other[0]) and one[1:] == other[1:]
 
 
 @pytest.fixture(scope="module")
-def noise() -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+def noise() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
-def ramp() -> Image.Image:
+def ramp() -> np.ndarray:
     """A pixel says where it was: red is x, green is y."""
     y, x = np.mgrid[:200, :250]
-    return Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8))
+    return np.stack([x, y, 0 * x], 2).astype(np.uint8)
 
 
 def test_a_view_is_a_function_of_seed_epoch_and_index(noise):
     views = {
-        (seed, epoch, index): TrainView(16, seed)(noise, epoch, index)
+        (seed, epoch, index): shown(TrainView(16, seed), noise, epoch, index)
         for seed in range(3)
         for epoch in range(3)
         for index in range(3)
     }
     shared = TrainView(16, 1)  # asked in another order, after other questions
     for epoch, index in [(2, 2), (0, 1), (2, 0), (1, 1), (0, 1)]:
-        assert same(shared(noise, epoch, index), views[1, epoch, index])
-    assert len({pixels.tobytes() for pixels, _ in views.values()}) == len(views)
-    assert len({colour for _, colour in views.values()}) == len(views)
+        assert same(shown(shared, noise, epoch, index), views[1, epoch, index])
+    assert len({pixels.tobytes() for pixels, _, _ in views.values()}) == len(views)
+    assert len({colour for _, _, colour in views.values()}) == len(views)
 
 
 def test_a_view_leaves_global_random_states_alone(noise):
     torch.manual_seed(0)
     np.random.seed(0)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    TrainView(16, 0)(noise, 0, 0)
+    shown(TrainView(16, 0), noise)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
 
@@ -198,41 +189,51 @@ def test_a_view_shows_the_crop_that_was_drawn_in_its_right_place(ramp):
     centres = np.arange(size) + 0.5
     for index in range(20):
         x, y, width, height = draw_crop(
-            np.random.default_rng((7, 2, index, VIEW)), *ramp.size, AREA, ASPECT
+            np.random.default_rng((7, 2, index, VIEW)), 250, 200, AREA, ASPECT
         )
-        pixels, _ = TrainView(size, 7, AREA, ASPECT, hflip=0.0)(ramp, 2, index)
+        pixels, _, _ = shown(TrainView(size, 7, AREA, ASPECT), ramp, 2, index)
         columns, rows = pixels[..., 0].mean(0), pixels[..., 1].mean(1)
         inner = slice(2, -2)  # resizing a ramp gives a ramp, but for the image's borders
         assert np.allclose(columns[inner], (x + centres * width / size - 0.5)[inner], atol=0.6)
         assert np.allclose(rows[inner], (y + centres * height / size - 0.5)[inner], atol=0.6)
 
 
-def test_a_whole_image_crop_is_pillows_bilinear_resize(noise):
-    square = noise.crop((0, 0, 60, 60))
-    pixels, _ = TrainView(32, 0, (1.0, 1.0), (1.0, 1.0), hflip=0.0)(square, 0, 0)
-    assert np.array_equal(pixels, square.resize((32, 32), Image.Resampling.BILINEAR))
+def test_a_crop_is_pillows_crop_and_bilinear_resize(noise):
+    for index in range(20):
+        x, y, width, height = draw_crop(
+            np.random.default_rng((7, 2, index, VIEW)), 80, 60, AREA, ASPECT
+        )
+        crop = Image.fromarray(noise).crop((x, y, x + width, y + height))
+        rows_first = crop.resize((32, height), Image.Resampling.BILINEAR)
+        pixels, _, _ = shown(TrainView(32, 7, AREA, ASPECT), noise, 2, index)
+        assert np.array_equal(pixels, rows_first.resize((32, 32), Image.Resampling.BILINEAR))
 
 
-def test_flips_mirror_the_view_and_nothing_else(noise):
-    plain, mirrored = (TrainView(16, 0, hflip=p)(noise, 0, 0) for p in (0.0, 1.0))
-    assert np.array_equal(plain[0], np.fliplr(mirrored[0]))
-    assert plain[1] == mirrored[1]
+def test_flips_change_neither_crop_nor_colour(noise):
+    plain, mirrored = (shown(TrainView(16, 0, hflip=p), noise) for p in (0.0, 1.0))
+    assert np.array_equal(plain[0], mirrored[0])
+    assert plain[1:] == (False, mirrored[2])
+    assert mirrored[1] is True
 
 
-def test_views_are_flipped_as_often_as_asked(ramp):
-    view = TrainView(8, 0, hflip=0.25)
-    flipped = [view(ramp, 0, i)[0][0, 0, 0] > view(ramp, 0, i)[0][0, -1, 0] for i in range(600)]
-    assert abs(np.mean(flipped) - 0.25) < 0.05
+def test_views_are_flipped_as_often_as_asked(noise):
+    flips = [shown(TrainView(8, 0, hflip=0.25), noise, 0, index)[1] for index in range(600)]
+    assert abs(np.mean(flips) - 0.25) < 0.05
 
 
 def test_without_colour_none_is_drawn_and_the_crop_is_the_same(noise):
-    plain, coloured = (TrainView(16, 0, colour=c)(noise, 0, 0) for c in (False, True))
-    assert plain[1] is None
-    assert isinstance(coloured[1], Colour)
+    plain, coloured = (shown(TrainView(16, 0, colour=c), noise) for c in (False, True))
+    assert plain[2] is None
+    assert isinstance(coloured[2], Colour)
     assert np.array_equal(plain[0], coloured[0])
+    assert plain[1] == coloured[1]
 
 
 # ---------------------------------------------------------------------------------- evaluation view
+
+
+KINDS = ["landscape", "portrait", "tiny", "large", "grey", "palette", "rgba", "cmyk"]
+KINDS += ["progressive", "tower", "strip"]
 
 
 @pytest.fixture(scope="module")
@@ -250,16 +251,17 @@ def photographs(tmp_path_factory) -> dict[str, Path]:
         "palette": (flower.quantize(64), "png"),
         "rgba": (Image.merge("RGBA", (*china.split(), alpha)), "png"),
         "cmyk": (flower.convert("CMYK"), "jpg"),
+        "progressive": (china.resize((500, 375)), "jpg"),
+        "tower": (china.resize((300, 700)), "jpg"),
+        "strip": (china.resize((900, 310)), "jpg"),
     }
     paths = {kind: folder / f"{kind}.{suffix}" for kind, (_, suffix) in kinds.items()}
     for kind, (image, _) in kinds.items():
-        image.save(paths[kind])
+        image.save(paths[kind], progressive=kind == "progressive")
     return paths
 
 
-@pytest.mark.parametrize(
-    "kind", ["landscape", "portrait", "tiny", "large", "grey", "palette", "rgba", "cmyk"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("size", "crop", "interpolation"),
     [(299, 0.8975, "bicubic"), (299, 0.875, "bilinear"), (75, 1.0, "bicubic")],
@@ -272,11 +274,12 @@ def test_evaluation_pixels_are_timms(photographs, kind, size, crop, interpolatio
     with Image.open(photographs[kind]) as image:
         expected = transform(image.convert("RGB"))
     image = decode(photographs[kind].read_bytes(), kind)
-    pixels, colour = EvalView(size, crop, interpolation)(image, 0, 0)
-    assert pixels.dtype == np.uint8
+    pixels, flip, colour = shown(EvalView(size, crop, interpolation), image)
     assert colour is None
-    batch = torch.from_numpy(np.stack([pixels]))
-    assert torch.equal(to_input(batch, None, torch.tensor(mean), torch.tensor(std))[0], expected)
+    to_input = ToInput(list(mean), list(std), torch.device("cpu"))
+    assert torch.equal(
+        to_input(torch.from_numpy(pixels[None]), torch.tensor([flip]), None)[0], expected
+    )
 
 
 # ---------------------------------------------------------------------------------- decoding
@@ -308,6 +311,23 @@ def test_what_becomes_of_8_bit_images_is_pils_conversion(name):
     assert np.array_equal(decode(ZOO[name].encoded, name), converted)
 
 
+@pytest.mark.parametrize("quality", [30, 75, 95])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_both_decoders_give_the_same_pixels_of_jpegs(quality, subsampling, progressive, mode):
+    china = Image.fromarray(load_sample_images().images[0][:201, :333]).convert(mode)
+    how = {} if mode == "L" else {"subsampling": subsampling}
+    encoded = saved(china, "JPEG", quality=quality, progressive=progressive, **how)
+    fast = transforms._decode_jpeg(encoded)
+    assert np.array_equal(fast, transforms._decode_any(encoded))
+
+
+@pytest.mark.parametrize("name", ["cmyk.jpg", "truncated.jpg", "header_alone.jpg", "text.jpg"])
+def test_what_is_no_ordinary_jpeg_is_left_to_pil(name):
+    assert transforms._decode_jpeg(ZOO[name].encoded) is None
+
+
 def test_the_rotated_specimen_says_that_it_is():
     image = Image.open(io.BytesIO(ZOO["rotated.jpg"].encoded))
     assert image.getexif()[0x0112] == ROTATED
@@ -335,7 +355,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded():
 def test_the_limit_itself_is_allowed(monkeypatch):
     encoded = saved(Image.fromarray(picture()), "PNG")
     monkeypatch.setattr(transforms, "MAX_PIXELS", 1200)
-    assert decode(encoded, "").size == (40, 30)
+    assert decode(encoded, "").shape == (30, 40, 3)
     monkeypatch.setattr(transforms, "MAX_PIXELS", 1199)
     with pytest.raises(ImageError):
         decode(encoded, "")
@@ -346,7 +366,7 @@ def test_pils_own_limits_neither_warn_nor_change(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # PIL warns from here, refuses at 2000
-        assert decode(encoded, "").size == (40, 30)
+        assert decode(encoded, "").shape == (30, 40, 3)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
         with pytest.raises(ImageError, match=r"^a\.png: cannot be decoded"):
             decode(encoded, "a.png")
@@ -383,36 +403,3 @@ def test_an_image_that_cannot_be_decoded_is_named_on_one_line(kind):
         decode(BROKEN[kind](), "train/cat/7.jpg")
     assert "\n" not in str(error.value)
     assert " at 0x" not in str(error.value), "an address in memory tells a reader nothing"
-
-
-# ---------------------------------------------------------------------------------- on the device
-
-
-def random_batch() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (3, 5, 7, 3), dtype=torch.uint8, generator=generator)
-
-
-def test_normalisation_is_pixels_over_255_less_mean_over_std():
-    images, mean, std = random_batch(), torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.5, 0.2, 0.1])
-    expected = (images.double() / 255 - mean.double()) / std.double()
-    result = to_input(images, None, mean, std)
-    torch.testing.assert_close(result.permute(0, 2, 3, 1).double(), expected, rtol=0, atol=2e-6)
-
-
-def test_colour_comes_before_normalisation():
-    images, std = random_batch(), torch.tensor([0.5, 0.25, 0.2])
-    colours = torch.tensor([[0.1, 1.5, 0.0], [-0.1, 0.5, 1.0], [0.0, 1.0, 0.0]])
-    coloured = apply_colour(images.permute(0, 3, 1, 2) / 255, colours)
-    expected = (coloured - 0.5) / std.view(3, 1, 1)
-    torch.testing.assert_close(to_input(images, colours, HALF, std), expected)
-
-
-@pytest.mark.parametrize("colours", [None, torch.tensor([[0.1, 1.2, 1.0]] * 3)])
-def test_input_is_float32_in_channels_last_memory_and_the_batch_unchanged(colours):
-    images = random_batch()
-    result = to_input(images, colours, HALF, HALF)
-    assert result.shape == (3, 3, 5, 7)
-    assert result.dtype == torch.float32
-    assert result.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(images, random_batch())

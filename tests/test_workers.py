@@ -1,0 +1,220 @@
+"""Loader processes: none outlives its program, none dies or hangs unnoticed."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from itertools import count
+
+import pytest
+import torch
+from numbered import Numbered
+from programs import ROOT, environment, is_alive
+
+from data.loader import load
+from data.sources import DataError, Source
+from data.to_input import ToInput
+from data.transforms import EvalView
+from data.workers import WorkerError, Workers, next_batch, worker_errors
+
+IDENTITY = ToInput([0.0] * 3, [1.0] * 3, torch.device("cpu"))
+
+
+class Hanging(Numbered):
+    """Images from the twentieth on never arrive."""
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        if index >= 20:
+            time.sleep(600)
+        return super().read(index)
+
+
+class Slow(Numbered):
+    """An image takes its time, so that a batch is taken as soon as it is there."""
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        time.sleep(0.2)
+        return super().read(index)
+
+
+class Faulty(Numbered):
+    """Has a mistake in its own program."""
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        raise RuntimeError("a mistake")
+
+
+def endless(source: Source, workers: Workers):
+    batches = ([(0, i % 256)] for i in count())
+    return load(source, EvalView(8, 1.0, "bilinear"), batches, IDENTITY, workers)
+
+
+def drain(batches, then: Callable[[int], None] = lambda pid: None) -> None:
+    """Take two batches, do something to the second worker, take what comes."""
+    next(batches), next(batches)
+    then(multiprocessing.active_children()[-1].pid)
+    for _ in batches:
+        pass
+
+
+def assert_told(error: DataError, *words: str) -> None:
+    assert isinstance(error, DataError)
+    assert "\n" not in str(error)
+    assert error.__cause__ is None and error.__suppress_context__, "no traceback of torch's"
+    for word in words:
+        assert word in str(error)
+
+
+def test_a_killed_worker_is_told_in_one_line():
+    started = time.monotonic()
+    with pytest.raises(WorkerError) as error, worker_errors():
+        drain(endless(Numbered(), Workers(2)), lambda pid: os.kill(pid, signal.SIGKILL))
+    assert time.monotonic() - started < 10
+    assert_told(error.value, "DataLoader worker (pid", "memory", "data.workers")
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_killed_while_the_program_does_something_else_is_told_too():
+    batches = endless(Numbered(), Workers(2))
+    next(batches)
+    with closing(batches), pytest.raises(WorkerError) as error, worker_errors():
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        for _ in range(500):  # a training step, say
+            time.sleep(0.01)
+    assert_told(error.value, "is killed by signal: Killed", "memory", "data.workers")
+
+
+class Unreachable:
+    """An iterator of batches that lie with a process which no longer gives them out."""
+
+    def __next__(self) -> None:
+        raise ConnectionResetError("reset by peer")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.2, r"worker \(pid \d+\) exited"), (3, "reset by")]
+)
+def test_a_lost_connection_is_a_workers_death_only_if_it_dies(seconds, said):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(seconds,))
+    child.start()
+    try:
+        with pytest.raises((RuntimeError, ConnectionResetError), match=said):
+            next_batch(Unreachable(), [child], 0)
+    finally:
+        child.kill()
+        child.join()
+
+
+@pytest.mark.parametrize(
+    ("source", "act"),
+    [(Hanging(), lambda pid: None), (Slow(), lambda pid: os.kill(pid, signal.SIGSTOP))],
+    ids=["storage hangs", "worker stopped"],
+)
+def test_a_hanging_worker_is_told_after_the_time_allowed_and_ended(source, act):
+    started = time.monotonic()
+    with pytest.raises(WorkerError) as error:
+        drain(endless(source, Workers(2, timeout_s=1.5)), act)
+    assert 1.5 <= time.monotonic() - started < 5
+    assert_told(error.value, "timed out after 1.5 seconds", "storage", "run.timeout_s")
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_stopped_with_batches_not_yet_fetched_are_told_too():
+    """Fetching one waits for its worker inside torch, beyond the reach of torch's time-out."""
+
+    def stop_all(_pid: int) -> None:
+        time.sleep(1)  # both have batches ready
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGSTOP)
+
+    with pytest.raises(WorkerError) as error:
+        drain(endless(Numbered(), Workers(2, timeout_s=1.0)), stop_all)
+    assert_told(error.value, "timed out after 1 seconds", "run.timeout_s")
+    assert multiprocessing.active_children() == []
+
+
+def test_a_time_limit_is_no_matter_without_workers():
+    assert next(endless(Numbered(), Workers(0, timeout_s=1.0))).labels.tolist() == [100]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_in_the_program_keeps_its_traceback(workers):
+    with pytest.raises(RuntimeError, match="a mistake") as error:
+        next(endless(Faulty(), Workers(workers)))
+    assert not isinstance(error.value, WorkerError)
+
+
+ORPHANS = """
+import multiprocessing, sys, time
+from test_workers import Hanging, Workers, endless
+batches = endless(Hanging(), Workers(2))
+for _ in range(20):  # a worker hangs by now, in a read that will not end
+    next(batches)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(600)
+"""
+
+
+MISTAKE = """
+from numbered import Numbered
+from test_workers import Workers, endless
+batches = endless(Numbered(), Workers(2))
+next(batches)
+raise ValueError("a mistake")
+"""
+
+
+def start_script(text: str) -> subprocess.Popen[str]:
+    """A Python program of its own that can import this module."""
+    return subprocess.Popen(
+        [sys.executable, "-c", text],
+        cwd=ROOT,
+        env=environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_workers_keep_no_program_from_ending():
+    program = start_script(MISTAKE)
+    _, error = program.communicate(timeout=30)
+    assert program.returncode == 1
+    assert error.endswith("ValueError: a mistake\n")
+
+
+def test_a_reader_that_has_had_enough_leaves_no_worker():
+    batches = endless(Numbered(), Workers(2))
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
+def test_workers_end_with_a_main_process_that_is_killed():
+    program = start_script(ORPHANS)
+    workers = [int(pid) for pid in program.stdout.readline().split()]
+    assert len(workers) == 2
+    try:
+        for pid in workers:  # what workers leave to the main process
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGINT)
+        time.sleep(0.2)
+        assert all(map(is_alive, workers))
+        program.kill()
+        program.wait()
+        deadline = time.monotonic() + 2
+        while any(map(is_alive, workers)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not any(map(is_alive, workers))
+    finally:
+        program.kill()
+        program.wait()
+        program.stdout.close()
+        for pid in filter(is_alive, workers):
+            os.kill(pid, signal.SIGKILL)
