@@ -1,0 +1,302 @@
+"""What getting images in costs, beside timm's transforms on the same files and cores."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib.cbook
+import numpy as np
+import simplejpeg
+import timm.data
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from tqdm import tqdm
+
+from data import loader, shard_index, shard_writer, sources, stream, transforms
+from data.to_input import ToInput
+from data.workers import Workers
+from irv2.distributed import keep_freed_memory
+
+CPU = torch.device("cpu")
+SIZE, BATCH = 299, 32
+WIDTH, HEIGHT, QUALITY = 500, 375, 90  # of the JPEG files: ImageNet's most frequent size
+FILES, CLASSES = 192, 4
+IMAGENET = 1_281_167  # images
+MEAN = STD = [0.5] * 3
+EVAL_CROP = 0.8975
+
+Way = Callable[[], float]  # does some work; returns images per second
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Rows of the table by name: each compares two ways in turn, `rounds` times."""
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    rows: dict[str, Any] = {}
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        tqdm(total=10, unit="row", disable=not sys.stderr.isatty()) as bar,
+    ):
+        folder, shards, large = (Path(directory, name) for name in ("folder", "shards", "large"))
+        write_photographs(folder)
+        source = sources.FolderSource(folder)
+        shard_writer.write_shards(source, shards, shard_writer.Options("photo"), 1, lambda _: None)
+        shard_source = sources.open_source(str(shards))
+        with one_core():
+            for name, ways in one_core_rows(source, shard_source):
+                rows[name] = alternate(*ways, rounds)
+                bar.update()
+        for name, to_input in (("workers", As(CPU)), ("workers, input", ToInput(MEAN, STD, CPU))):
+            rows[name] = alternate(
+                reader(source, to_input, workers=2), reader(source, to_input, workers=1), rounds
+            )
+            bar.update()
+        write_large_index(shards, large)
+        rows["resume"] = alternate(first_batch(large, IMAGENET // 2), first_batch(large, 0), rounds)
+        bar.update()
+        rows["start_s"] = statistics.median(1 / first_batch(large, 0)() for _ in range(rounds))
+        memory = {path: worker_memory(path) for path in (shards, large)}
+        rows["index_mib"] = (memory[large] - memory[shards]) / 2**20
+        bar.update(2)
+    return rows
+
+
+def alternate(ours: Way, peer: Way, rounds: int) -> dict[str, Any]:
+    """Median rates of both ways and of their ratio, with its extremes; the first round is lost."""
+    ours(), peer()
+    pairs = [(ours(), peer()) for _ in range(rounds)]
+    ratios = sorted(a / b for a, b in pairs)
+    rates = (statistics.median(rates) for rates in zip(*pairs))
+    return {
+        **dict(zip(("ours_per_s", "peer_per_s"), rates)),
+        "ratio": statistics.median(ratios),
+        "ratio_range": [ratios[0], ratios[-1]],
+    }
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Nothing of this process runs on another core than its first."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    yield
+    os.sched_setaffinity(0, allowed)
+
+
+# ---------------------------------------------------------------------------------- images
+
+
+def write_photographs(folder: Path) -> None:
+    """JPEG files of ImageNet's size in class folders, cut from photographs that packages ship.
+
+    Sources: scikit-learn's china.jpg and flower.jpg, Matplotlib's grace_hopper.jpg.
+    """
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
+        photographs.append(Image.open(io.BytesIO(file.read())).convert("RGB"))
+    rng = np.random.default_rng(0)
+    for number in range(FILES):
+        photograph = photographs[number % len(photographs)]
+        side = rng.uniform(0.8, 1.0) * min(photograph.width / WIDTH, photograph.height / HEIGHT)
+        width, height = int(side * WIDTH), int(side * HEIGHT)
+        x, y = (int(rng.integers(n + 1)) for n in np.subtract(photograph.size, (width, height)))
+        picture = photograph.crop((x, y, x + width, y + height)).resize((WIDTH, HEIGHT))
+        path = folder / f"class{number % CLASSES}" / f"{number:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, quality=QUALITY)
+
+
+# ---------------------------------------------------------------------------------- one core
+
+
+def one_core_rows(
+    folder: sources.Source, shards: sources.Source
+) -> Iterator[tuple[str, tuple[Way, Way]]]:
+    """(name, (our way, the peer's)) of what is measured in one process."""
+    paths = [folder.name(index) for index in range(FILES)]
+    encoded = [folder.read(index)[0] for index in range(FILES)]
+    coloured, plain = transforms.TrainView(SIZE, 0), transforms.TrainView(SIZE, 0, colour=False)
+    evaluated = transforms.EvalView(SIZE, EVAL_CROP, "bicubic")
+    check_same_pixels(folder, evaluated, paths)
+    yield "train", (pipeline(folder, coloured), timms(paths, color_jitter=0.4))
+    yield "train, no colour", (pipeline(folder, plain), timms(paths, color_jitter=None))
+    yield "evaluate", (pipeline(folder, evaluated), timms(paths, crop_pct=EVAL_CROP))
+    yield "decode", (pipeline(folder, coloured), rate(FILES, lambda: decode_all(encoded)))
+    yield "shards", (pipeline(shards, coloured), pipeline(folder, coloured))
+
+
+def rate(images: int, work: Callable[[], object]) -> Way:
+    """A way that does some work on so many images."""
+
+    def way() -> float:
+        started = time.perf_counter()
+        work()
+        return images / (time.perf_counter() - started)
+
+    return way
+
+
+def pipeline(source: sources.Source, view: loader.View) -> Way:
+    """What a loader process and the device do to images, in this process."""
+    images, to_input = loader.Images(source, view, None, False), ToInput(MEAN, STD, CPU)
+
+    def work() -> None:
+        for keys in stream.evaluation_batches(FILES, BATCH, 0, 1):
+            batch = images.__getitems__(keys)
+            to_input(batch.images, batch.flips, batch.colours)
+
+    return rate(FILES, work)
+
+
+def timms(paths: list[str], **options: Any) -> Way:
+    """timm's own transform of the same files."""
+    transform = timm_transform(**options)
+
+    def work() -> None:
+        for path in paths:
+            with Image.open(path) as image:
+                transform(image.convert("RGB"))
+
+    return rate(len(paths), work)
+
+
+def timm_transform(**options: Any) -> Callable[[Image.Image], torch.Tensor]:
+    """timm's training transform, or with `crop_pct` its evaluation transform."""
+    is_training = "crop_pct" not in options
+    options["interpolation"] = "bilinear" if is_training else "bicubic"
+    return timm.data.create_transform(
+        (3, SIZE, SIZE), is_training=is_training, mean=MEAN, std=STD, **options
+    )
+
+
+def check_same_pixels(source: sources.Source, view: loader.View, paths: list[str]) -> None:
+    """Raise RuntimeError unless evaluation gives timm's numbers for every file."""
+    batches = stream.evaluation_batches(FILES, BATCH, 0, 1)
+    ours = loader.load(source, view, batches, ToInput(MEAN, STD, CPU), Workers(0))
+    transform = timm_transform(crop_pct=EVAL_CROP)
+    theirs = (transform(Image.open(path).convert("RGB")) for path in paths)
+    if not all(torch.equal(image, next(theirs)) for batch in ours for image in batch.images):
+        raise RuntimeError("evaluation pixels differ from timm's")
+
+
+def decode_all(encoded: list[bytes]) -> None:
+    for image in encoded:
+        simplejpeg.decode_jpeg(image, "RGB")
+
+
+# ---------------------------------------------------------------------------------- processes
+
+
+class As:
+    """In place of `ToInput`: batches as loader processes make them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, images: Tensor, flips: Tensor, colours: Tensor | None) -> Tensor:
+        return images
+
+
+def reader(source: sources.Source, to_input: Callable, workers: int) -> Way:
+    """Training batches by way of loader processes, in a steady state."""
+    passes = stream.evaluation_batches(FILES, BATCH, 0, 1)
+    batches = loader.load(
+        source, transforms.TrainView(SIZE, 0), cycle(passes), to_input, Workers(workers)
+    )
+
+    def way() -> float:
+        ready = 2 * workers + 1  # batches that wait from before
+        for _ in range(ready):
+            next(batches)
+        return rate(4 * FILES, lambda: [next(batches) for _ in range(4 * len(passes))])()
+
+    return way
+
+
+def write_large_index(shards: Path, large: Path) -> None:
+    """Shards with an index of ImageNet's length, whose entries share the same few images."""
+    small = shard_index.load(shards)
+    columns = {name: np.resize(column, IMAGENET) for name, column in small.columns.items()}
+    starts = np.linspace(0, IMAGENET, 1001).astype(int).tolist()
+    classes = [f"class{number:04d}" for number in range(1000)]
+    large.mkdir()
+    for shard in small.shards:
+        os.link(shards / shard.name, large / shard.name)
+    shard_index.save(shard_index.Index(small.shards, classes, starts, columns, None), large)
+
+
+def first_batch(path: Path, position: int) -> Way:
+    """From opening a source to its first batch at a position of the stream, per second."""
+
+    def work() -> None:
+        with closing(training(path, position)) as batches:
+            next(batches)
+
+    return rate(1, work)
+
+
+def training(path: Path, position: int) -> Iterator[loader.Batch]:
+    source = sources.open_source(str(path))
+    keys = stream.micro_batches(stream.Stream(len(source), 0), position, BATCH, BATCH, 0, 1)
+    view = transforms.TrainView(SIZE, 0)
+    return loader.load(source, view, keys, ToInput(MEAN, STD, CPU), Workers(1))
+
+
+def worker_memory(path: Path) -> int:
+    """Resident bytes of a loader process after some batches."""
+    with closing(training(path, 0)) as batches:
+        for _ in range(10):
+            next(batches)
+        (worker,) = multiprocessing.active_children()
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) << 10
+
+
+# ---------------------------------------------------------------------------------- table
+
+
+COMPARED = (
+    ("train", "training, against timm's transform with colour jitter", "3.0"),
+    ("train, no colour", "the same without colour on either side", "2.0"),
+    ("evaluate", "evaluation, against timm's transform, the same pixels", "1.3"),
+    ("decode", "training, against decoding alone (simplejpeg)", "0.5"),
+    ("shards", "training from shards, against the folder", "1.0"),
+    ("workers", "two workers against one, batches as they make them", "1.8"),
+    ("workers, input", "the same, with the input made on the CPU beside them", "1.8"),
+    ("resume", "first batch in the middle of an epoch of 1.28 M, against its start", "1.0"),
+)
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [
+        "| measured | ours, a second | the other | ratio (range) | goal |",
+        "|---|---|---|---|---|",
+    ]
+    for name, words, goal in COMPARED:
+        row = found[name]
+        low, high = row["ratio_range"]
+        lines.append(
+            f"| {words} | {row['ours_per_s']:.3g} | {row['peer_per_s']:.3g} | "
+            f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f}) | ≥ {goal} |"
+        )
+    lines += [
+        f"| a worker's memory for an index of 1.28 M images | {found['index_mib']:.0f} MiB | | | "
+        "< 60 MiB |",
+        f"| from opening such shards to the first batch | {found['start_s']:.1f} s | | | < 3 s |",
+        "| training from JPEGs on a GPU, against images in memory | not measured | | | ≥ 0.97 |",
+    ]
+    return "\n".join(lines)
