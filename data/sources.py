@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -54,34 +54,50 @@ class FolderSource:
             )
         self.classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
         if not self.classes:
-            raise DataError(f"{self.root}: holds no class folders; expected <class>/<image> in it")
-        self._paths: list[str] = []  # relative to root
-        self._labels: list[int] = []
-        for label, name in enumerate(self.classes):
-            paths = _images_below(self.root, name)
-            if not paths:
-                kinds = ", ".join(IMG_EXTENSIONS)
-                raise DataError(f"{os.path.join(self.root, name)}: no images in it ({kinds})")
-            self._paths += paths
-            self._labels += [label] * len(paths)
+            raise DataError(f"{self.root}: {_no_classes(self.root)}")
+        # As a list of Python strings, ImageNet's paths would take five times the memory.
+        self._starts = [0]  # of each class, and the end of the last
+        self._names: list[bytes] = []  # of each class: its images' paths within it, end to end
+        ends = []  # of each path within its class's bytes
+        for name in self.classes:
+            paths = [os.fsencode(path) for path in _images_below(os.path.join(self.root, name))]
+            self._starts.append(self._starts[-1] + len(paths))
+            self._names.append(b"".join(paths))
+            ends.append(np.cumsum([len(path) for path in paths], dtype=np.uint32))
+        self._ends = np.concatenate(ends)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return self._starts[-1]
 
     def read(self, index: int) -> tuple[bytes, int]:
         path = self.name(index)
         try:
             with open(path, "rb") as file:
-                return file.read(), self._labels[index]
+                return file.read(), self._label(index)
         except OSError as error:
             raise ImageError(f"{path}: cannot be read ({error.strerror})") from None
 
     def name(self, index: int) -> str:
-        return os.path.join(self.root, self._paths[index])
+        label = self._label(index)
+        begin = self._ends[index - 1] if index > self._starts[label] else 0
+        path = os.fsdecode(self._names[label][begin : self._ends[index]])
+        return os.path.join(self.root, self.classes[label], path)
 
     def members(self, index: int) -> range:
-        label = self._labels[index]  # in ascending order, as the classes are
-        return range(bisect_left(self._labels, label), bisect_right(self._labels, label))
+        label = self._label(index)
+        return range(self._starts[label], self._starts[label + 1])
+
+    def _label(self, index: int) -> int:
+        return bisect_right(self._starts, index) - 1
+
+
+def _no_classes(root: str) -> str:
+    if any(entry.name.endswith(".tar") for entry in os.scandir(root)):
+        return (
+            "holds tar files but no index of them; make one: "
+            f"python scripts/make_shards.py --index {root}"
+        )
+    return "holds no class folders; expected <class>/<image> in it"
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -89,15 +105,17 @@ def _refuse(error: OSError) -> NoReturn:
     raise DataError(f"{error.filename}: cannot be listed ({error.strerror})")
 
 
-def _images_below(root: str, class_name: str) -> list[str]:
-    """Relative to root, in ImageFolder's order: folder by folder, a folder's files sorted."""
-    top = os.path.join(root, class_name)
-    return [
-        os.path.relpath(os.path.join(folder, file), root)
-        for folder, _, files in sorted(os.walk(top, onerror=_refuse, followlinks=True))
-        for file in sorted(files)
-        if file.lower().endswith(IMG_EXTENSIONS)
-    ]
+def _images_below(top: str) -> list[str]:
+    """A class's images, relative to its folder, in ImageFolder's order: folder by folder, a
+    folder's files sorted. Raises DataError if there are none."""
+    paths = []
+    for folder, _, files in sorted(os.walk(top, onerror=_refuse, followlinks=True)):
+        below = os.path.relpath(folder, top)
+        images = (file for file in sorted(files) if file.lower().endswith(IMG_EXTENSIONS))
+        paths += images if below == os.curdir else [os.path.join(below, file) for file in images]
+    if not paths:
+        raise DataError(f"{top}: no images in it ({', '.join(IMG_EXTENSIONS)})")
+    return paths
 
 
 class SyntheticSource:
