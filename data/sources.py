@@ -1,4 +1,5 @@
-"""Where images come from: index -> (encoded bytes, label). Folders and synthetic images."""
+"""Where images come from: index -> (encoded bytes, label). Folders and synthetic images here,
+shards in `data.shards`."""
 
 from __future__ import annotations
 
@@ -146,9 +147,15 @@ class SyntheticSource:
 
 
 def open_source(spec: str) -> Source:
-    """A folder's path, or "synthetic:IMAGESxCLASSES". Raises DataError."""
+    """The path of a folder of classes or of shards, or "synthetic:IMAGESxCLASSES".
+
+    Raises DataError.
+    """
     if not spec.startswith("synthetic:"):
-        return FolderSource(spec)
+        from data import shard_index, shards  # they build on this module
+
+        is_indexed = os.path.exists(os.path.join(os.path.expanduser(spec), shard_index.INDEX))
+        return shards.ShardSource(spec) if is_indexed else FolderSource(spec)
     match = re.fullmatch(r"synthetic:([1-9]\d*)x([1-9]\d*)", spec)
     if match is None or int(match[1]) < int(match[2]):
         raise DataError(f"{spec}: expected synthetic:IMAGESxCLASSES, such as synthetic:6400x10")

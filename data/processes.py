@@ -1,0 +1,73 @@
+"""Independent jobs on several processes, for preparing data."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.synchronize import Event
+from typing import Any, TypeVar
+
+from data.loader import end_with_parent
+from data.sources import DataError
+
+Result = TypeVar("Result")
+
+_jobs: Sequence[Callable[[], Any]] = ()  # of a worker process
+_stop: Event | None = None
+
+
+class Cancelled(Exception):
+    """Another job has failed, or the program was told to stop."""
+
+
+def default_workers() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def stop_if_cancelled() -> None:
+    """To be called now and then by long jobs. Raises Cancelled."""
+    if _stop is not None and _stop.is_set():
+        raise Cancelled
+
+
+def run_all(
+    jobs: Sequence[Callable[[], Result]], workers: int, done: Callable[[Result], None]
+) -> list[Result]:
+    """Results of jobs, in the order of the jobs; `done` is told each as soon as it is there.
+
+    The processes are forked, so that what the jobs hold is not copied. A job's error ends all the
+    others and is raised; DataError also for a process that has died.
+    """
+    context = multiprocessing.get_context("fork")
+    stop = context.Event()
+    count = max(1, min(workers, len(jobs)))
+    with ProcessPoolExecutor(count, context, _start, (jobs, stop)) as pool:
+        try:
+            futures = [pool.submit(_run, number) for number in range(len(jobs))]
+            for future in as_completed(futures):
+                done(future.result())
+            return [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise DataError(
+                "a worker process has died; most often memory has run out: start again, with "
+                "fewer --workers"
+            ) from None
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start(jobs: Sequence[Callable[[], Any]], stop: Event) -> None:
+    global _jobs, _stop
+    _jobs, _stop = jobs, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process hears it, and sets `stop`
+    end_with_parent()
+
+
+def _run(number: int) -> Any:
+    return _jobs[number]()

@@ -1,0 +1,274 @@
+"""Tar shards made by anyone in WebDataset's layout -> their index, without rewriting them.
+
+A sample is the members of one shard that share their name up to the first dot of its last part:
+KEY.jpg (or another image), KEY.cls with the label as text, and perhaps KEY.json. Nothing is
+extracted: names within the archives stay names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data import shard_index
+from data.processes import run_all, stop_if_cancelled
+from data.shard_index import BLOCK, COLUMNS, INDEX, Index, Shard
+from data.sources import DataError
+
+PLAN = "plan.json"  # beside shards that data.shard_writer writes
+IMAGE_KINDS = {extension.removeprefix(".") for extension in IMG_EXTENSIONS}
+MAX_TEXT = 1 << 20  # bytes of a .cls or .json
+MAX_LABEL = 1 << 20
+_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+_SYNSET = re.compile(r"\bn\d{8}(?!\d)")
+
+
+class Sample(NamedTuple):
+    """An image in a shard."""
+
+    key: str
+    label: int
+    block: int  # where its bytes begin, in blocks of tar
+    size: int  # bytes
+    crc32: int
+
+
+@dataclass
+class Scan:
+    """What is in a shard: its samples, and the names its metadata give the labels."""
+
+    shard: Shard
+    samples: list[Sample] = field(default_factory=list)
+    names: dict[int, set[str]] = field(default_factory=dict)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------- one shard
+
+
+def scan(path: Path) -> Scan:
+    """Read a shard. Raises DataError, naming shard and key, for what is no whole sample."""
+    scanned = Scan(Shard(path.name, path.stat().st_size, sha256_of(path)))
+    parts: dict[str, dict[str, tarfile.TarInfo]] = {}
+    with open(path, "rb") as file:
+        for member in _members(path, file):
+            match = _MEMBER.fullmatch(member.name)
+            if match is None:  # no name of a sample's; WebDataset leaves it out, too
+                continue
+            key, extension = match[1], match[2].lower()
+            if extension in parts.setdefault(key, {}):
+                raise DataError(f"{path}: key {key!r}: has two members .{extension}")
+            parts[key][extension] = member
+        for key, members in parts.items():
+            stop_if_cancelled()
+            sample, name = _sample(path, file, key, members)
+            scanned.samples.append(sample)
+            if name is not None:
+                scanned.names.setdefault(sample.label, set()).add(name)
+    return scanned
+
+
+def _members(path: Path, file: BinaryIO) -> list[tarfile.TarInfo]:
+    """The files in a tar. Raises DataError for a damaged or truncated one."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            members = tar.getmembers()
+            end = tar.offset
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise DataError(f"{path}: not a whole tar archive ({error}); copy it anew") from None
+    # tarfile takes whatever is no header for the archive's end.
+    if os.pread(file.fileno(), BLOCK, end) != bytes(BLOCK):
+        raise DataError(f"{path}: not a whole tar archive (no end at byte {end:,}); copy it anew")
+    for member in members:
+        if not member.isdir() and (not member.isreg() or member.issparse()):
+            raise DataError(f"{path}: {member.name!r} is not a plain file")
+    return [member for member in members if not member.isdir()]
+
+
+def _sample(
+    path: Path, file: BinaryIO, key: str, members: dict[str, tarfile.TarInfo]
+) -> tuple[Sample, str | None]:
+    """A sample and, where its metadata tell, its class's name."""
+    where = f"{path}: key {key!r}"
+    images = sorted(members.keys() & IMAGE_KINDS)
+    if len(images) != 1:
+        found = f"two images (.{images[0]}, .{images[1]})" if images else "no image"
+        raise DataError(f"{where}: {found}; expected one of {', '.join(sorted(IMAGE_KINDS))}")
+    if "cls" not in members:
+        raise DataError(f"{where}: no label (a member .cls)")
+    text = _content(file, members["cls"])[:64].decode("ascii", "replace").strip()
+    if not text.isdecimal() or int(text) >= MAX_LABEL:
+        raise DataError(f"{where}: .cls holds {text!r}, not a label (0, 1, 2, …)")
+    image = members[images[0]]
+    if image.size >= 1 << 32 or image.offset_data % BLOCK or image.offset_data >= BLOCK << 32:
+        raise DataError(f"{where}: .{images[0]} is too large, or begins at an odd place")
+    described = _content(file, members["json"]) if "json" in members else b"{}"
+    content = os.pread(file.fileno(), image.size, image.offset_data)
+    sample = Sample(key, int(text), image.offset_data // BLOCK, image.size, zlib.crc32(content))
+    return sample, _class_name(described, key)
+
+
+def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    """The first MAX_TEXT bytes of a member."""
+    return os.pread(file.fileno(), min(member.size, MAX_TEXT), member.offset_data)
+
+
+def _class_name(described: bytes, key: str) -> str | None:
+    """A class's name from a sample's .json ("class", as shards written here have it, or a synset
+    in its "filename") or its key (a synset)."""
+    try:
+        content = json.loads(described)
+    except (ValueError, RecursionError):
+        content = None
+    content = content if isinstance(content, dict) else {}
+    if isinstance(content.get("class"), str):
+        return content["class"]
+    match = _SYNSET.search(str(content.get("filename", ""))) or _SYNSET.search(key)
+    return match[0] if match else None
+
+
+# ---------------------------------------------------------------------------------- many shards
+
+
+def index_folder(
+    root: Path, classes_from: Path | None, workers: int, done: Callable[[Scan], None]
+) -> Index:
+    """Write the index of a folder of shards and return it.
+
+    `classes_from`: a file with a class name a line, or another folder of shards with an index.
+    `done` is told of each shard. Raises DataError.
+    """
+    paths = shards_in(root)
+    given = None if classes_from is None else read_classes(classes_from)
+    scans = run_all([partial(scan, path) for path in paths], workers, done)
+    names: dict[int, set[str]] = {}
+    for scanned in scans:
+        for label, some in scanned.names.items():
+            names.setdefault(label, set()).update(some)
+    largest = max((s.label for scanned in scans for s in scanned.samples), default=-1)
+    index = build_index(root, scans, name_classes(root, largest + 1, names, given), None)
+    shard_index.save(index, root)
+    return index
+
+
+def shards_in(root: Path) -> list[Path]:
+    """The tar files of a folder that wants an index. Raises DataError where there must be none."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    if (root / INDEX).exists():
+        raise DataError(f"{root}: has an index already; to make it anew, remove {root / INDEX}")
+    if (root / PLAN).exists():
+        raise DataError(f"{root}: its shards are being written; start the same command again")
+    paths = sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
+    if not paths:
+        raise DataError(f"{root}: no tar files in it")
+    sets = sorted({re.sub(r"\d+\.tar$", "", path.name) for path in paths})
+    if len(sets) > 1:
+        raise DataError(
+            f"{root}: shards of several sets ({', '.join(f'{name}*' for name in sets[:3])}); an "
+            f"index is of one: put each into a folder of its own, links will do: mkdir NEW; ln -s "
+            f"{root.resolve()}/{sets[0]}*.tar NEW"
+        )
+    return paths
+
+
+def read_classes(path: Path) -> list[str]:
+    """Class names, in the order of the labels: a file's lines, or those of a folder of shards."""
+    if path.is_dir():
+        return shard_index.load(path).classes
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: class names cannot be read ({error})") from None
+    if not names or "" in names or len(set(names)) < len(names):
+        raise DataError(f"{path}: expected class names, one a line, all different, none empty")
+    return names
+
+
+def name_classes(
+    root: Path, count: int, found: dict[int, set[str]], given: list[str] | None
+) -> list[str]:
+    """Names of the labels 0 … count - 1: as given, else as found, else the numbers as text.
+
+    Names found are used if every label has exactly one, of its own. Raises DataError where they
+    contradict those given.
+    """
+    if given is None:
+        named = {label: next(iter(names)) for label, names in found.items() if len(names) == 1}
+        is_whole = len(named) == len(set(named.values())) == count
+        return [named[label] if is_whole else str(label) for label in range(count)]
+    if count > len(given):
+        raise DataError(f"{root}: has label {count - 1}, beyond the {len(given)} classes given")
+    for label, names in sorted(found.items()):
+        elsewhere = sorted(names & set(given) - {given[label]})
+        if elsewhere:  # a list in another order would spoil every score
+            raise DataError(
+                f"{root}: images labelled {label} are of class {elsewhere[0]}, but the classes "
+                f"given have {given[label]} there and {elsewhere[0]} at "
+                f"{given.index(elsewhere[0])}"
+            )
+    return given
+
+
+def build_index(
+    root: Path, scans: Iterable[Scan], classes: list[str], resized_to: int | None
+) -> Index:
+    """All images by (label, key). Raises DataError for keys that occur twice and for classes
+    without images."""
+    scans = sorted(scans, key=lambda scanned: scanned.shard.name)
+    if len(scans) > shard_index.MAX_SHARDS:
+        raise DataError(f"{root}: {len(scans):,} shards, more than {shard_index.MAX_SHARDS:,}")
+    _check_keys(root, scans)
+    entries = sorted(
+        (sample.label, sample.key, number, sample)
+        for number, scanned in enumerate(scans)
+        for sample in scanned.samples
+    )
+    labels = np.array([label for label, *_ in entries], np.int64)
+    counts = np.bincount(labels, minlength=len(classes))
+    for label in np.flatnonzero(counts == 0).tolist():
+        raise DataError(f"{root}: no image of class {classes[label]} (label {label})")
+    fields = {
+        "shard": (number for _, _, number, _ in entries),
+        "block": (sample.block for *_, sample in entries),
+        "size": (sample.size for *_, sample in entries),
+        "crc32": (sample.crc32 for *_, sample in entries),
+    }
+    return Index(
+        [scanned.shard for scanned in scans],
+        classes,
+        [0, *np.cumsum(counts).tolist()],
+        {name: np.fromiter(fields[name], dtype) for name, dtype in COLUMNS.items()},
+        resized_to,
+    )
+
+
+def _check_keys(root: Path, scans: list[Scan]) -> None:
+    seen: dict[str, Shard] = {}
+    for scanned in scans:
+        for sample in scanned.samples:
+            first = seen.setdefault(sample.key, scanned.shard)
+            if first is not scanned.shard:
+                raise DataError(
+                    f"{root / scanned.shard.name}: key {sample.key!r}: is in {first.name}, too"
+                )

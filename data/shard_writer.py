@@ -1,0 +1,266 @@
+"""Any source of images -> tar shards in WebDataset's layout, with their index.
+
+A sample is KEY.jpg (or another image), KEY.cls (the label) and KEY.json (where it came from); keys
+sort as the source counts. Images are dealt to the shards at random, so that those who stream whole
+shards get mixed classes, too. The bytes follow from source and options alone: not from the number
+of processes, nor from how often the work was interrupted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from data import shard_index
+from data.processes import run_all, stop_if_cancelled
+from data.shard_index import BLOCK, INDEX, Index, Shard, write_atomically
+from data.shard_scan import IMAGE_KINDS, PLAN, Sample, Scan, build_index, scan
+from data.shards import ShardSource
+from data.sources import DataError, ImageError, Source
+from data.transforms import decode
+
+SEED = 0  # of the images' way into the shards
+MAX_STEM = 60  # characters of a file's name in its key; tar's header has room for 100
+RECORD = 20 * BLOCK  # tar archives are filled up to a multiple of it
+
+
+@dataclass(frozen=True)
+class Options:
+    """What shards are to be like."""
+
+    name: str  # the shards' names begin with it
+    images_per_shard: int = 1250  # of ImageNet some 150 MB
+    shorter_side: int | None = None  # px that larger images are scaled down to; None: originals
+    quality: int = 95  # of the JPEG files that scaled images become
+
+
+def write_shards(
+    source: Source, out: Path, options: Options, workers: int, done: Callable[[Scan], None]
+) -> Index:
+    """Write a source's images into shards in the folder `out`, and their index; returns it.
+
+    `done` is told of each shard. Shards that an interrupted call has finished are read, not written
+    again. Raises DataError for a folder that holds something else and for images that cannot be
+    read (scaled ones: decoded), with nothing of their shards written.
+    """
+    plan = make_plan(source, options)
+    shards = deal(len(source), options.images_per_shard)
+    if len(shards) > shard_index.MAX_SHARDS:
+        raise DataError(f"{out}: {len(shards):,} shards; put more images into each")
+    if (out / INDEX).exists():
+        check_plan(out, plan)
+        ShardSource(out)  # refuses shards that are gone
+        return shard_index.load(out)
+    with begun(out, plan):
+        for leftover in out.glob(".*.tmp"):
+            leftover.unlink()
+        jobs = []
+        for number, images in enumerate(shards):
+            path = out / f"{options.name}-{number:05d}.tar"
+            job = find_shard if path.exists() else write_shard
+            jobs.append(partial(job, source, images, path, options))
+        scans = run_all(jobs, workers, done)
+        index = build_index(out, scans, source.classes, resized_to(source, options))
+        shard_index.save(index, out)
+        return index
+
+
+def deal(images: int, per_shard: int) -> list[np.ndarray]:
+    """The images of each shard, in the order in which they go into it."""
+    order = np.random.default_rng(SEED).permutation(images)
+    return np.split(order, range(per_shard, images, per_shard))
+
+
+def resized_to(source: Source, options: Options) -> int | None:
+    """The largest shorter side that the images can have; None if they are originals."""
+    sides = (options.shorter_side, getattr(source, "resized_to", None))
+    return min((side for side in sides if side is not None), default=None)
+
+
+# ---------------------------------------------------------------------------------- the plan
+
+
+def make_plan(source: Source, options: Options) -> dict[str, object]:
+    """What finished shards must have in common to belong together. An image changed under the same
+    name goes unnoticed."""
+    names = hashlib.sha256()
+    for index in range(len(source)):
+        names.update(os.fsencode(relative_name(source, index)) + b"\0")
+    return {
+        **asdict(options),
+        "images": len(source),
+        "names_sha256": names.hexdigest(),
+        "classes_sha256": hashlib.sha256(json.dumps(source.classes).encode()).hexdigest(),
+    }
+
+
+def relative_name(source: Source, index: int) -> str:
+    """An image's name within its source."""
+    name, root = source.name(index), getattr(source, "root", None)
+    return name if root is None else name.removeprefix(os.path.join(root, ""))
+
+
+def check_plan(out: Path, plan: dict[str, object]) -> None:
+    """Raise DataError unless a folder's shards are made by the same plan."""
+    path = out / PLAN
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(
+            f"{out}: holds something else already; name a new or empty folder"
+        ) from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: damaged; remove {out} and start anew")
+    changes = [
+        f"{key} is {found.get(key)}, not {value}"
+        for key, value in plan.items()
+        if found.get(key) != value
+    ]
+    if changes:
+        raise DataError(
+            f"{out}: holds shards of other images or options ({'; '.join(changes)}); name another "
+            "folder, or remove this one"
+        )
+
+
+@contextmanager
+def begun(out: Path, plan: dict[str, object]) -> Iterator[None]:
+    """A folder with its plan, kept for this process. Raises DataError for one in use or in use by
+    another plan."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "wb") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise DataError(f"{out}: another make_shards.py is at work in it") from None
+        if any(not entry.name.startswith(".") for entry in os.scandir(out)):
+            check_plan(out, plan)
+        else:
+            text = json.dumps(plan, indent=1) + "\n"
+            write_atomically(out / PLAN, lambda plan_file: plan_file.write(text.encode()))
+        yield
+
+
+# ---------------------------------------------------------------------------------- one shard
+
+
+def find_shard(source: Source, images: np.ndarray, path: Path, options: Options) -> Scan:
+    """A shard that was finished earlier. Raises DataError if it is not as planned."""
+    found = scan(path)
+    if {sample.key for sample in found.samples} != {key(source, i) for i in images.tolist()}:
+        raise DataError(f"{path}: not the shard that was planned; remove it and start again")
+    return found
+
+
+def write_shard(source: Source, images: np.ndarray, path: Path, options: Options) -> Scan:
+    """Write a shard: there whole or not at all. Raises DataError for what cannot be read."""
+    samples = []
+    digest = hashlib.sha256()
+
+    def write(file: BinaryIO) -> None:
+        for index in images.tolist():
+            stop_if_cancelled()
+            name = key(source, index)
+            members, label = sample_of(source, index, options)
+            image = members[0][1]
+            block = file.tell() // BLOCK + 1  # after the header
+            samples.append(Sample(name, label, block, len(image), zlib.crc32(image)))
+            for extension, content in members:
+                member = _member(f"{name}.{extension}", content)
+                digest.update(member)
+                file.write(member)
+        end = bytes(2 * BLOCK)
+        end += bytes(-(file.tell() + len(end)) % RECORD)
+        digest.update(end)
+        file.write(end)
+
+    write_atomically(path, write)
+    return Scan(Shard(path.name, path.stat().st_size, digest.hexdigest()), samples)
+
+
+def _member(name: str, content: bytes) -> bytes:
+    """A file in a tar archive, the same whoever writes it and when."""
+    header = tarfile.TarInfo(name)
+    header.size = len(content)
+    return header.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % BLOCK)
+
+
+# ---------------------------------------------------------------------------------- one sample
+
+
+def key(source: Source, index: int) -> str:
+    """A sample's name: its number in the source and what is readable of its file's name."""
+    stem = os.path.splitext(os.path.basename(source.name(index)))[0]
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:MAX_STEM]
+    return f"{index:0{len(str(len(source) - 1))}d}-{readable}"
+
+
+def sample_of(source: Source, index: int, options: Options) -> tuple[list[tuple[str, bytes]], int]:
+    """A sample's members, (extension, content) with the image first, and its label."""
+    encoded, label = source.read(index)
+    name = source.name(index)
+    is_scaled = False
+    if options.shorter_side is not None:
+        encoded, is_scaled = scaled(encoded, name, options.shorter_side, options.quality)
+    kind, size = looked_at(encoded)
+    ending = os.path.splitext(name)[1].lower()
+    extension = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png"}.get(ending)
+    if extension is None or is_scaled:
+        extension = kind or ending.removeprefix(".")
+    if extension not in IMAGE_KINDS:
+        raise ImageError(f"{name}: not a known kind of image ({', '.join(sorted(IMAGE_KINDS))})")
+    about = {
+        "name": relative_name(source, index),
+        "class": source.classes[label],
+        "label": label,
+        **size,
+    }
+    texts = [("cls", str(label).encode()), ("json", json.dumps(about).encode())]
+    return [(extension, encoded), *texts], label
+
+
+def scaled(encoded: bytes, name: str, shorter_side: int, quality: int) -> tuple[bytes, bool]:
+    """An image with its shorter side of that many px at most, and whether that changed it.
+
+    Raises ImageError for one that cannot be decoded.
+    """
+    image = decode(encoded, name)
+    factor = shorter_side / min(image.size)
+    if factor >= 1:
+        return encoded, False
+    size = [max(shorter_side, round(side * factor)) for side in image.size]
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue(), True
+
+
+def looked_at(encoded: bytes) -> tuple[str | None, dict[str, int]]:
+    """Kind and width and height in px of an image by its header, as far as that can be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(encoded))
+    except MemoryError:
+        raise
+    except Exception:  # decoders raise what they like; training will tell of it
+        return None, {}
+    kind = image.format.lower()
+    return {"jpeg": "jpg"}.get(kind, kind), {"width": image.width, "height": image.height}

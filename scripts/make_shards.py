@@ -1,0 +1,180 @@
+#!/usr/bin/env python3
+"""Turn a folder of images into tar shards that train.py and validate.py read, index shards made by
+others, or check shards against their index.
+
+  python scripts/make_shards.py IMAGENET/train --out SHARDS/train
+  python scripts/make_shards.py --index IMAGENET_WDS/train [--classes FILE]
+  python scripts/make_shards.py --verify SHARDS/train
+
+Shards are WebDataset's: KEY.jpg, KEY.cls (the label), KEY.json. The index, index.safetensors, lies
+beside them; data.train=SHARDS/train then trains in the same order, on the same views, as the
+folder. Writing that was interrupted is continued by the same command. Exit status: 0 done, 1
+something must be mended first, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import shard_index, shard_scan, shard_writer, sources
+from data.processes import default_workers, run_all
+
+
+def write(arguments: argparse.Namespace) -> str:
+    """Write shards; returns the last line."""
+    source = sources.open_source(arguments.source)
+    base = os.path.basename(os.path.abspath(getattr(source, "root", "images")))
+    options = shard_writer.Options(
+        re.sub(r"[^A-Za-z0-9_-]+", "_", base),
+        arguments.images_per_shard,
+        arguments.shorter_side,
+        arguments.quality,
+    )
+    with progress(len(source), "image") as bar:
+        index = shard_writer.write_shards(
+            source,
+            arguments.out,
+            options,
+            arguments.workers,
+            lambda scan: bar.update(len(scan.samples)),
+        )
+    return summary(arguments.out, index)
+
+
+def index_others(arguments: argparse.Namespace) -> str:
+    """Index shards that are there; returns the last line."""
+    with progress(len(shard_scan.shards_in(arguments.index)), "shard") as bar:
+        index = shard_scan.index_folder(
+            arguments.index, arguments.classes, arguments.workers, lambda _: bar.update()
+        )
+    return summary(arguments.index, index)
+
+
+def verify(arguments: argparse.Namespace) -> str:
+    """Compare every shard with its SHA-256; returns the last line. Raises DataError."""
+    root = arguments.verify
+    shards = shard_index.load(root).shards
+    with progress(len(shards), "shard") as bar:
+        found = run_all(
+            [partial(is_whole, root, shard) for shard in shards],
+            arguments.workers,
+            lambda _: bar.update(),
+        )
+    damaged = [shard.name for shard, is_sound in zip(shards, found) if not is_sound]
+    if damaged:
+        raise sources.DataError(
+            f"{root}: {len(damaged)} of {len(shards)} shards are missing, unreadable or damaged: "
+            f"{', '.join(damaged)}; copy or make them anew"
+        )
+    return f"{root}: {len(shards):,} shards, every byte as indexed"
+
+
+def is_whole(root: Path, shard: shard_index.Shard) -> bool:
+    """Whether a shard can be read and is as it was indexed."""
+    try:
+        return shard_scan.sha256_of(root / shard.name) == shard.sha256
+    except OSError:
+        return False
+
+
+def summary(root: Path, index: shard_index.Index) -> str:
+    size = sum(shard.size for shard in index.shards)
+    resized = f", shorter side at most {index.resized_to} px" if index.resized_to else ""
+    names = ", ".join(index.classes[:3]) + (", …" if len(index.classes) > 3 else "")
+    return (
+        f"{root}: {index.starts[-1]:,} images of {len(index.classes):,} classes ({names}) in "
+        f"{len(index.shards):,} shards, {size / 1e6:,.1f} MB{resized}"
+    )
+
+
+def progress(total: int, unit: str) -> tqdm:
+    return tqdm(total=total, unit=unit, leave=False, disable=not sys.stderr.isatty())
+
+
+def positive(text: str) -> int:
+    """Argument type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("source", nargs="?", help="images as data.train takes them")
+    what.add_argument("--index", type=Path, metavar="DIR", help="index the shards in this folder")
+    what.add_argument("--verify", type=Path, metavar="DIR", help="compare shards with their index")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write shards into")
+    parser.add_argument(
+        "--images-per-shard", type=positive, default=1250, metavar="N", help="default: 1250"
+    )
+    parser.add_argument(
+        "--shorter-side",
+        type=positive,
+        metavar="PX",
+        help="scale larger images down to this, for training only; default: copy them as they are",
+    )
+    parser.add_argument(
+        "--quality",
+        type=positive,
+        default=95,
+        metavar="Q",
+        help="of the JPEG files that scaled images become, up to 100; default: 95",
+    )
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE|DIR",
+        help="with --index: class names in the order of the labels, one a line, or indexed shards "
+        "to take them from; default: as the shards tell, else the numbers",
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=default_workers(),
+        metavar="N",
+        help="processes; default: all cores",
+    )
+    arguments = parser.parse_args()
+    if (arguments.source is None) != (arguments.out is None):
+        parser.error("SOURCE and --out go together")
+    if arguments.quality > 100:
+        parser.error("--quality goes up to 100")
+    if arguments.classes is not None and arguments.index is None:
+        parser.error("--classes goes with --index")
+    return arguments
+
+
+def main() -> int:
+    """Command line -> exit status."""
+    arguments = parse_arguments()
+    try:
+        if arguments.verify is not None:
+            told = verify(arguments)
+        elif arguments.index is not None:
+            told = index_others(arguments)
+        else:
+            told = write(arguments)
+    except (OSError, sources.DataError) as error:
+        print(f"make_shards.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("make_shards.py: stopped", file=sys.stderr)
+        return 130
+    print(told)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
