@@ -45,21 +45,20 @@ def run_all(
     """
     context = multiprocessing.get_context("fork")
     stop = context.Event()
-    count = max(1, min(workers, len(jobs)))
-    with ProcessPoolExecutor(count, context, _start, (jobs, stop)) as pool:
-        try:
-            futures = [pool.submit(_run, number) for number in range(len(jobs))]
-            for future in as_completed(futures):
-                done(future.result())
-            return [future.result() for future in futures]
-        except BrokenProcessPool:
-            raise DataError(
-                "a worker process has died; most often memory has run out: start again, with "
-                "fewer --workers"
-            ) from None
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ProcessPoolExecutor(max(1, min(workers, len(jobs))), context, _start, (jobs, stop))
+    try:
+        futures = [pool.submit(_run, number) for number in range(len(jobs))]
+        for future in as_completed(futures):
+            done(future.result())
+        return [future.result() for future in futures]
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process has died; most often memory has run out: start again, with fewer "
+            "--workers"
+        ) from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
 
 
 def _start(jobs: Sequence[Callable[[], Any]], stop: Event) -> None:

@@ -170,7 +170,8 @@ def main() -> int:
         print(f"make_shards.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("make_shards.py: stopped", file=sys.stderr)
+        continues = "; the same command continues" if arguments.source is not None else ""
+        print(f"make_shards.py: stopped{continues}", file=sys.stderr)
         return 130
     print(told)
     return 0

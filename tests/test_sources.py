@@ -1,13 +1,16 @@
 """Sources of images: ImageFolder's numbering, synthetic images, mistakes said by name."""
 
 import io
+import os
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from data import sources
 from data.sources import (
     DataError,
     FolderSource,
@@ -87,6 +90,30 @@ def test_a_folder_named_like_an_image_is_none(tmp_path):
     (tmp_path / "a" / "0.jpg" / "1.png").touch()
     source = FolderSource(tmp_path)
     assert [source.name(i) for i in range(len(source))] == [str(tmp_path / "a/0.jpg/1.png")]
+
+
+def test_names_that_are_no_text_are_read(tmp_path):
+    for name in (b"\xff.png", b"a.png", b"\xc3\xa4.png", b"\xed\xa0\x80.png"):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        with open(os.path.join(os.fsencode(tmp_path), b"a", name), "wb") as file:
+            file.write(name)
+    source = FolderSource(tmp_path)
+    assert [source.name(i) for i in range(4)] == [path for path, _ in ImageFolder(tmp_path).samples]
+    for i in range(4):
+        assert os.fsencode(source.name(i)).endswith(source.read(i)[0])
+
+
+def test_an_image_costs_its_name_and_four_bytes(tmp_path, monkeypatch):
+    for i in range(50):
+        (tmp_path / f"n{i:08d}").mkdir()
+    names = [f"n01440764_{i}.JPEG" for i in range(10_000, 11_000)]
+    monkeypatch.setattr(sources, "_images_below", lambda _top: list(names))
+    tracemalloc.start()
+    source = FolderSource(tmp_path)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(source) == 50_000
+    assert held < 50_000 * (len(names[0]) + 4) * 1.1
 
 
 def test_a_missing_folder_is_named(tmp_path):

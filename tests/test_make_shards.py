@@ -1,0 +1,321 @@
+"""make_shards.py: the same bytes whoever makes them, whole shards or none, one-line mistakes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import programs
+import pytest
+from shard_makers import members_of, sample, write_folder, write_tar
+
+from data import shard_index
+from data.shard_index import INDEX
+from data.shard_scan import PLAN, index_folder
+from data.shard_writer import Options, write_shards
+from data.shards import ShardSource
+from data.sources import DataError, FolderSource, ImageError, SyntheticSource
+from scripts import make_shards
+
+SMALL = Options("train", images_per_shard=4)
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """The program within this process: arguments -> exit status, output, errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["make_shards.py", *map(str, arguments)])
+        return make_shards.main(), *capsys.readouterr()
+
+    return run
+
+
+def ignore(_: object) -> None:
+    """Nobody is told of progress."""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder but the lock."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("images") / "train")
+
+
+@pytest.fixture(scope="module")
+def made(folder, tmp_path_factory) -> Path:
+    """Shards of the folder, made by the program on two processes; not to be changed."""
+    out = tmp_path_factory.mktemp("shards") / "new" / "train"
+    options = ("--images-per-shard", 4, "--workers", 2)
+    finished = programs.run("scripts/make_shards.py", folder, "--out", out, *options)
+    assert finished.returncode == 0, finished.stderr
+    words = "14 images of 3 classes (n01440764, n01443537, zebra) in 4 shards, 0.1 MB"
+    assert finished.stdout == f"{out}: {words}\n"
+    assert finished.stderr == ""
+    return out
+
+
+# ---------------------------------------------------------------------------------- what is written
+
+
+def test_members_are_webdatasets_with_the_files_bytes(folder, made):
+    source, members = FolderSource(folder), members_of(made)
+    kinds = {".jpeg": "jpg", ".jpg": "jpg", ".png": "png"}
+    keys = sorted({name.partition(".")[0] for name in members})
+    assert len(keys) == 14
+    assert len(members) == 3 * 14
+    for i, key in enumerate(keys):  # as many, so that each image has its own
+        path = Path(source.name(i))
+        encoded, label = source.read(i)
+        assert key.startswith(f"{i:02d}-{path.stem[0] if path.stem[0].isascii() else '_'}")
+        kind = kinds.get(path.suffix.lower(), path.suffix[1:])
+        assert members[f"{key}.{kind}"] == encoded
+        assert members[f"{key}.cls"] == str(label).encode()
+        assert json.loads(members[f"{key}.json"]) == {
+            "name": os.path.relpath(path, folder),
+            "class": source.classes[label],
+            "label": label,
+            "width": 40,
+            "height": 30,
+        }
+
+
+def test_a_samples_members_lie_together_and_classes_are_mixed(made):
+    mixed = 0
+    for path in made.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            keys = [name.partition(".")[0] for name in tar.getnames()]
+        assert all(len(set(keys[i : i + 3])) == 1 for i in range(0, len(keys), 3))
+        mixed += keys != sorted(keys)
+    assert mixed >= 2
+
+
+def test_the_index_states_size_and_sha256_of_every_shard(made):
+    for shard in shard_index.load(made).shards:
+        content = (made / shard.name).read_bytes()
+        assert shard.size == len(content)
+        assert shard.sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_headers_tell_nothing_of_who_wrote_them_and_when(made):
+    with tarfile.open(made / "train-00000.tar") as tar:
+        for member in tar:
+            assert (member.mtime, member.uid, member.gid, member.mode) == (0, 0, 0, 0o644)
+            assert (member.uname, member.gname) == ("", "")
+
+
+def test_one_process_writes_what_two_do(folder, made, tmp_path):
+    write_shards(FolderSource(folder), tmp_path / "x", SMALL, 1, ignore)
+    assert contents(tmp_path / "x") == contents(made)
+
+
+def test_any_source_can_be_written(made, tmp_path):
+    shards, synthetic = ShardSource(made), SyntheticSource(7, 3)
+    for name, source in (("shards", shards), ("synthetic", synthetic)):
+        write_shards(source, tmp_path / name, SMALL, 1, ignore)
+        written = ShardSource(tmp_path / name)
+        expected = sorted(source.read(i)[::-1] for i in range(len(source)))
+        assert sorted(written.read(i)[::-1] for i in range(len(source))) == expected
+        assert written.classes == source.classes
+
+
+# ---------------------------------------------------------------------------------- interrupted
+
+
+class Cut(FolderSource):
+    """A folder in which reading an image ends the process's work, by an error or a signal."""
+
+    def __init__(self, root: Path, at: int, end) -> None:
+        super().__init__(root)
+        self.at, self.end = at, end
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        if index == self.at:
+            self.end()
+        return super().read(index)
+
+
+def tars(folder: Path) -> list[str]:
+    return sorted(name for name in contents(folder) if "tar" in name)
+
+
+def test_killed_and_started_again_writes_the_same_bytes(folder, made, tmp_path):
+    out, last = tmp_path / "x", int(ShardSource(made).storage_order[-1])
+    child = os.fork()
+    if child == 0:
+        kill = lambda: os.kill(os.getppid(), signal.SIGKILL) or threading.Event().wait()  # noqa: E731
+        write_shards(Cut(folder, last, kill), out, SMALL, 1, ignore)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert tars(out) == [".train-00003.tar.tmp", *(f"train-0000{i}.tar" for i in range(3))]
+    assert not (out / INDEX).exists()
+    before = {name: (out / name).stat().st_mtime_ns for name in tars(out)[1:]}
+
+    with pytest.raises(DataError, match="start the same command again"):
+        index_folder(out, None, 1, ignore)
+    write_shards(FolderSource(folder), out, SMALL, 1, ignore)
+    assert contents(out) == contents(made)
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_an_image_that_cannot_be_read_is_named_and_nothing_of_its_shard_is_seen(
+    folder, made, tmp_path
+):
+    out, second = tmp_path / "x", int(ShardSource(made).storage_order[6])
+
+    def end() -> None:
+        raise ImageError("zebra.jpg: cannot be read (Input/output error)")
+
+    with pytest.raises(DataError, match=r"zebra.jpg: cannot be read \(Input/output error\)"):
+        write_shards(Cut(folder, second, end), out, SMALL, 1, ignore)
+    assert "train-00000.tar" in tars(out)  # perhaps later ones, too
+    assert not [name for name in contents(out) if "train-00001" in name or "tmp" in name]
+    write_shards(FolderSource(folder), out, SMALL, 1, ignore)
+    assert contents(out) == contents(made)
+
+
+def test_a_worker_that_dies_is_told(folder, tmp_path):
+    def end() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(DataError, match=r"a worker process has died.*--workers"):
+        write_shards(Cut(folder, 5, end), tmp_path / "x", SMALL, 2, ignore)
+
+
+def test_a_finished_set_is_left_as_it_is(folder, made, main):
+    before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
+    status, told, _ = main(folder, "--out", made, "--images-per-shard", 4)
+    assert (status, told.partition(":")[0]) == (0, str(made))
+    assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
+
+
+OTHERS = {
+    "options": ({"images_per_shard": 5}, "images_per_shard is 4, not 5"),
+    "resized": ({"images_per_shard": 4, "shorter_side": 20}, "shorter_side is None, not 20"),
+}
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+@pytest.mark.parametrize("what", OTHERS)
+def test_shards_with_other_options_are_refused(folder, made, tmp_path, what, is_finished):
+    out = tmp_path / "x"
+    out.mkdir()
+    for name, content in contents(made).items():
+        if is_finished or name != INDEX:
+            (out / name).write_bytes(content)
+    changes, words = OTHERS[what]
+    before = contents(out)
+    with pytest.raises(DataError, match=re.escape(words)):
+        write_shards(FolderSource(folder), out, Options("train", **changes), 1, ignore)
+    assert contents(out) == before
+
+
+def test_shards_of_other_images_are_refused(folder, made, tmp_path):
+    other = write_folder(tmp_path / "train")
+    (other / "zebra" / "1.jpg").rename(other / "zebra" / "2.jpg")
+    with pytest.raises(DataError, match=r"holds shards of other images or options .*names_sha256"):
+        write_shards(FolderSource(other), made, SMALL, 1, ignore)
+
+
+def test_a_folder_that_holds_something_else_is_refused(folder, tmp_path):
+    write_tar(tmp_path / "x-0.tar", sample("x", 0))
+    before = contents(tmp_path)
+    for _ in range(2):
+        with pytest.raises(DataError, match="holds something else already"):
+            write_shards(FolderSource(folder), tmp_path, SMALL, 1, ignore)
+        assert contents(tmp_path) == before
+        if len(before) == 1:
+            index_folder(tmp_path, None, 1, ignore)
+            before = contents(tmp_path)
+
+
+def test_a_finished_shard_with_other_images_is_refused(folder, made, tmp_path):
+    (tmp_path / PLAN).write_bytes((made / PLAN).read_bytes())
+    write_tar(tmp_path / "train-00001.tar", sample("x", 0))
+    with pytest.raises(DataError, match=r"train-00001.tar: not the shard that was planned"):
+        write_shards(FolderSource(folder), tmp_path, SMALL, 1, ignore)
+
+
+def test_two_programs_do_not_write_into_one_folder(folder, tmp_path):
+    ready, done = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        wait = lambda: (os.write(ready[1], b"."), os.read(done[0], 1))  # noqa: E731
+        write_shards(Cut(folder, 3, wait), tmp_path / "x", SMALL, 1, ignore)
+        os._exit(0)
+    os.read(ready[0], 1)
+    with pytest.raises(DataError, match=r"another make_shards.py is at work"):
+        write_shards(FolderSource(folder), tmp_path / "x", SMALL, 1, ignore)
+    os.write(done[1], b".")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# ---------------------------------------------------------------------------------- the program
+
+
+def test_others_shards_are_indexed_verified_and_damage_is_named(tmp_path, main):
+    for i in range(3):
+        write_tar(tmp_path / f"v-{i}.tar", sample(f"x{i}", i))
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbee\ncat\n")
+    status, told, _ = main("--index", tmp_path, "--classes", names)
+    assert status == 0
+    assert told.startswith(f"{tmp_path}: 3 images of 3 classes (ant, bee, cat) in 3 shards, ")
+    sound = (0, f"{tmp_path}: 3 shards, every byte as indexed\n", "")
+    assert main("--verify", tmp_path) == sound
+
+    content = bytearray((tmp_path / "v-1.tar").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "v-1.tar").write_bytes(content)
+    (tmp_path / "v-2.tar").unlink()
+    damaged = (
+        f"make_shards.py: {tmp_path}: 2 of 3 shards are missing, unreadable or damaged: v-1.tar, "
+        "v-2.tar; copy or make them anew\n"
+    )
+    assert main("--verify", tmp_path) == (1, "", damaged)
+
+
+@pytest.mark.parametrize("option", ["--index", "--verify"])
+def test_a_missing_folder_is_one_line_and_exit_status_1(tmp_path, main, option):
+    status, told, error = main(option, tmp_path / "nowhere")
+    assert (status, told) == (1, "")
+    assert error.startswith(f"make_shards.py: {tmp_path / 'nowhere'}")
+    assert error.count("\n") == 1
+
+
+def test_ctrl_c_ends_the_program_with_nothing_half_written(folder, made, tmp_path):
+    images = tmp_path / "train"
+    shutil.copytree(folder, images)
+    blocked = Path(FolderSource(images).name(int(ShardSource(made).storage_order[6])))
+    blocked.unlink()
+    os.mkfifo(blocked)  # reading it waits for a writer
+    out = tmp_path / "x"
+    options = ("--images-per-shard", 4, "--workers", 1)
+    process = programs.start("scripts/make_shards.py", images, "--out", out, *options)
+    with open(blocked, "wb"):
+        process.send_signal(signal.SIGINT)
+    finished = programs.finish(process)
+    assert (finished.returncode, finished.stdout) == (130, "")
+    assert finished.stderr == "make_shards.py: stopped; the same command continues\n"
+    assert "train-00000.tar" in contents(out)
+    assert not [name for name in contents(out) if name == INDEX or "tmp" in name]
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["a"], ["a", "--out", "b", "--index", "c"], ["--classes", "a"]]
+)
+def test_arguments_that_do_not_go_together_are_refused(main, arguments):
+    with pytest.raises(SystemExit) as end:
+        main(*arguments)
+    assert end.value.code == 2
