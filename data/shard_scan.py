@@ -68,24 +68,35 @@ def sha256_of(path: Path) -> str:
 
 def scan(path: Path) -> Scan:
     """Read a shard. Raises DataError, naming shard and key, for what is no whole sample."""
-    scanned = Scan(Shard(path.name, path.stat().st_size, sha256_of(path)))
-    parts: dict[str, dict[str, tarfile.TarInfo]] = {}
-    with open(path, "rb") as file:
-        for member in _members(path, file):
-            match = _MEMBER.fullmatch(member.name)
-            if match is None:  # no name of a sample's; WebDataset leaves it out, too
-                continue
-            key, extension = match[1], match[2].lower()
-            if extension in parts.setdefault(key, {}):
-                raise DataError(f"{path}: key {key!r}: has two members .{extension}")
-            parts[key][extension] = member
-        for key, members in parts.items():
-            stop_if_cancelled()
-            sample, name = _sample(path, file, key, members)
-            scanned.samples.append(sample)
-            if name is not None:
-                scanned.names.setdefault(sample.label, set()).add(name)
+    try:
+        scanned = Scan(Shard(path.name, path.stat().st_size, sha256_of(path)))
+        with open(path, "rb") as file:
+            for key, members in _by_key(path, _members(path, file)).items():
+                stop_if_cancelled()
+                sample, name = _sample(path, file, key, members)
+                scanned.samples.append(sample)
+                if name is not None:
+                    scanned.names.setdefault(sample.label, set()).add(name)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     return scanned
+
+
+def _by_key(path: Path, members: list[tarfile.TarInfo]) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """Key -> extension -> member. Names that are not of this form are left out, as WebDataset does.
+
+    Raises DataError for an extension that a key has twice.
+    """
+    parts: dict[str, dict[str, tarfile.TarInfo]] = {}
+    for member in members:
+        match = _MEMBER.fullmatch(member.name)
+        if match is None:
+            continue
+        key, extension = match[1], match[2].lower()
+        if extension in parts.setdefault(key, {}):
+            raise DataError(f"{path}: key {key!r}: has two members .{extension}")
+        parts[key][extension] = member
+    return parts
 
 
 def _members(path: Path, file: BinaryIO) -> list[tarfile.TarInfo]:
@@ -94,7 +105,7 @@ def _members(path: Path, file: BinaryIO) -> list[tarfile.TarInfo]:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             members = tar.getmembers()
             end = tar.offset
-    except (tarfile.TarError, OSError, ValueError) as error:
+    except (tarfile.TarError, ValueError) as error:
         raise DataError(f"{path}: not a whole tar archive ({error}); copy it anew") from None
     # tarfile takes whatever is no header for the archive's end.
     if os.pread(file.fileno(), BLOCK, end) != bytes(BLOCK):

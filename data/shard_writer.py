@@ -73,8 +73,10 @@ def write_shards(
         jobs = []
         for number, images in enumerate(shards):
             path = out / f"{options.name}-{number:05d}.tar"
-            job = find_shard if path.exists() else write_shard
-            jobs.append(partial(job, source, images, path, options))
+            if path.exists():
+                jobs.append(partial(find_shard, source, images, path))
+            else:
+                jobs.append(partial(write_shard, source, images, path, options))
         scans = run_all(jobs, workers, done)
         index = build_index(out, scans, source.classes, resized_to(source, options))
         shard_index.save(index, out)
@@ -143,14 +145,16 @@ def check_plan(out: Path, plan: dict[str, object]) -> None:
 
 @contextmanager
 def begun(out: Path, plan: dict[str, object]) -> Iterator[None]:
-    """A folder with its plan, kept for this process. Raises DataError for one in use or in use by
-    another plan."""
+    """A folder with its plan, kept for this process. Raises DataError for one that another process
+    is at work in, or that holds something else."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "wb") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise DataError(f"{out}: another make_shards.py is at work in it") from None
+        except OSError as error:
+            is_held = isinstance(error, (BlockingIOError, PermissionError))
+            reason = "another process is writing to it" if is_held else f"no lock ({error})"
+            raise DataError(f"{out}: {reason}") from None
         if any(not entry.name.startswith(".") for entry in os.scandir(out)):
             check_plan(out, plan)
         else:
@@ -162,7 +166,7 @@ def begun(out: Path, plan: dict[str, object]) -> Iterator[None]:
 # ---------------------------------------------------------------------------------- one shard
 
 
-def find_shard(source: Source, images: np.ndarray, path: Path, options: Options) -> Scan:
+def find_shard(source: Source, images: np.ndarray, path: Path) -> Scan:
     """A shard that was finished earlier. Raises DataError if it is not as planned."""
     found = scan(path)
     if {sample.key for sample in found.samples} != {key(source, i) for i in images.tolist()}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -193,6 +194,27 @@ def test_a_worker_that_dies_is_told(folder, tmp_path):
         write_shards(Cut(folder, 5, end), tmp_path / "x", SMALL, 2, ignore)
 
 
+def test_a_full_disk_is_told_by_the_shard_and_leaves_nothing_half_written(
+    folder, made, tmp_path, monkeypatch
+):
+    sync = os.fsync
+
+    def full(fd: int) -> None:
+        if "train-00001" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(fd)
+
+    out = tmp_path / "x"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        words = f"{out}/train-00001.tar: cannot be written (No space left on device)"
+        with pytest.raises(DataError, match=re.escape(words)):
+            write_shards(FolderSource(folder), out, SMALL, 1, ignore)
+    assert not [name for name in contents(out) if "train-00001" in name or "tmp" in name]
+    write_shards(FolderSource(folder), out, SMALL, 1, ignore)
+    assert contents(out) == contents(made)
+
+
 def test_a_finished_set_is_left_as_it_is(folder, made, main):
     before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
     status, told, _ = main(folder, "--out", made, "--images-per-shard", 4)
@@ -255,7 +277,7 @@ def test_two_programs_do_not_write_into_one_folder(folder, tmp_path):
         write_shards(Cut(folder, 3, wait), tmp_path / "x", SMALL, 1, ignore)
         os._exit(0)
     os.read(ready[0], 1)
-    with pytest.raises(DataError, match=r"another make_shards.py is at work"):
+    with pytest.raises(DataError, match="another process is writing to it"):
         write_shards(FolderSource(folder), tmp_path / "x", SMALL, 1, ignore)
     os.write(done[1], b".")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
