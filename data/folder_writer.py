@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.imagenet import ArchiveSource
+from data.progress import byte_bar
 from data.sources import DataError
 
 PARTIAL = ".partial"
@@ -73,14 +74,7 @@ def _write_classes(
     """Write, flush and rename the folders of classes, several at a time."""
     stop = threading.Event()
     total = sum(_bytes_of(source, label) for label in labels)
-    bar = tqdm(
-        desc=folder.with_suffix("").name,
-        total=total,
-        unit="B",
-        unit_scale=True,
-        disable=None,
-        smoothing=0.05,
-    )
+    bar = byte_bar(folder.stem, total)
     with bar, ThreadPoolExecutor(workers) as pool:
         try:
             tasks = [pool.submit(_write_class, source, label, folder, stop) for label in labels]

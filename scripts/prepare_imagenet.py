@@ -3,6 +3,7 @@
 
   python scripts/prepare_imagenet.py --archives DIR --out datasets/imagenet
   python scripts/prepare_imagenet.py --archives DIR --out datasets/imagenet --only val
+  python scripts/prepare_imagenet.py --archives DIR --out datasets/imagenet_shards --shards
 
 DIR holds ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, from
 https://image-net.org/challenges/LSVRC/2012/2012-downloads.php after registration. Written are
@@ -14,27 +15,27 @@ being written are written anew. OUT/train and OUT/val have these names once they
 then they are called train.partial and val.partial. On a complete OUT the command compares every
 file's name and size with the archives.
 
+With --shards, OUT/train and OUT/val are tar shards with an index, as scripts/make_shards.py writes.
+
 Exit status: 0 complete; 1 something must be mended first; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
-import hashlib
-import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data import checksums, shard_writer
 from data.folder_writer import enumeration, partial_of, present_folder, write_folder
 from data.imagenet import (
     BLACKLIST,
@@ -47,42 +48,108 @@ from data.imagenet import (
     train_source,
     val_source,
 )
+from data.processes import default_workers
+from data.progress import byte_bar
+from data.shard_index import INDEX, write_atomically
+from data.shard_scan import PLAN
 from data.sources import DataError
-from irv2.checkpoint import write_atomically
 
 DOWNLOADS = "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php"
-STATE = ".prepare_imagenet.json"  # archives whose md5 was right: path -> [md5, size, mtime in ns]
-HASH_BLOCK = 1 << 20  # bytes
-FILE_SYSTEM_SHARE = 1.02  # files end in half-filled blocks of 4 KiB
+STATE = ".prepare_imagenet.json"  # archives whose md5 was right
+OVERHEAD = 1.02  # of files' half-filled last blocks, or of shards' labels and descriptions
+THREADS = 8  # that write class folders
+
+
+class Layout(Protocol):
+    """What a split's folder is to be filled with."""
+
+    workers: int
+
+    def check(self, folder: Path, classes: Sequence[str]) -> None:
+        """Raise DataError if a folder holds anything else."""
+
+    def bytes_missing(self, folder: Path, archive_bytes: int, classes: int) -> float:
+        """About how much is still to be written."""
+
+    def write(self, source: ArchiveSource, folder: Path) -> None:
+        """Write what is missing. Raises DataError."""
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """A folder for each class, a file for each image."""
+
+    workers: int  # threads
+
+    def check(self, folder: Path, classes: Sequence[str]) -> None:
+        present_folder(folder, classes)
+
+    def bytes_missing(self, folder: Path, archive_bytes: int, classes: int) -> float:
+        present = folder if folder.exists() else partial_of(folder)
+        names = os.listdir(present) if present.is_dir() else []
+        done = sum("." not in name for name in names)
+        return OVERHEAD * archive_bytes * max(0, 1 - done / classes)
+
+    def write(self, source: ArchiveSource, folder: Path) -> None:
+        write_folder(source, folder, self.workers)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Tar shards with their index."""
+
+    workers: int  # processes
+    images_per_shard: int
+    shorter_side: int | None  # px that larger training images are scaled down to
+
+    def check(self, folder: Path, classes: Sequence[str]) -> None:
+        is_empty = not folder.exists() or all(name.startswith(".") for name in os.listdir(folder))
+        if partial_of(folder).exists() or not (is_empty or (folder / PLAN).exists()):
+            raise DataError(f"{folder}: holds other things than shards; name another --out")
+
+    def bytes_missing(self, folder: Path, archive_bytes: int, classes: int) -> float:
+        if self.shorter_side is not None or (folder / INDEX).exists():
+            return 0.0  # finished, or of a size that nobody knows beforehand
+        return OVERHEAD * archive_bytes - sum(p.stat().st_size for p in folder.glob("*.tar"))
+
+    def write(self, source: ArchiveSource, folder: Path) -> None:
+        is_train = folder.name == "train"  # evaluation wants the originals
+        options = shard_writer.Options(
+            folder.name, self.images_per_shard, self.shorter_side if is_train else None
+        )
+        with tqdm(desc=folder.name, total=len(source), unit="image", disable=None) as bar:
+            shard_writer.write_shards(
+                source, folder, options, self.workers, lambda scan: bar.update(len(scan.samples))
+            )
 
 
 def prepare(
     archives: Path,
     out: Path,
     splits: Sequence[str],
+    layout: Layout,
     expected: Expected,
-    check_md5: bool,
-    workers: int,
+    is_md5_checked: bool,
 ) -> None:
     """Check everything, then write what is missing. Raises DataError or OSError."""
-    check_beforehand(archives, out, splits, expected)
-    with locked_state(out) as state:
+    check_beforehand(archives, out, splits, layout, expected)
+    with checksums.remembered(out / STATE) as state:
 
         def check_checksum(archive: Archive) -> None:
-            if check_md5:
-                check_md5_of(archives / archive.name, archive.md5, state)
+            if is_md5_checked:
+                checksums.check_md5(archives / archive.name, archive.md5, state)
 
         check_checksum(expected.devkit)
         devkit = read_devkit(archives / expected.devkit.name, expected)
         for split in splits:
-            present_folder(out / split, devkit.synsets)  # refuses another's
+            layout.check(out / split, devkit.synsets)
         for split in splits:
             check_checksum(getattr(expected, split))
         sources = {
-            split: open_split(split, archives, devkit, expected, workers) for split in splits
+            split: open_split(split, archives, devkit, expected, layout.workers) for split in splits
         }
         for split, source in sources.items():
-            write_folder(source, out / split, workers)
+            layout.write(source, out / split)
             print(f"{out / split}: {len(source):,} images of {len(source.classes):,} classes")
         if "val" in splits and devkit.blacklist is not None:
             write_atomically(out / BLACKLIST, lambda file: file.write(devkit.blacklist))
@@ -95,25 +162,22 @@ def open_split(
     if split == "val":
         return val_source(archives / expected.val.name, devkit)
     path = archives / expected.train.name
-    with progress_bar(f"listing {path.name}", path.stat().st_size) as bar:
+    with byte_bar(f"listing {path.name}", path.stat().st_size) as bar:
         return train_source(path, devkit, expected, workers, bar.update)
-
-
-def progress_bar(words: str, total: int) -> tqdm:
-    """Of bytes, with the time left; none where no terminal shows it."""
-    return tqdm(desc=words, total=total, unit="B", unit_scale=True, disable=None)
 
 
 # ---------------------------------------------------------------------------------- beforehand
 
 
-def check_beforehand(archives: Path, out: Path, splits: Sequence[str], expected: Expected) -> None:
+def check_beforehand(
+    archives: Path, out: Path, splits: Sequence[str], layout: Layout, expected: Expected
+) -> None:
     """Raise DataError with everything that can be seen at once to stand in the way."""
     needed = [expected.devkit, *(getattr(expected, split) for split in splits)]
     faults = [fault for archive in needed if (fault := archive_fault(archives, archive))]
     if faults:
         faults.append(f"(The archives come from {DOWNLOADS}, after registration.)")
-    if fault := content_fault(out) or space_fault(archives, out, splits, expected):
+    if fault := content_fault(out) or space_fault(archives, out, splits, layout, expected):
         faults.append(fault)
     if faults:
         raise DataError("\n  ".join(["cannot begin:", *faults]))
@@ -144,16 +208,16 @@ def content_fault(out: Path) -> str:
     return ""
 
 
-def space_fault(archives: Path, out: Path, splits: Sequence[str], expected: Expected) -> str:
-    """How much room is missing on the disk for what is not written yet; empty if none is."""
+def space_fault(
+    archives: Path, out: Path, splits: Sequence[str], layout: Layout, expected: Expected
+) -> str:
+    """How much room the disk lacks for what is not written yet; empty if it has enough."""
     needed = 0.0
     for split in splits:
-        folder = out / split if (out / split).exists() else partial_of(out / split)
-        names = os.listdir(folder) if folder.is_dir() else []
-        missing = 1 - sum("." not in name for name in names) / expected.classes
         archive = archives / getattr(expected, split).name
-        needed += missing * (archive.stat().st_size if archive.exists() else 0)
-    needed *= FILE_SYSTEM_SHARE
+        if archive.exists():
+            size = archive.stat().st_size
+            needed += layout.bytes_missing(out / split, size, expected.classes)
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free >= needed:
@@ -161,78 +225,65 @@ def space_fault(archives: Path, out: Path, splits: Sequence[str], expected: Expe
     return f"{place}: {free / 1e9:,.1f} GB are free, {needed / 1e9:,.1f} GB are needed"
 
 
-# ---------------------------------------------------------------------------------- checksums
+# ---------------------------------------------------------------------------------- command line
 
 
-@contextmanager
-def locked_state(out: Path) -> Iterator[TextIO]:
-    """The file of what is known already, and OUT for this process alone."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / STATE, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise DataError(f"{out}: another prepare_imagenet.py is at work in it") from None
-        yield file
-
-
-def check_md5_of(path: Path, md5: str, state: TextIO) -> None:
-    """Raise DataError unless a file has an md5, now or when it was last computed.
-
-    A file of the same size and time of change is not read again.
-    """
-    state.seek(0)
-    try:
-        known = dict(json.load(state))
-    except (ValueError, TypeError):  # empty, or cut short by a crash
-        known = {}
-    status = path.stat()
-    stamp = [md5, status.st_size, status.st_mtime_ns]
-    key = str(path.absolute())
-    if known.get(key) == stamp:
-        print(f"{path}: md5 was right")
-        return
-    digest = hashlib.md5(usedforsecurity=False)
-    with progress_bar(f"md5 of {path.name}", status.st_size) as bar, open(path, "rb") as file:
-        while block := file.read(HASH_BLOCK):
-            digest.update(block)
-            bar.update(len(block))
-    if digest.hexdigest() != md5:
-        raise DataError(
-            f"{path}: its md5 is {digest.hexdigest()}, not {md5}; download it anew "
-            f"(--skip-md5 uses it as it is)"
-        )
-    print(f"{path}: md5 is right")
-    state.truncate(0)
-    json.dump({**known, key: stamp}, state)
-    state.flush()
-
-
-def main(arguments: Sequence[str] | None = None, expected: Expected = ILSVRC2012) -> int:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--archives", type=Path, required=True, metavar="DIR", help="folder of the archives"
+    add = parser.add_argument
+    add("--archives", type=Path, required=True, metavar="DIR", help="folder of the archives")
+    add("--out", type=Path, required=True, help="folder to make or to complete")
+    add("--only", choices=["train", "val"], help="this split; needs no archive of the other")
+    add("--skip-md5", action="store_true", help="use the archives without reading them through")
+    add("--shards", action="store_true", help="write tar shards in place of class folders")
+    add(
+        "--images-per-shard",
+        type=positive,
+        metavar="N",
+        help=f"with --shards; default: {shard_writer.Options.images_per_shard}",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to make or to complete")
-    parser.add_argument(
-        "--only",
-        choices=["train", "val"],
-        help="one split, for which the other's archive is not needed",
+    add(
+        "--shorter-side",
+        type=positive,
+        metavar="PX",
+        help="with --shards: scale larger training images down to this; default: copy all",
     )
-    parser.add_argument(
-        "--skip-md5", action="store_true", help="use the archives without reading them through"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=8, metavar="N", help="threads that read and write (8)"
+    add(
+        "--workers",
+        type=positive,
+        metavar="N",
+        help=f"threads, default {THREADS} (1 suits a single hard disk); with --shards processes, "
+        "default: all cores",
     )
     given = parser.parse_args(arguments)
-    if given.workers < 1:
-        parser.error("--workers: at least 1")
+    if not given.shards and (given.images_per_shard or given.shorter_side):
+        parser.error("--images-per-shard and --shorter-side go with --shards")
+    return given
+
+
+def positive(text: str) -> int:
+    """Argument type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None, expected: Expected = ILSVRC2012) -> int:
+    """Command line -> exit status."""
+    given = parse_arguments(arguments)
+    if given.shards:
+        layout = Shards(
+            given.workers or default_workers(),
+            given.images_per_shard or shard_writer.Options.images_per_shard,
+            given.shorter_side,
+        )
+    else:
+        layout = ClassFolders(given.workers or THREADS)
     splits = [given.only] if given.only else ["train", "val"]
     try:
-        prepare(given.archives, given.out, splits, expected, not given.skip_md5, given.workers)
+        prepare(given.archives, given.out, splits, layout, expected, not given.skip_md5)
     except KeyboardInterrupt:
         print("prepare_imagenet.py: stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -18,8 +18,10 @@ import torchvision.datasets.imagenet as peer
 from imagenet_miniature import tree, write_archives
 from programs import run as run_program
 
-from data import folder_writer
+from data import checksums, folder_writer
 from data.imagenet import BLACKLIST, ILSVRC2012, Expected
+from data.shards import ShardSource
+from data.sources import open_source
 from scripts import prepare_imagenet
 from scripts.prepare_imagenet import STATE
 
@@ -114,12 +116,12 @@ def test_a_class_that_was_removed_is_written_anew(preparation, expected_tree):
 # ---------------------------------------------------------------------------------- interruption
 
 
-def harmed(preparation: Preparation, fault: Callable[[], None]) -> int:
+def harmed(preparation: Preparation, fault: Callable[[], None], *more: str) -> int:
     """Run in another process after `fault` has been put there; returns its exit status."""
 
     def child() -> None:
         fault()
-        os._exit(preparation.run())
+        os._exit(preparation.run(*more))
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -218,6 +220,74 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     assert preparation.images() == expected_tree
 
 
+# ---------------------------------------------------------------------------------- shards
+
+
+def check_shards_are_the_folders(out: Path, whole: dict[str, bytes], folder: Path) -> None:
+    """Image by image, in the same order."""
+    for name, content in whole.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    for split in ("train", "val"):
+        shards, files = open_source(str(out / split)), open_source(str(folder / split))
+        assert isinstance(shards, ShardSource)
+        assert shards.classes == files.classes
+        assert len(shards) == len(files)
+        assert [shards.read(i) for i in range(len(files))] == [
+            files.read(i) for i in range(len(files))
+        ]
+
+
+def test_shards_hold_the_images_of_the_folders(preparation, expected_tree, tmp_path, capsys):
+    assert preparation.run("--shards", "--images-per-shard", "5") == 0
+    assert len(list(preparation.out.glob("train/train-*.tar"))) == 3
+    check_shards_are_the_folders(preparation.out, expected_tree, tmp_path / "folders")
+    assert f"{preparation.out}/train: 14 images of 4 classes" in capsys.readouterr().out
+    before = tree(preparation.out)
+    assert preparation.run("--shards", "--images-per-shard", "5") == 0
+    assert tree(preparation.out) == before
+
+
+def test_shards_are_gone_on_with(preparation, expected_tree, tmp_path):
+    replace = os.replace
+
+    def replace_or_die(source: Path, target: Path) -> None:
+        if Path(target).name == "index.safetensors":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    def put() -> None:
+        os.replace = replace_or_die
+
+    assert harmed(preparation, put, "--shards") == -signal.SIGKILL
+    written = {p: p.stat().st_mtime_ns for p in preparation.out.glob("train/*.tar")}
+    assert written
+    assert preparation.run("--shards") == 0
+    assert {p: p.stat().st_mtime_ns for p in preparation.out.glob("train/*.tar")} == written
+    check_shards_are_the_folders(preparation.out, expected_tree, tmp_path / "folders")
+
+
+def test_only_training_images_are_scaled_down(preparation):
+    assert preparation.run("--shards", "--shorter-side", "9") == 0
+    assert open_source(str(preparation.out / "train")).resized_to == 9
+    assert open_source(str(preparation.out / "val")).resized_to is None
+
+
+def test_shards_and_class_folders_do_not_mix(preparation, capsys):
+    assert preparation.run() == 0
+    assert "train: holds other things than shards" in refusal(preparation, capsys, "--shards")
+    shutil.rmtree(preparation.out)
+    assert preparation.run("--shards") == 0
+    assert "train: holds other things (.lock, index.safetensors, " in refusal(preparation, capsys)
+
+
+def test_options_of_shards_go_with_shards(preparation, capsys):
+    for option in ("--images-per-shard", "--shorter-side"):
+        with pytest.raises(SystemExit):
+            preparation.run(option, "5")
+        assert "go with --shards" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------- refusals
 
 
@@ -300,7 +370,7 @@ def test_a_state_file_cut_short_is_no_harm(preparation):
 
 def test_a_second_program_at_work_in_the_same_folder_is_refused(preparation, capsys):
     def other() -> None:
-        with prepare_imagenet.locked_state(preparation.out):
+        with checksums.remembered(preparation.out / STATE):
             ready.set()
             done.wait(30)
 
@@ -310,7 +380,7 @@ def test_a_second_program_at_work_in_the_same_folder_is_refused(preparation, cap
     process.start()
     try:
         assert ready.wait(30)
-        assert "another prepare_imagenet.py is at work" in refusal(preparation, capsys)
+        assert "out: another process is at work in it" in refusal(preparation, capsys)
     finally:
         done.set()
         process.join()

@@ -1,0 +1,60 @@
+"""md5 of large files, computed once: those that were right are remembered in a small file."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from data.progress import byte_bar
+from data.sources import DataError
+
+BLOCK = 1 << 20  # bytes read at a time
+
+
+@contextmanager
+def remembered(path: Path) -> Iterator[TextIO]:
+    """The file of what is known, its folder made if need be, for this process alone.
+
+    Raises DataError where another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise DataError(f"{path.parent}: another process is at work in it") from None
+        yield file
+
+
+def check_md5(path: Path, md5: str, memory: TextIO) -> None:
+    """Raise DataError unless a file has this md5; with a progress bar.
+
+    A file of the same path, size and time of change as one that was right is not read again.
+    """
+    memory.seek(0)
+    try:
+        known = dict(json.load(memory))
+    except (ValueError, TypeError):  # empty, or cut short by a crash
+        known = {}
+    status = path.stat()
+    stamp = [md5, status.st_size, status.st_mtime_ns]
+    name = str(path.absolute())
+    if known.get(name) == stamp:
+        print(f"{path}: md5 was right")
+        return
+    digest = hashlib.md5(usedforsecurity=False)
+    with byte_bar(f"md5 of {path.name}", status.st_size) as bar, open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            bar.update(len(block))
+    if digest.hexdigest() != md5:
+        raise DataError(f"{path}: its md5 is {digest.hexdigest()}, not {md5}; download it anew")
+    print(f"{path}: md5 is right")
+    memory.truncate(0)
+    json.dump({**known, name: stamp}, memory)
+    memory.flush()

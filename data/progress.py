@@ -1,0 +1,10 @@
+"""Progress of work on bytes."""
+
+from __future__ import annotations
+
+from tqdm import tqdm
+
+
+def byte_bar(words: str, total: int) -> tqdm:
+    """With rate and time left; none where no terminal shows it."""
+    return tqdm(desc=words, total=total, unit="B", unit_scale=True, smoothing=0.05, disable=None)
