@@ -103,9 +103,10 @@ class Shards:
     shorter_side: int | None  # px that larger training images are scaled down to
 
     def check(self, folder: Path, classes: Sequence[str]) -> None:
-        is_empty = not folder.exists() or all(name.startswith(".") for name in os.listdir(folder))
-        if partial_of(folder).exists() or not (is_empty or (folder / PLAN).exists()):
-            raise DataError(f"{folder}: holds other things than shards; name another --out")
+        for place in (folder, partial_of(folder)):
+            names = os.listdir(place) if place.exists() else []
+            if PLAN not in names and any(name[0] != "." for name in names):
+                raise DataError(f"{place}: holds other things than shards; name another --out")
 
     def bytes_missing(self, folder: Path, archive_bytes: int, classes: int) -> float:
         if self.shorter_side is not None or (folder / INDEX).exists():
@@ -201,8 +202,8 @@ def content_fault(out: Path) -> str:
     if not out.is_dir():
         return f"{out}: not a folder"
     folders = [out / "train", out / "val"]
-    known = {STATE, BLACKLIST, *(path.name for path in [*folders, *map(partial_of, folders)])}
-    strangers = sorted(set(os.listdir(out)) - known)
+    known = {BLACKLIST, *(path.name for path in [*folders, *map(partial_of, folders)])}
+    strangers = sorted(name for name in set(os.listdir(out)) - known if name[0] != ".")
     if strangers:
         return f"{out}: holds other things ({enumeration(strangers)}); name a new or empty folder"
     return ""

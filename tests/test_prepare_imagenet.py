@@ -192,7 +192,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(preparation, expected
     def interrupted(path: Path, content: bytes) -> int:
         if path.name == "n02119789_7.JPEG":
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
+            time.sleep(0.5)  # for the main thread to hear it
         return write(path, content)
 
     def put() -> None:
@@ -200,6 +200,8 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(preparation, expected
 
     assert harmed(preparation, put) == 130
     assert "the same command goes on" in capfd.readouterr().err
+    begun = preparation.out / "train.partial" / "n02119789.partial"
+    assert os.listdir(begun) == ["n02119789_7.JPEG"]  # none of its class after that
     check_nothing_half_written(preparation.out, expected_tree)
     assert preparation.run() == 0
     assert preparation.images() == expected_tree
@@ -361,9 +363,10 @@ def test_a_right_md5_is_forgotten_when_the_file_changes(preparation, capsys):
     assert f"{path}: its md5 is" in refusal(preparation, capsys)
 
 
-def test_a_state_file_cut_short_is_no_harm(preparation):
+def test_a_state_file_cut_short_and_hidden_files_are_no_harm(preparation):
     preparation.out.mkdir()
     (preparation.out / STATE).write_text('{"a": [')
+    (preparation.out / ".DS_Store").touch()
     assert preparation.run() == 0
     assert preparation.run() == 0
 
