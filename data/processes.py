@@ -11,8 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
-from data.loader import end_with_parent
 from data.sources import DataError
+from data.workers import end_with_parent
 
 Result = TypeVar("Result")
 

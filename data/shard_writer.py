@@ -246,7 +246,7 @@ def scaled(encoded: bytes, name: str, shorter_side: int, quality: int) -> tuple[
 
     Raises ImageError for one that cannot be decoded.
     """
-    image = decode(encoded, name)
+    image = Image.fromarray(decode(encoded, name))
     factor = shorter_side / min(image.size)
     if factor >= 1:
         return encoded, False
