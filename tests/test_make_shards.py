@@ -277,9 +277,11 @@ def test_two_programs_do_not_write_into_one_folder(folder, tmp_path):
         write_shards(Cut(folder, 3, wait), tmp_path / "x", SMALL, 1, ignore)
         os._exit(0)
     os.read(ready[0], 1)
-    with pytest.raises(DataError, match="another process is writing to it"):
-        write_shards(FolderSource(folder), tmp_path / "x", SMALL, 1, ignore)
-    os.write(done[1], b".")
+    try:
+        with pytest.raises(DataError, match="another process is writing to it"):
+            write_shards(FolderSource(folder), tmp_path / "x", SMALL, 1, ignore)
+    finally:
+        os.write(done[1], b".")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
