@@ -189,7 +189,9 @@ def shards_in(root: Path) -> list[Path]:
     if (root / INDEX).exists():
         raise DataError(f"{root}: has an index already; to make it anew, remove {root / INDEX}")
     if (root / PLAN).exists():
-        raise DataError(f"{root}: its shards are being written; start the same command again")
+        raise DataError(
+            f"{root}: its shards are unfinished; start the command that writes them again"
+        )
     paths = sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
     if not paths:
         raise DataError(f"{root}: no tar files in it")

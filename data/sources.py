@@ -56,7 +56,7 @@ class FolderSource:
         self.classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
         if not self.classes:
             raise DataError(f"{self.root}: {_no_classes(self.root)}")
-        # As a list of Python strings, ImageNet's paths would take five times the memory.
+        # As a list of Python strings, ImageNet's paths would take four times the memory.
         self._starts = [0]  # of each class, and the end of the last
         self._names: list[bytes] = []  # of each class: its images' paths within it, end to end
         ends = []  # of each path within its class's bytes

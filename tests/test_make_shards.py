@@ -163,7 +163,7 @@ def test_killed_and_started_again_writes_the_same_bytes(folder, made, tmp_path):
     assert not (out / INDEX).exists()
     before = {name: (out / name).stat().st_mtime_ns for name in tars(out)[1:]}
 
-    with pytest.raises(DataError, match="start the same command again"):
+    with pytest.raises(DataError, match="start the command that writes them again"):
         index_folder(out, None, 1, ignore)
     write_shards(FolderSource(folder), out, SMALL, 1, ignore)
     assert contents(out) == contents(made)
