@@ -1,131 +1,148 @@
 #!/usr/bin/env python3
-"""Write a small public data set as PNG files in ImageFolder layout: OUT/train/<class>/, OUT/val/.
+"""Write a small public data set, or a split of your own, in ImageFolder layout:
+OUT/train/<class>/<image>, OUT/val/<class>/<image>.
 
   python scripts/prepare_dataset.py digits --out datasets/digits
   python scripts/prepare_dataset.py fashion-mnist --out datasets/fashion_mnist [--from DIR]
+  python scripts/prepare_dataset.py cifar10 --out datasets/cifar10 [--from ARCHIVE]
+  python scripts/prepare_dataset.py imagenette --out datasets/imagenette [--size 320] [--from …]
+  python scripts/prepare_dataset.py folder SRC --out datasets/mine [--val-fraction 0.1] [--seed 0]
 
-digits: scikit-learn's 1,797 handwritten digits of 8x8 px; 360 held out, stratified, fixed seed.
-fashion-mnist: 60,000 / 10,000 images of 28x28 px, from the original archives in DIR (Debian's
-package dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist, looked at first),
-else downloaded by torchvision.
+digits         scikit-learn's 1,797 handwritten digits of 8x8 px; 360 held out, stratified
+fashion-mnist  60,000 / 10,000 images of 28x28 px; looks into /usr/share/datasets/fashion-mnist
+               first, where Debian's package dataset-fashion-mnist puts its archives
+cifar10        50,000 / 10,000 images of 32x32 px, from cifar-10-binary.tar.gz
+imagenette     9,469 / 3,925 photographs of ten ImageNet classes, from imagenette2-320.tgz
+folder         images that lie in SRC/<class>/: the given share of each class for validation, the
+               same for the same seed; hard links where SRC and OUT share a file system, else copies
+
+What --from does not name is downloaded. OUT appears when it is complete; one that is there is left
+as it is. Exit status: 0 OUT is there, 1 something must be mended first, 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import math
+import os
 import shutil
 import sys
-import tempfile
-import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-FASHION_CLASSES = (  # in the order of the archives' labels
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle-boot",
-)
-DIGITS_HELD_OUT = 360
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-Split = tuple[str, np.ndarray, list[str]]  # "train" or "val", uint8 [N, H, W], class names [N]
+from data import public_sets
+from data.public_sets import Entry
+
+IMAGES = {"digits": 1797, "fashion-mnist": 70_000, "cifar10": 60_000, "imagenette": 13_394}
 
 
-def digits() -> Iterator[Split]:
-    """scikit-learn's digits (UCI ML hand-written digits, test set)."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+def write(entries: Iterable[Entry], out: Path, total: int) -> Counter[str]:
+    """Write all files beside `out`, then rename: the folder is there whole or not at all.
 
-    content = load_digits()
-    pixels = (content.images * (255 / 16)).round().astype(np.uint8)
-    train, val, train_labels, val_labels = train_test_split(
-        pixels, content.target, test_size=DIGITS_HELD_OUT, stratify=content.target, random_state=0
-    )
-    yield "train", train, [str(label) for label in train_labels]
-    yield "val", val, [str(label) for label in val_labels]
-
-
-def fashion_mnist(archives: Path | None) -> Iterator[Split]:
-    """Fashion-MNIST (Xiao et al., arXiv:1708.07747)."""
-    if archives is None and DEBIAN_FASHION_MNIST.is_dir():
-        archives = DEBIAN_FASHION_MNIST
-    with tempfile.TemporaryDirectory() as scratch:
-        if archives is None:
-            from torchvision.datasets import FashionMNIST
-
-            FashionMNIST(scratch, download=True)
-            archives = Path(scratch) / "FashionMNIST" / "raw"
-        for split, stem in (("train", "train"), ("val", "t10k")):
-            pixels = read_idx(archives / f"{stem}-images-idx3-ubyte.gz")
-            labels_path = archives / f"{stem}-labels-idx1-ubyte.gz"
-            labels = read_idx(labels_path)
-            if len(labels) != len(pixels) or labels.max() >= len(FASHION_CLASSES):
-                raise ValueError(f"{labels_path}: not the labels of {len(pixels)} fashion images")
-            yield split, pixels, [FASHION_CLASSES[label] for label in labels]
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """An IDX archive of bytes -> uint8 array of the shape its header states."""
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole gzip archive ({error})") from None
-    if content[:3] != b"\0\0\x08":
-        raise ValueError(f"{path}: not an IDX file of bytes")
-    sizes = 4 + 4 * (content[3] if len(content) > 3 else 0)  # where the sizes end
-    shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, sizes, 4)]
-    if len(content) < sizes or len(content) - sizes != math.prod(shape):
-        raise ValueError(f"{path}: not as long as its header states")
-    return np.frombuffer(content, np.uint8, offset=sizes).reshape(shape)
-
-
-def write(splits: Iterator[Split], out: Path) -> None:
-    """Write all splits beside `out`, then rename: the folder is there whole or not at all."""
+    `total`: of the files, for the progress bar. Returns the number of images of each split.
+    """
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for split, pixels, names in splits:
-        for name in set(names):
-            (partial / split / name).mkdir(parents=True)
-        images = enumerate(zip(pixels, names))
-        for i, (image, name) in tqdm(images, total=len(names), desc=split, unit="image"):
-            Image.fromarray(image).save(partial / split / name / f"{i:05d}.png")
-    partial.rename(out)
+    counts: Counter[str] = Counter()
+    progress = tqdm(entries, total=total, unit="image", disable=not sys.stderr.isatty())
+    try:
+        for name, content in progress:
+            path = partial / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                link_or_copy(content, path)
+            else:
+                with open(path, "xb") as file:
+                    file.write(content)
+            counts[name.partition("/")[0]] += 1
+        os.sync()  # else a power cut after the rename could leave empty files under `out`
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return counts
 
 
-def main() -> int:
+def link_or_copy(file: Path, to: Path) -> None:
+    """A hard link to what `file` leads to; a copy where the file system will not have one."""
+    try:
+        os.link(os.path.realpath(file), to)
+    except OSError:
+        shutil.copyfile(file, to)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dataset", choices=["digits", "fashion-mnist"])
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument(
-        "--from", dest="archives", type=Path, metavar="DIR", help="folder of the original archives"
-    )
+    kinds = parser.add_subparsers(dest="dataset", required=True, metavar="SET")
+    for name in (*IMAGES, "folder"):
+        kind = kinds.add_parser(name)
+        kind.add_argument("--out", type=Path, required=True, help="folder to make")
+        if name == "folder":
+            kind.add_argument("source", type=Path, metavar="SRC", help="folder of class folders")
+            kind.add_argument(
+                "--val-fraction", type=float, default=0.1, help="share of each class (default: 0.1)"
+            )
+            kind.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
+        elif name != "digits":
+            kind.add_argument(
+                "--from", dest="archive", type=Path, help="the original archive, or its folder"
+            )
+        if name in ("cifar10", "imagenette"):
+            kind.add_argument(
+                "--skip-md5", action="store_true", help="take an archive with another checksum"
+            )
+        if name == "imagenette":
+            kind.add_argument(
+                "--size",
+                choices=list(public_sets.IMAGENETTE),
+                default="320",
+                help="shorter side of the images, px (default: 320)",
+            )
     arguments = parser.parse_args()
+    if arguments.dataset == "folder" and not 0 < arguments.val_fraction < 1:
+        parser.error(f"--val-fraction {arguments.val_fraction}: must lie between 0 and 1")
+    return arguments
+
+
+def entries_of(arguments: argparse.Namespace) -> Iterable[Entry]:
+    """The files of the set asked for."""
+    if arguments.dataset == "digits":
+        return public_sets.digits()
+    if arguments.dataset == "fashion-mnist":
+        return public_sets.fashion_mnist(arguments.archive)
+    if arguments.dataset == "cifar10":
+        return public_sets.cifar10(arguments.archive, not arguments.skip_md5)
+    if arguments.dataset == "imagenette":
+        return public_sets.imagenette(arguments.size, arguments.archive, not arguments.skip_md5)
+    source, out = arguments.source.resolve(), arguments.out.resolve()
+    if out.is_relative_to(source):
+        raise ValueError(f"{arguments.out}: lies in {arguments.source}; choose a place outside")
+    return public_sets.split_folder(arguments.source, arguments.val_fraction, arguments.seed)
+
+
+def main() -> int:
+    """Command line -> exit status."""
+    arguments = parse_arguments()
     out = arguments.out
     if out.exists():
         print(f"{out}: already there, left as it is")
         return 0
     try:
-        splits = digits() if arguments.dataset == "digits" else fashion_mnist(arguments.archives)
-        write(splits, out)
+        entries = entries_of(arguments)
+        total = len(entries) if isinstance(entries, list) else IMAGES[arguments.dataset]
+        counts = write(entries, out, total)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"prepare_dataset.py: {arguments.dataset}: {error}", file=sys.stderr)
         return 1
-    print(f"{out}: written")
+    except KeyboardInterrupt:
+        return 130
+    print(f"{out}: {counts['train']:,} training and {counts['val']:,} validation images")
     return 0
 
 

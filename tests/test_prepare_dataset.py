@@ -1,8 +1,12 @@
 """prepare_dataset.py: whole data sets or none, pixels and splits as the originals have them."""
 
 import gzip
+import hashlib
+import io
+import os
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
-from torchvision.datasets import FashionMNIST
+from torchvision.datasets import FashionMNIST, Imagenette
 
+from data import public_sets
+from data.public_sets import FASHION_CLASSES, Entry, read_idx
 from scripts import prepare_dataset
-from scripts.prepare_dataset import FASHION_CLASSES, read_idx, write
+from scripts.prepare_dataset import write
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_dataset.py"
 
@@ -23,6 +29,17 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=120
     )
+
+
+@pytest.fixture
+def prepare(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
+    """The program called in this process: -> (exit status, stderr)."""
+
+    def call(*arguments: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", *map(str, arguments)])
+        return prepare_dataset.main(), capsys.readouterr().err
+
+    return call
 
 
 def read_folder(folder: Path) -> list[tuple[str, bytes]]:
@@ -40,7 +57,8 @@ def digits(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("datasets") / "new" / "digits"
     result = run("digits", "--out", out)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{out}: written\n"
+    assert result.stdout == f"{out}: 1,437 training and 360 validation images\n"
+    assert result.stderr == ""
     assert [path.name for path in out.parent.iterdir()] == ["digits"]
     return out
 
@@ -68,37 +86,38 @@ def test_held_out_digits_are_a_fifth_of_every_class(digits):
 
 
 def test_digits_are_split_the_same_way_each_time(digits):
-    for split, pixels, names in prepare_dataset.digits():
-        again = [(name, image.tobytes()) for name, image in zip(names, pixels, strict=True)]
-        assert read_folder(digits / split) == again
+    again = dict(public_sets.digits())
+    written = [path for path in digits.rglob("*") if path.is_file()]
+    assert {str(path.relative_to(digits)): path.read_bytes() for path in written} == again
 
 
-def test_a_second_run_leaves_the_folder_as_it_is(digits):
+def test_a_second_run_leaves_the_folder_as_it_is(digits, monkeypatch, capsys):
     def state() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in digits.parent.rglob("*")}
 
     before = state()
-    result = run("digits", "--out", digits)
-    assert result.returncode == 0
-    assert result.stdout == f"{digits}: already there, left as it is\n"
+    monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", "digits", "--out", str(digits)])
+    assert prepare_dataset.main() == 0
+    assert capsys.readouterr().out == f"{digits}: already there, left as it is\n"
     assert state() == before
 
 
 # ---------------------------------------------------------------------------------- whole or not
 
 
-def test_a_failure_half_way_leaves_nothing_under_the_final_name(tmp_path):
-    image = np.zeros((1, 4, 4), np.uint8)
-
+def test_a_failure_half_way_leaves_nothing(tmp_path):
     def failing():
-        yield "train", image, ["cat"]
+        yield Entry("train/cat/0.png", b"cat")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write(failing(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        write(failing(), tmp_path / "out", 2)
+    assert list(tmp_path.iterdir()) == []
 
-    write(iter([("train", image, ["dog"])]), tmp_path / "out")
+
+def test_what_a_killed_run_has_left_is_replaced(tmp_path):
+    (tmp_path / "out.partial" / "train" / "cat").mkdir(parents=True)
+    assert write([Entry("train/dog/0.png", b"dog")], tmp_path / "out", 1) == {"train": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out" / "train").iterdir()] == ["dog"]
 
@@ -138,23 +157,20 @@ def test_fashion_classes_are_in_the_order_of_the_labels():
     assert theirs == list(FASHION_CLASSES)
 
 
-def test_fashion_mnist_is_written_as_its_archives_have_it(archives, tmp_path):
+def test_fashion_mnist_is_written_as_its_archives_have_it(archives, tmp_path, prepare):
     out = tmp_path / "fashion"
-    result = run("fashion-mnist", "--out", out, "--from", archives)
-    assert result.returncode == 0, result.stderr
+    assert prepare("fashion-mnist", "--out", out, "--from", archives) == (0, "")
     expected = [(FASHION_CLASSES[label], image.tobytes()) for label, image in zip(LABELS, IMAGES)]
     assert read_folder(out / "train") == expected
     assert read_folder(out / "val") == expected[4:]
 
 
-def test_a_file_of_another_kind_is_one_line_and_exit_status_1(archives, tmp_path):
+def test_a_file_of_another_kind_is_one_line_and_exit_status_1(archives, tmp_path, prepare):
     path = archives / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(b"\0\0\x0d\3" + bytes(100)))
-    result = run("fashion-mnist", "--out", tmp_path / "fashion", "--from", archives)
-    assert result.returncode == 1
-    assert result.stderr == (
-        f"prepare_dataset.py: fashion-mnist: {path}: not an IDX file of bytes\n"
-    )
+    status, told = prepare("fashion-mnist", "--out", tmp_path / "fashion", "--from", archives)
+    assert status == 1
+    assert told == f"prepare_dataset.py: fashion-mnist: {path}: not an IDX file of bytes\n"
     assert not (tmp_path / "fashion").exists()
 
 
@@ -175,18 +191,261 @@ DAMAGE: dict[str, tuple[str, Callable[[], bytes | None]]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_archive_is_named_and_nothing_is_written(
-    damage, archives, tmp_path, monkeypatch, capsys
-):
+def test_a_damaged_archive_is_named_and_nothing_is_written(damage, archives, tmp_path, prepare):
     kind, content = DAMAGE[damage]
     path, out = archives / f"t10k-{kind}-ubyte.gz", tmp_path / "fashion"
     path.unlink()
     if content() is not None:
         path.write_bytes(content())
-    arguments = ["fashion-mnist", "--out", str(out), "--from", str(archives)]
-    monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", *arguments])
-    assert prepare_dataset.main() == 1
-    message = capsys.readouterr().err.splitlines()[-1]  # after the training images' progress bar
+    status, message = prepare("fashion-mnist", "--out", out, "--from", archives)
+    assert status == 1 and message.count("\n") == 1
     assert message.startswith("prepare_dataset.py: fashion-mnist: ")
     assert str(path) in message
     assert not out.exists()
+
+
+# ---------------------------------------------------------------------------------- archives
+
+
+def pack(path: Path, files: dict[str, bytes | tarfile.TarInfo]) -> Path:
+    """A .tar.gz of files, or of the very members given."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            if isinstance(content, tarfile.TarInfo):
+                tar.addfile(content)
+                continue
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+CIFAR_LABELS = {"data_batch_1": [1, 0], "data_batch_2": [2], "data_batch_3": [0]} | {
+    "data_batch_4": [2],
+    "data_batch_5": [1],
+    "test_batch": [2, 1, 0],
+}
+
+
+def cifar_records(labels: list[int], seed: int) -> tuple[bytes, list[np.ndarray]]:
+    """The content of a batch file, and its images [32, 32, 3]."""
+    images = list(np.random.default_rng(seed).integers(0, 256, (len(labels), 32, 32, 3), np.uint8))
+    planes = [[image[..., channel].tobytes() for channel in range(3)] for image in images]
+    records = (bytes([label]) + b"".join(parts) for label, parts in zip(labels, planes))
+    return b"".join(records), images
+
+
+def cifar_files() -> dict[str, bytes]:
+    """A miniature of cifar-10-binary.tar.gz, its members in another order than their numbers."""
+    files = {"cifar-10-batches-bin/readme.html": b"<html>"}
+    for seed, (name, labels) in reversed(list(enumerate(CIFAR_LABELS.items()))):
+        files[f"cifar-10-batches-bin/{name}.bin"] = cifar_records(labels, seed)[0]
+    return files | {"cifar-10-batches-bin/batches.meta.txt": b"airplane\nautomobile\nbird\n\n"}
+
+
+JPEG = b"\xff\xd8 not looked into"
+IMAGENETTE_FILES = {
+    f"imagenette2-320/{name}": f"{name}".encode() + JPEG
+    for name in (
+        "train/n01440764/n01440764_3.JPEG",
+        "val/n01440764/ILSVRC2012_val_00000293.JPEG",
+        "train/n02102040/n02102040_1.JPEG",
+        "val/n02102040/n02102040_40.JPEG",
+        "noisy_imagenette.csv",
+        "train/n02102040/._n02102040_1.JPEG",
+    )
+}
+
+
+def test_cifar10_is_written_as_its_records_have_it(tmp_path, prepare):
+    archive = pack(tmp_path / "cifar-10-binary.tar.gz", cifar_files())
+    out = tmp_path / "cifar"
+    assert prepare("cifar10", "--out", out, "--from", archive.parent, "--skip-md5") == (0, "")
+    classes = ["airplane", "automobile", "bird"]
+    batches = [
+        [(classes[label], image.tobytes()) for label, image in zip(labels, images)]
+        for seed, labels in enumerate(CIFAR_LABELS.values())
+        for images in [cifar_records(labels, seed)[1]]
+    ]
+    assert read_folder(out / "train") == [image for batch in batches[:5] for image in batch]
+    assert read_folder(out / "val") == batches[5]
+
+
+def test_imagenette_is_written_byte_for_byte(tmp_path, prepare):
+    archive = pack(tmp_path / "imagenette2-320.tgz", IMAGENETTE_FILES)
+    out = tmp_path / "imagenette"
+    assert prepare("imagenette", "--out", out, "--from", archive, "--skip-md5") == (0, "")
+    written = {
+        str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
+    }
+    images = {name.partition("/")[2]: content for name, content in IMAGENETTE_FILES.items()}
+    for name in ("noisy_imagenette.csv", "train/n02102040/._n02102040_1.JPEG"):
+        del images[name]
+    assert written == images
+
+
+def special(name: str, kind: bytes) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "/etc/passwd"
+    return member
+
+
+HOSTILE = {
+    "parent": {"set/train/../../../escaped.JPEG": JPEG},
+    "absolute": {"/tmp/train/a/escaped.JPEG": JPEG},
+    "symbolic link": {"link": special("set/train/a/0.JPEG", tarfile.SYMTYPE)},
+    "hard link": {"link": special("set/train/a/0.JPEG", tarfile.LNKTYPE)},
+    "device": {"device": special("set/train/a/0.JPEG", tarfile.CHRTYPE)},
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_an_archive_that_leads_out_of_its_folder_is_refused(kind, tmp_path, prepare):
+    archive = pack(tmp_path / "images.tgz", IMAGENETTE_FILES | HOSTILE[kind])
+    arguments = ("imagenette", "--out", tmp_path / "out", "--from", archive, "--skip-md5")
+    status, told = prepare(*arguments)
+    assert status == 1
+    assert told.startswith(f"prepare_dataset.py: imagenette: {archive}: refused, it holds ")
+    assert told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["images.tgz"]
+
+
+def damaged(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+BROKEN = {  # content of the whole archive -> of the broken one
+    "cut off": lambda content: content[: len(content) // 2],
+    "without its end": lambda content: content[:-6],
+    "a bit of the checksum": lambda content: damaged(content, -6),
+    "not gzip": lambda _: b"<html>404 Not Found</html>",
+    "gzip, not tar": lambda _: gzip.compress(b"x" * 3000),
+    "a tar cut off": lambda content: gzip.compress(gzip.decompress(content)[:2000]),
+    "empty": lambda _: gzip.compress(bytes(10240)),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize(
+    ("name", "files"), [("imagenette", IMAGENETTE_FILES), ("cifar10", cifar_files())]
+)
+def test_a_broken_archive_is_named_and_leaves_nothing(kind, name, files, tmp_path, prepare):
+    archive = pack(tmp_path / "archive.tgz", files)
+    archive.write_bytes(BROKEN[kind](archive.read_bytes()))
+    arguments = (name, "--out", tmp_path / "out", "--from", archive, "--skip-md5")
+    status, told = prepare(*arguments)
+    assert status == 1
+    assert told.startswith(f"prepare_dataset.py: {name}: {archive}: ")
+    assert told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["archive.tgz"]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenette"])
+def test_an_archive_of_another_checksum_is_refused_unless_told_not_to_look(
+    name, tmp_path, prepare, monkeypatch
+):
+    files = cifar_files() if name == "cifar10" else IMAGENETTE_FILES
+    archive = pack(tmp_path / "archive.tgz", files)
+    arguments = (name, "--out", tmp_path / "out", "--from", archive)
+    status, told = prepare(*arguments)
+    assert status == 1 and f"{archive}: its MD5 is not " in told
+    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setattr(public_sets, "CIFAR10", public_sets.CIFAR10._replace(md5=md5))
+    sizes = {"320": public_sets.IMAGENETTE["320"]._replace(md5=md5)}
+    monkeypatch.setattr(public_sets, "IMAGENETTE", sizes)
+    assert prepare(*arguments) == (0, "")
+
+
+def test_published_archives_are_torchvisions():
+    sizes = {size.removesuffix("px"): archive for size, archive in Imagenette._ARCHIVES.items()}
+    assert sizes == public_sets.IMAGENETTE
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenette"])
+def test_what_is_not_given_is_downloaded_and_compared_with_its_md5(
+    name, tmp_path, prepare, monkeypatch
+):
+    files = cifar_files() if name == "cifar10" else IMAGENETTE_FILES
+    asked = []
+
+    def download(url: str, folder: str, file_name: str, md5: str) -> None:
+        asked.append((url, md5))
+        pack(Path(folder) / file_name, files)
+
+    monkeypatch.setattr(public_sets, "download_url", download)
+    assert prepare(name, "--out", tmp_path / "out") == (0, "")
+    published = public_sets.CIFAR10 if name == "cifar10" else public_sets.IMAGENETTE["320"]
+    assert asked == [tuple(published)]
+
+
+# ---------------------------------------------------------------------------------- folder
+
+
+@pytest.fixture
+def unsplit(tmp_path) -> Path:
+    """Classes of 20, 9 and 2 images, one of them in a folder of its own."""
+    root = tmp_path / "images"
+    for name, count in (("ant", 20), ("bee", 9), ("cat/deep", 1), ("cat", 1)):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            (root / name / f"{i}.jpg").write_text(f"{name} {i}")
+    (root / "ant" / "notes.txt").touch()
+    return root
+
+
+def files_below(folder: Path) -> dict[str, str]:
+    paths = folder.rglob("*.jpg")
+    return {str(path.relative_to(folder)): path.read_text() for path in paths}
+
+
+def test_a_folder_is_split_by_class_and_nothing_is_lost_or_twice(unsplit, tmp_path):
+    out = tmp_path / "out"
+    result = run("folder", unsplit, "--out", out, "--val-fraction", "0.25")
+    assert result.returncode == 0, result.stderr
+    train, val = files_below(out / "train"), files_below(out / "val")
+    assert not train.keys() & val.keys()
+    assert train | val == files_below(unsplit)
+    assert Counter(name.split("/")[0] for name in val) == {"ant": 5, "bee": 2, "cat": 1}
+
+
+def test_a_split_is_the_same_anywhere_and_another_for_another_seed(unsplit, tmp_path, prepare):
+    elsewhere = unsplit.rename(tmp_path / "moved")
+    splits = []
+    for i, seed in enumerate([3, 3, 4]):
+        out = tmp_path / f"out{i}"
+        root = elsewhere if i == 0 else elsewhere.rename(tmp_path / f"moved{i}")
+        elsewhere = root
+        assert prepare("folder", root, "--out", out, "--seed", str(seed)) == (0, "")
+        splits.append(set(files_below(out / "val")))
+    assert splits[0] == splits[1] != splits[2]
+
+
+def test_files_are_linked_or_copied_where_they_cannot_be(unsplit, tmp_path, prepare, monkeypatch):
+    target = unsplit / "ant" / "0.jpg"
+    (unsplit / "bee" / "link.jpg").symlink_to(target)
+    assert prepare("folder", unsplit, "--out", tmp_path / "linked") == (0, "")
+    assert target.stat().st_nlink == 3  # itself, and as both of its names
+    assert not any(path.is_symlink() for path in (tmp_path / "linked").rglob("*"))
+
+    def refuse(*_arguments):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert prepare("folder", unsplit, "--out", tmp_path / "copied") == (0, "")
+    assert files_below(tmp_path / "copied") == files_below(tmp_path / "linked")
+    assert target.stat().st_nlink == 3
+
+
+def test_what_cannot_be_split_is_told_in_a_line(unsplit, tmp_path, prepare):
+    def refused(source: Path, out: Path = tmp_path / "out") -> str:
+        status, told = prepare("folder", source, "--out", out)
+        assert status == 1 and told.count("\n") == 1
+        assert not out.exists()
+        return told
+
+    assert "no such data folder" in refused(tmp_path / "nowhere")
+    assert "choose a place outside" in refused(unsplit, unsplit / "split")
+    assert prepare("folder", unsplit, "--out", tmp_path / "split") == (0, "")
+    assert "is split already, into train and val" in refused(tmp_path / "split")
+    (unsplit / "cat" / "0.jpg").unlink()
+    assert "one image cannot be in both train and val" in refused(unsplit)

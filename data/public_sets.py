@@ -1,0 +1,276 @@
+"""Small public data sets, and folders to be split, as the files of an ImageFolder.
+
+Every set is a stream of `Entry`: train/<class>/<file> or val/<class>/<file> and what it holds.
+Archives are read as streams, never unpacked; what is downloaded is compared with its published MD5.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import math
+import os
+import re
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets.utils import check_integrity, download_url
+
+from data.sources import DataError, FolderSource
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+FASHION_CLASSES = (  # in the order of the archives' labels
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle-boot",
+)
+DIGITS_HELD_OUT = 360
+CIFAR_SIDE = 32  # px
+MAX_MEMBER = 100 << 20  # bytes of one file in an archive; the largest of those read here has 31 MB
+
+
+class Entry(NamedTuple):
+    """One file of the set that is to be: "train/cat/00001.png" and its content.
+
+    A path in place of the content: an existing file with it.
+    """
+
+    name: str
+    content: bytes | Path
+
+
+class Archive(NamedTuple):
+    """A published archive."""
+
+    url: str
+    md5: str
+
+    @property
+    def file_name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+CIFAR10 = Archive(
+    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
+)
+IMAGENETTE = {  # by the length of the shorter side, px; as in torchvision.datasets.Imagenette
+    "full": Archive(
+        "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2.tgz",
+        "fe2fc210e6bb7c5664d602c3cd71e612",
+    ),
+    "320": Archive(
+        "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz",
+        "3df6f0d01a2c9592104656642f5e78a3",
+    ),
+    "160": Archive(
+        "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz",
+        "e793b78cc4c9e9a4ccc0c1155377a412",
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------- from arrays
+
+
+def digits() -> Iterator[Entry]:
+    """scikit-learn's digits (UCI ML hand-written digits, test set)."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    content = load_digits()
+    pixels = (content.images * (255 / 16)).round().astype(np.uint8)
+    train, val, train_labels, val_labels = train_test_split(
+        pixels, content.target, test_size=DIGITS_HELD_OUT, stratify=content.target, random_state=0
+    )
+    yield from png_files("train", train, [str(label) for label in train_labels])
+    yield from png_files("val", val, [str(label) for label in val_labels])
+
+
+def fashion_mnist(folder: Path | None) -> Iterator[Entry]:
+    """Fashion-MNIST (Xiao et al., arXiv:1708.07747), from the archives in a folder or downloaded.
+
+    Raises DataError, OSError, RuntimeError (torchvision's, of a download).
+    """
+    if folder is None and DEBIAN_FASHION_MNIST.is_dir():
+        folder = DEBIAN_FASHION_MNIST
+    with tempfile.TemporaryDirectory() as scratch:
+        if folder is None:
+            from torchvision.datasets import FashionMNIST
+
+            FashionMNIST(scratch, download=True)
+            folder = Path(scratch) / "FashionMNIST" / "raw"
+        for split, stem in (("train", "train"), ("val", "t10k")):
+            pixels = read_idx(folder / f"{stem}-images-idx3-ubyte.gz")
+            labels_path = folder / f"{stem}-labels-idx1-ubyte.gz"
+            labels = read_idx(labels_path)
+            if len(labels) != len(pixels) or labels.max() >= len(FASHION_CLASSES):
+                raise DataError(f"{labels_path}: not the labels of {len(pixels)} fashion images")
+            yield from png_files(split, pixels, [FASHION_CLASSES[label] for label in labels])
+
+
+def cifar10(path: Path | None, check_md5: bool = True) -> Iterator[Entry]:
+    """CIFAR-10 (Krizhevsky, 2009), binary version: the one that needs no unpickling.
+
+    A record is a label and 32 x 32 pixels, plane by plane; five files of them are the training
+    images, in order. Raises DataError, OSError, RuntimeError (torchvision's, of a download).
+    """
+    batches = [f"data_batch_{i}.bin" for i in range(1, 6)]
+    wanted = {"batches.meta.txt", "test_batch.bin", *batches}
+    with archive_file(CIFAR10, path, check_md5) as archive:
+        files = {
+            name.rpartition("/")[2]: content
+            for name, content in tar_members(archive)
+            if name.rpartition("/")[2] in wanted
+        }
+        if missing := sorted(wanted - files.keys()):
+            raise DataError(f"{archive}: lacks {', '.join(missing)}; expected {CIFAR10.file_name}")
+        classes = files["batches.meta.txt"].decode("ascii", "replace").split()
+        if not all(re.fullmatch(r"[\w-]+", name) for name in classes):
+            raise DataError(f"{archive}: batches.meta.txt does not hold class names")
+        for split, names in (("train", batches), ("val", ["test_batch.bin"])):
+            content = b"".join(files[name] for name in names)
+            if not content or len(content) % (1 + 3 * CIFAR_SIDE**2):
+                raise DataError(f"{archive}: the {split} images are no whole number of records")
+            records = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * CIFAR_SIDE**2)
+            labels = records[:, 0]
+            if labels.max() >= len(classes):
+                raise DataError(f"{archive}: a {split} label is {labels.max()}, over its classes'")
+            pixels = records[:, 1:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE).transpose(0, 2, 3, 1)
+            yield from png_files(split, pixels, [classes[label] for label in labels])
+
+
+def png_files(split: str, pixels: np.ndarray, names: Iterable[str]) -> Iterator[Entry]:
+    """uint8 [N, H, W] or [N, H, W, 3] and each image's class -> PNG files, numbered."""
+    for i, (image, name) in enumerate(zip(pixels, names)):
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG")
+        yield Entry(f"{split}/{name}/{i:05d}.png", buffer.getvalue())
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An IDX archive of bytes -> uint8 array of the shape its header states. Raises DataError."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: not a whole gzip archive ({error})") from None
+    if content[:3] != b"\0\0\x08":
+        raise DataError(f"{path}: not an IDX file of bytes")
+    sizes = 4 + 4 * (content[3] if len(content) > 3 else 0)  # where the sizes end
+    shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, sizes, 4)]
+    if len(content) < sizes or len(content) - sizes != math.prod(shape):
+        raise DataError(f"{path}: not as long as its header states")
+    return np.frombuffer(content, np.uint8, offset=sizes).reshape(shape)
+
+
+# ---------------------------------------------------------------------------------- from files
+
+
+def imagenette(size: str, path: Path | None, check_md5: bool = True) -> Iterator[Entry]:
+    """Imagenette (fast.ai), ten classes of ImageNet: its JPEG files as they are, by synset.
+
+    `size`: a key of IMAGENETTE. Raises DataError, OSError, RuntimeError (of a download).
+    """
+    image_name = re.compile(r"[^/]+/((train|val)/\w+/\w[\w.-]*\.jpe?g)", re.IGNORECASE)
+    splits = set()
+    with archive_file(IMAGENETTE[size], path, check_md5) as archive:
+        for name, content in tar_members(archive):
+            if match := image_name.fullmatch(name):
+                splits.add(match[2])
+                yield Entry(match[1], content)
+        if splits != {"train", "val"}:
+            raise DataError(f"{archive}: holds no train/<class>/ and val/<class>/ with JPEG images")
+
+
+def split_folder(root: Path, val_fraction: float, seed: int) -> list[Entry]:
+    """Images in folders by class -> a share of each class, at least one image, for validation.
+
+    Files are ranked by a hash of the seed and their path below `root`, so that the split is the
+    same wherever and whenever it is made. Raises DataError.
+    """
+    source = FolderSource(root)
+    if set(source.classes) <= {"train", "val"}:
+        raise DataError(f"{root}: is split already, into {' and '.join(source.classes)}")
+    entries: list[Entry] = []
+    while len(entries) < len(source):
+        members = source.members(len(entries))
+        paths = [Path(source.name(i)) for i in members]
+        if len(paths) == 1:
+            raise DataError(f"{paths[0].parent}: one image cannot be in both train and val")
+        names = [path.relative_to(source.root).as_posix() for path in paths]
+        held_out = min(max(1, round(val_fraction * len(paths))), len(paths) - 1)
+        by_rank = sorted(zip(names, paths), key=lambda image: _rank(seed, image[0]))
+        entries += [Entry(f"val/{name}", path) for name, path in by_rank[:held_out]]
+        entries += [Entry(f"train/{name}", path) for name, path in by_rank[held_out:]]
+    return entries
+
+
+def _rank(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
+
+
+# ---------------------------------------------------------------------------------- archives
+
+
+@contextmanager
+def archive_file(published: Archive, path: Path | None, check_md5: bool) -> Iterator[Path]:
+    """Where a published archive lies: `path`, that file in the folder `path`, or downloaded.
+
+    Raises DataError for a missing file and, unless told not to check, one with another MD5.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        if path is None:
+            download_url(published.url, scratch, published.file_name, published.md5)
+            yield Path(scratch) / published.file_name
+            return
+        archive = path / published.file_name if path.is_dir() else path
+        if not archive.is_file():
+            raise DataError(f"{archive}: no such archive; it is published at {published.url}")
+        if check_md5 and not check_integrity(str(archive), published.md5):
+            raise DataError(
+                f"{archive}: its MD5 is not {published.md5}, so it is damaged, cut off or another "
+                f"version; load it again from {published.url}, or give --skip-md5"
+            )
+        yield archive
+
+
+def tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of each file in a gzipped tar, in its order.
+
+    Raises DataError if it is cut off or damaged, or holds anything but folders and files below the
+    place it would be unpacked at.
+    """
+    try:
+        with gzip.open(path) as stream:
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                for member in tar:
+                    if not _is_harmless(member):
+                        raise DataError(
+                            f"{path}: refused, it holds {member.name[:100]!r}: a link, a device, "
+                            "too large a file, or a path that leads out of the target folder"
+                        )
+                    if member.isfile():
+                        yield member.name, tar.extractfile(member).read()
+            while stream.read(1 << 20):  # to gzip's own checksum, behind the tar's end
+                pass
+    except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
+        raise DataError(f"{path}: not a whole .tar.gz archive ({error})") from None
+
+
+def _is_harmless(member: tarfile.TarInfo) -> bool:
+    is_below = not os.path.isabs(member.name) and ".." not in member.name.split("/")
+    return is_below and (member.isdir() or (member.isfile() and member.size <= MAX_MEMBER))
