@@ -1,0 +1,141 @@
+"""Checks of the machine: disk, shared memory, memory, and whether the loader keeps up."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from data import loader
+from irv2 import distributed, rundir
+from scripts.checks import capacity
+from scripts.checks.case import FAIL, OK, WARN, Case, Finding, gib, room
+
+SHM = Path("/dev/shm")
+LITTLE_WAIT = 0.03  # share of the time
+HEADROOM = 1.1  # the loader's pace over the model's where workers are suggested
+
+
+def check_disk(case: Case) -> Iterator[Finding]:
+    """Whether checkpoints and best weights will find room."""
+    directory = case.cfg.directory
+    place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not os.access(place, os.W_OK):
+        yield Finding(FAIL, f"{place}: may not be written", "set run.dir=… to another place")
+        return
+    sizes = capacity.sizes(case.cfg, len(case.train.classes))
+    keep = case.cfg.checkpoint.keep
+    there = sum(
+        path.stat().st_size for old in rundir.checkpoints(directory) for path in old.iterdir()
+    )
+    # One more checkpoint than kept is being written, one is being removed; best weights likewise.
+    need = max(0, (keep + 2) * sizes.checkpoint - there) + 2 * sizes.weights
+    yield room(
+        f"{place}: {{have}} free, {{need}} needed for {keep} + 2 checkpoints of "
+        f"{sizes.checkpoint / 1e6:,.0f} MB and best.safetensors",
+        shutil.disk_usage(place).free,
+        need,
+        2.0,
+        "make room, set run.dir=… to another disk, or keep fewer (checkpoint.keep)",
+    )
+
+
+def check_shared_memory(case: Case) -> Iterator[Finding]:
+    """Whether the batches that workers prepare find room in /dev/shm."""
+    ranks = case.request.ranks
+    need = capacity.shared_memory(case.cfg, case.division.micro_batch, case.workers, ranks)
+    if need == 0 or not SHM.is_dir():
+        yield Finding(OK, "not used" if need == 0 else f"{SHM}: not on this system")
+        return
+    yield room(
+        f"{SHM}: {{have}} free, {{need}} needed for the batches of {ranks} x {case.workers} "
+        "workers",
+        shutil.disk_usage(SHM).free,
+        need,
+        2.0,
+        "make it larger (docker run --shm-size=…, or mount -o remount,size=… /dev/shm), or set "
+        "fewer data.workers, or a smaller train.micro_batch and eval.batch",
+    )
+
+
+def check_memory(case: Case) -> Iterator[Finding]:
+    """RAM, and the memory of a GPU, against an estimate of what training holds."""
+    micro, ranks = case.division.micro_batch, case.request.ranks
+    sizes = capacity.sizes(case.cfg, len(case.train.classes))
+    on_gpu = sizes.training(micro) + capacity.DEVICE_OVERHEAD
+    at = f"at train.micro_batch={micro}, {case.cfg.train.precision}"
+    # The saver's copy on the host, and a part of it as the bytes of a file.
+    need = sizes.checkpoint + capacity.SLOTS * sizes.trainable
+    smaller = "a smaller train.micro_batch, or model.grad_checkpointing=true"
+    if case.has_gpu:
+        total = torch.cuda.get_device_properties(0).total_memory
+        what = f"GPU: {{have}}, about {{need}} needed {at}"
+        yield room(what, total, on_gpu, 1.1, f"set {smaller}")
+    else:
+        figures = {"need": on_gpu}
+        yield Finding(OK, f"a GPU would need about {gib(on_gpu)} {at}", figures=figures)
+        need += ranks * sizes.training(micro)
+    what = "RAM: {have} available, about {need} needed"
+    yield room(what, capacity.available_memory(), need, 1.25, f"free some, or set {smaller}")
+
+
+def check_pace(case: Case) -> Iterator[Finding]:
+    """The loader's images a second against the network's."""
+    cfg, micro, seconds = case.cfg, case.division.micro_batch, case.request.seconds
+    try:
+        with distributed.start(cfg.run.device, cfg.run.timeout_s) as world:
+            with loader.worker_errors():
+                loads = {
+                    workers: capacity.loader_rate(cfg, case.train, micro, world, workers, seconds)
+                    for workers in sorted({1, case.workers})
+                }
+            model = capacity.model_rate(cfg, len(case.train.classes), micro, world, seconds)
+    except torch.OutOfMemoryError:
+        todo = "set a smaller train.micro_batch, or model.grad_checkpointing=true"
+        yield Finding(FAIL, f"a step of {micro} images does not fit into the GPU", todo)
+        return
+    yield pace_finding(model, loads, case.workers, case.cores, shares_cores=not case.has_gpu)
+
+
+def pace_finding(
+    model: float, loads: dict[int, float], workers: int, cores: int, shares_cores: bool
+) -> Finding:
+    """Judge images a second of one rank: the network's, and the loader's by its workers.
+
+    `loads` knows 1 worker and as many as are configured; 0 of them take turns with the network.
+    """
+    one, now = loads[1], loads[workers]
+    wait = max(0.0, 1 - now / model) if workers else model / (model + now)
+    needed = math.ceil(HEADROOM * model / one)
+    figures = {
+        "model_images_per_s": model,
+        "loader_images_per_s": {str(count): pace for count, pace in loads.items()},
+        "workers": workers,
+        "workers_needed": needed,
+        "waiting": wait,
+    }
+    paces = f"1 worker gives {one:,.0f} images/s"
+    if workers != 1:
+        paces += f", {workers} give {now:,.0f}"
+    paces += f", the model takes {model:,.0f}"
+    if shares_cores:
+        paces += f" (both from the same {cores} cores)"
+    if wait == 0:
+        return Finding(OK, f"the loader keeps up: {paces}", figures=figures)
+    what = f"the model will wait {wait:.0%} of the time: {paces}"
+    if needed <= workers:
+        todo = "more workers will not help, storage or memory holds them up: use shards, local disk"
+    elif needed <= cores:
+        todo = f"set data.workers={needed}"
+    else:
+        left = max(0.0, 1 - one * cores / model)
+        todo = (
+            f"set data.workers={cores}, the cores of a rank: it will still wait about {left:.0%}; "
+            "more cores, or training images made smaller beforehand, would help"
+        )
+    is_little = wait < LITTLE_WAIT
+    return Finding(OK if is_little else WARN, what, "" if is_little else todo, figures=figures)

@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Say what will go wrong with a run before it does: its config, its images, its machine.
+
+  python scripts/doctor.py configs/irv2_rmsprop.yaml data.train=… data.val=… --ranks 8
+  python scripts/doctor.py configs/quickstart.yaml --scan full --bad-files bad.txt
+
+A line for each finding: ok, warn (the run will do, but look at it) or FAIL (it will not do), with
+what to do about it. Nothing is written but what --bad-files and --json name. The run's own loader
+and network are timed for --seconds each. Exit status: 0 no FAIL, 1 a FAIL, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.sources import DataError
+from irv2 import checkpoint, config, distributed
+from irv2.config import ConfigError
+from irv2.distributed import WorldError
+from scripts.checks import images, machine
+from scripts.checks.case import FAIL, OK, WARN, Case, Finding, Request
+
+
+def check_config(case: Case) -> Iterator[Finding]:
+    """The config, its batch and its device; sets `case.cfg` and `case.division`."""
+    request = case.request
+    try:
+        case.cfg = config.load(request.config, request.overrides)
+        train = case.cfg.train
+        division = distributed.divide_batch(train.global_batch, train.micro_batch, request.ranks)
+        device = distributed.choose_device(case.cfg.run.device)
+    except (ConfigError, WorldError) as error:
+        yield Finding(FAIL, str(error), "train.py would refuse it with the same words")
+        return
+    case.division = division
+    yield Finding(
+        OK,
+        f"{request.config}: on {device.type}, {train.global_batch} images = ranks "
+        f"{request.ranks} x accumulated {division.accumulation} x {division.micro_batch}",
+    )
+
+
+Check = Callable[[Case], Iterable[Finding]]
+CHECKS: list[tuple[str, Check, tuple[str, ...]]] = [
+    # name, check, what it needs of the case
+    ("config", check_config, ()),
+    ("data", images.check_sources, ("cfg",)),
+    ("counts", images.check_counts, ("train", "val")),
+    ("decoding", images.check_decoding, ("train", "val")),
+    ("duplicates", images.check_duplicates, ("train", "val")),
+    ("disk", machine.check_disk, ("cfg", "train")),
+    ("shm", machine.check_shared_memory, ("cfg", "division")),
+    ("memory", machine.check_memory, ("division", "train")),
+    ("pace", machine.check_pace, ("division", "train")),
+]
+
+
+def show(name: str, finding: Finding) -> None:
+    margin = " " * 18
+    what = finding.what.replace("\n", f"\n{margin}")
+    print(f"{finding.level:<5} {name:<11} {what}")
+    for line in finding.details:
+        print(f"{margin}  {line}")
+    if finding.todo:
+        print(f"{margin}-> {finding.todo}")
+    sys.stdout.flush()
+
+
+def examine(case: Case) -> list[tuple[str, Finding]]:
+    """Run every check whose needs are met, showing what it finds."""
+    found = []
+    for name, check, needs in CHECKS:
+        if any(getattr(case, need) is None for need in needs):
+            print(f"-     {name:<11} not looked at: needs what failed above", flush=True)
+            continue
+        for finding in outcome(check, case):
+            show(name, finding)
+            found.append((name, finding))
+    return found
+
+
+def outcome(check: Check, case: Case) -> Iterator[Finding]:
+    """What a check finds; data that it cannot use is a FAIL."""
+    try:
+        yield from check(case)
+    except DataError as error:
+        yield Finding(FAIL, str(error), "training would end with the same words")
+
+
+def scan_size(text: str) -> int | None:
+    """--scan's value: a number, None for "full". Raises ValueError."""
+    if text == "full":
+        return None
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--ranks", type=int, default=1, metavar="N", help="ranks this machine will run (default: 1)"
+    )
+    parser.add_argument(
+        "--scan",
+        type=scan_size,
+        default=1000,
+        metavar="N|full",
+        help="images of each split to decode and compare, evenly spread (default: 1000)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=10, help="for each measurement of pace (default: 10)"
+    )
+    parser.add_argument(
+        "--bad-files", type=Path, metavar="OUT", help="write all bad files here: name, tab, reason"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all findings here")
+    arguments = parser.parse_intermixed_args()
+    if arguments.ranks < 1:
+        parser.error(f"--ranks {arguments.ranks}: at least 1")
+    for path in (arguments.bad_files, arguments.json):
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"{path}: no such folder to write it into")
+    return arguments
+
+
+def main() -> int:
+    """Command line -> exit status."""
+    options = vars(parse_arguments())
+    report = options.pop("json")
+    request = Request(**options)
+    os.environ["LOCAL_WORLD_SIZE"] = str(request.ranks)  # as torchrun tells each rank
+
+    def body() -> int:
+        found = examine(Case(request))
+        levels = [finding.level for _, finding in found]
+        print(f"{levels.count(FAIL)} FAIL, {levels.count(WARN)} warn, {levels.count(OK)} ok")
+        if report is not None:
+            lines = [{"check": name, **asdict(finding)} for name, finding in found]
+            text = json.dumps(lines, indent=1) + "\n"
+            checkpoint.write_atomically(report, lambda file: file.write(text.encode()))
+        return 1 if FAIL in levels else 0
+
+    return distributed.exit_status(body, (OSError,), of_one_rank=())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
