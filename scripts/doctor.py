@@ -41,10 +41,11 @@ def check_config(case: Case) -> Iterator[Finding]:
         yield Finding(FAIL, str(error), "train.py would refuse it with the same words")
         return
     case.division = division
+    ranks = f"{request.ranks} rank{'s' if request.ranks > 1 else ''}"
     yield Finding(
         OK,
-        f"{request.config}: on {device.type}, {train.global_batch} images = ranks "
-        f"{request.ranks} x accumulated {division.accumulation} x {division.micro_batch}",
+        f"{request.config}: steps of {train.global_batch} = "
+        f"{ranks} x {division.accumulation} accumulated x {division.micro_batch}, {device.type}",
     )
 
 

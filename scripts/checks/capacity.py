@@ -25,7 +25,7 @@ SLOTS = 2  # that RMSpropTF keeps of each trainable parameter: mean square and m
 UPDATE_COPIES = 3  # of all gradients, that it makes for the length of an update
 PREFETCHED = 2  # batches of each worker that wait to be fetched, torch's prefetch_factor
 DEVICE_OVERHEAD = 1 << 30  # CUDA's context, cuDNN's workspaces, fragmentation: about
-CPU_BATCH = 8  # most images in a step that is only timed; a CPU's pace hardly depends on it
+CPU_PIXELS = 32 * 75**2  # of the images of a step that is timed on a CPU, where it may take minutes
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,15 @@ def available_memory() -> int:
 
 
 def rate(take: Callable[[], int], warm_up: int, seconds: float) -> float:
-    """Images a second of a function that takes some and returns how many."""
-    for _ in range(warm_up):
-        take()
-    started, images, elapsed = time.perf_counter(), 0, 0.0
+    """Images a second of a function that takes some and returns how many.
+
+    The first `warm_up` calls do not count, unless they have lasted for `seconds` themselves.
+    """
+    started = time.perf_counter()
+    images = sum(take() for _ in range(warm_up))
+    elapsed = time.perf_counter() - started
+    if elapsed < seconds:
+        started, images, elapsed = time.perf_counter(), 0, 0.0
     while elapsed < seconds:
         images += take()
         elapsed = time.perf_counter() - started
@@ -168,7 +173,9 @@ def model_rate(
     network = state.model
     if cfg.train.compile:
         network.compile()
-    size = min(micro_batch, CPU_BATCH) if is_cpu else micro_batch
+    size = micro_batch
+    if is_cpu:  # at least two: batch norm wants more than one value a channel
+        size = max(2, min(micro_batch, CPU_PIXELS // cfg.data.image_size**2))
     images = torch.rand((size, 3, cfg.data.image_size, cfg.data.image_size), device=world.device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.arange(size, device=world.device) % num_classes

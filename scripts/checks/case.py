@@ -15,7 +15,6 @@ from irv2.config import Config
 from irv2.distributed import Division
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"  # WARN: the run will do, but look at it
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,13 @@ def room(what: str, have: int, need: int, ample: float, todo: str) -> Finding:
     `what`: the place, and "{have}" and "{need}" for the sizes.
     """
     level = FAIL if have < need else WARN if have < ample * need else OK
-    said = what.format(have=gib(have), need=gib(need))
+    said = what.format(have=in_bytes(have), need=in_bytes(need))
     return Finding(level, said, "" if level == OK else todo, figures={"have": have, "need": need})
 
 
-def gib(size: int) -> str:
-    """Bytes in words."""
-    return f"{size / GIB:,.2f} GiB"
+def in_bytes(size: int) -> str:
+    """A size in words."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from data import loader
 from irv2 import distributed, rundir
 from scripts.checks import capacity
-from scripts.checks.case import FAIL, OK, WARN, Case, Finding, gib, room
+from scripts.checks.case import FAIL, OK, WARN, Case, Finding, in_bytes, room
 
 SHM = Path("/dev/shm")
 LITTLE_WAIT = 0.03  # share of the time
@@ -77,7 +77,7 @@ def check_memory(case: Case) -> Iterator[Finding]:
         yield room(what, total, on_gpu, 1.1, f"set {smaller}")
     else:
         figures = {"need": on_gpu}
-        yield Finding(OK, f"a GPU would need about {gib(on_gpu)} {at}", figures=figures)
+        yield Finding(OK, f"a GPU would need about {in_bytes(on_gpu)} {at}", figures=figures)
         need += ranks * sizes.training(micro)
     what = "RAM: {have} available, about {need} needed"
     yield room(what, capacity.available_memory(), need, 1.25, f"free some, or set {smaller}")
@@ -118,12 +118,12 @@ def pace_finding(
         "workers_needed": needed,
         "waiting": wait,
     }
-    paces = f"1 worker gives {one:,.0f} images/s"
+    paces = f"1 worker gives {digits(one)} images/s"
     if workers != 1:
-        paces += f", {workers} give {now:,.0f}"
-    paces += f", the model takes {model:,.0f}"
+        paces += f", {workers} give {digits(now)}"
+    paces += f", the model takes {digits(model)}"
     if shares_cores:
-        paces += f" (both from the same {cores} cores)"
+        paces += " (both on the same cores)"
     if wait == 0:
         return Finding(OK, f"the loader keeps up: {paces}", figures=figures)
     what = f"the model will wait {wait:.0%} of the time: {paces}"
@@ -139,3 +139,8 @@ def pace_finding(
         )
     is_little = wait < LITTLE_WAIT
     return Finding(OK if is_little else WARN, what, "" if is_little else todo, figures=figures)
+
+
+def digits(pace: float) -> str:
+    """Images a second in words, at least two digits of it."""
+    return f"{pace:,.0f}" if pace >= 10 else f"{pace:.2g}"
