@@ -84,7 +84,12 @@ def parse_arguments() -> argparse.Namespace:
         kind = kinds.add_parser(name)
         kind.add_argument("--out", type=Path, required=True, help="folder to make")
         if name == "folder":
-            kind.add_argument("source", type=Path, metavar="SRC", help="folder of class folders")
+            kind.add_argument(
+                "source",
+                type=Path,
+                metavar="SRC",
+                help="folder of class folders; images are hard-linked, or copied to another disk",
+            )
             kind.add_argument(
                 "--val-fraction", type=float, default=0.1, help="share of each class (default: 0.1)"
             )

@@ -353,6 +353,14 @@ def test_a_disk_too_small_for_the_checkpoints_is_told(project, free):
     assert not case.cfg.directory.exists()
 
 
+def test_a_place_may_have_any_name(project, tmp_path, free):
+    place = tmp_path / "{runs}"
+    place.mkdir()
+    free(10**12)
+    (finding,) = machine.check_disk(case_of(project, f"run.dir='{place}'"))
+    assert finding.what.startswith(f"{place}: 931.32 GiB free")
+
+
 def test_checkpoints_that_are_there_need_no_room(project, free):
     case = case_of(project)
     old = case.cfg.directory / "checkpoints" / "step-000000002"

@@ -34,7 +34,7 @@ def room(what: str, have: int, need: int, ample: float, todo: str) -> Finding:
     `what`: the place, and "{have}" and "{need}" for the sizes.
     """
     level = FAIL if have < need else WARN if have < ample * need else OK
-    said = what.format(have=in_bytes(have), need=in_bytes(need))
+    said = what.replace("{have}", in_bytes(have)).replace("{need}", in_bytes(need))
     return Finding(level, said, "" if level == OK else todo, figures={"have": have, "need": need})
 
 
