@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from data import augment, loader, sources, stream, transforms, workers
+from data import augment, loader, shards, sources, stream, transforms, workers
 from data.to_input import ToInput
 from irv2 import checkpoint, config, distributed, engine, optim, rundir
 from irv2.config import Config
@@ -52,6 +52,8 @@ def train(
     global_batch = cfg.train.global_batch
     source, val_source = sources.open_source(cfg.data.train), sources.open_source(cfg.data.val)
     sources.check_same_classes(val_source.classes, source.classes, cfg.data.val, cfg.data.train)
+    if not cfg.data.allow_resized:
+        shards.refuse_resized(val_source, cfg.data.val, "data.allow_resized=true")
     order = training_order(cfg, source)
     total_steps = math.ceil(cfg.train.epochs * len(source) / global_batch)
     total_steps = min(total_steps, cfg.train.max_steps or total_steps)

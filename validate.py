@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import loader, sources, stream, transforms, workers
+from data import loader, shards, sources, stream, transforms, workers
 from data.to_input import ToInput
 from irv2 import checkpoint, config, distributed, engine, rundir, weights
 from irv2.distributed import World
@@ -68,6 +68,8 @@ def validate(arguments: argparse.Namespace, world: World) -> None:
     if settings["val"] is None:
         raise sources.DataError("--data DIR is needed: these weights do not say what to look at")
     source = sources.open_source(settings["val"])
+    if not (arguments.allow_resized or settings["allow_resized"]):
+        shards.refuse_resized(source, settings["val"], "--allow-resized")
     if subject.classes is not None:
         sources.check_same_classes(source.classes, subject.classes, settings["val"], subject.name)
     elif len(source.classes) != subject.model.classif.out_features:

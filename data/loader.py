@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from data.sources import ImageError, Source
 from data.stream import Key
 from data.to_input import Colour, ToInput
-from data.transforms import decode
+from data.transforms import DecodeError, decode
 from data.workers import Workers, batches_of, default_workers, start_worker, worker_errors
 
 MAX_REPLACEMENTS = 10  # a class of which as many cannot be decoded needs a person
@@ -125,7 +125,7 @@ class Images(Dataset):
     def _open(self, epoch: int, index: int, replaced: list[Replaced]) -> tuple[np.ndarray, int]:
         """Pixels and label of an image, or of what stands in for it and is added to `replaced`."""
         try:
-            return self._decode(index)
+            return read_image(self.source, index)
         except ImageError as error:
             if self.replacement_seed is None:
                 raise
@@ -133,7 +133,7 @@ class Images(Dataset):
         tried = replacements(self.source.members(index), (self.replacement_seed, epoch, index))
         for other in tried:
             with suppress(ImageError):
-                found = self._decode(other)
+                found = read_image(self.source, other)
                 reason = str(why).removeprefix(f"{name}: ")
                 replaced.append(Replaced(epoch, index, name, reason, other))
                 return found
@@ -142,9 +142,14 @@ class Images(Dataset):
             f"stand in for it: see to {os.path.dirname(name)}"
         )
 
-    def _decode(self, index: int) -> tuple[np.ndarray, int]:
-        encoded, label = self.source.read(index)
-        return decode(encoded, self.source.name(index)), label
+
+def read_image(source: Source, index: int) -> tuple[np.ndarray, int]:
+    """RGB pixels, uint8 [H, W, 3], and label. Raises ImageError naming the image."""
+    encoded, label = source.read(index)
+    try:
+        return decode(encoded), label
+    except DecodeError as error:
+        raise ImageError(f"{source.name(index)}: {error}") from None
 
 
 def replacements(members: Sequence[int], key: tuple[int, int, int]) -> list[int]:

@@ -18,7 +18,6 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from data.resample import Box, resize
-from data.sources import ImageError
 from data.to_input import Colour
 
 MAX_BRIGHTNESS_DELTA = 32 / 255  # TF-slim, inception_preprocessing.py, distort_color (fast mode)
@@ -37,13 +36,17 @@ VIEW = 1  # keeps a view's draws apart from those of the order, seeded by (seed,
 # ---------------------------------------------------------------------------------- decoding
 
 
-def decode(encoded: bytes, name: str) -> np.ndarray:
+class DecodeError(ValueError):
+    """Bytes that are no image which can be used; the message says why."""
+
+
+def decode(encoded: bytes) -> np.ndarray:
     """Encoded image -> RGB, uint8 [H, W, 3], the first frame if there are several.
 
     As timm's and torchvision's ImageFolder (and TF-slim), on which published results rest: an EXIF
     orientation is not applied, and transparency is dropped, not blended. Unlike theirs, 16 bits are
-    scaled to 8. Raises ImageError naming the image, before decoding if it has over MAX_PIXELS
-    or is more than MAX_ASPECT times as long as wide.
+    scaled to 8. Raises DecodeError, before decoding if it has over MAX_PIXELS or is more than
+    MAX_ASPECT times as long as wide.
     """
     try:
         pixels = _decode_jpeg(encoded) if encoded.startswith(JPEG_START) else None
@@ -51,9 +54,9 @@ def decode(encoded: bytes, name: str) -> np.ndarray:
     except MemoryError:  # says nothing of the image
         raise
     except UnidentifiedImageError:  # its own message quotes the buffer's address
-        raise ImageError(f"{name}: cannot be decoded (not a known kind of image)") from None
+        raise DecodeError("cannot be decoded (not a known kind of image)") from None
     except Exception as error:
-        raise ImageError(f"{name}: cannot be decoded ({error})") from None
+        raise DecodeError(f"cannot be decoded ({error})") from None
 
 
 def _decode_jpeg(encoded: bytes) -> np.ndarray | None:

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import shard_index, shard_scan, shard_writer, sources
-from data.processes import default_workers, run_all
+from data import shard_index, sources
+from data.prepare import shard_scan, shard_writer
+from data.prepare.processes import default_workers, run_all
 
 
 def write(arguments: argparse.Namespace) -> str:

@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import public_sets
-from data.public_sets import Entry
+from data.prepare import public_sets
+from data.prepare.public_sets import Entry
 
 IMAGES = {"digits": 1797, "fashion-mnist": 70_000, "cifar10": 60_000, "imagenette": 13_394}
 

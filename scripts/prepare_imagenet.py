@@ -35,9 +35,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import checksums, shard_writer
-from data.folder_writer import enumeration, partial_of, present_folder, write_folder
-from data.imagenet import (
+from data.prepare import checksums, shard_writer
+from data.prepare.folder_writer import enumeration, partial_of, present_folder, write_folder
+from data.prepare.imagenet import (
     BLACKLIST,
     ILSVRC2012,
     Archive,
@@ -48,10 +48,10 @@ from data.imagenet import (
     train_source,
     val_source,
 )
-from data.processes import default_workers
-from data.progress import byte_bar
+from data.prepare.processes import default_workers
+from data.prepare.progress import byte_bar
+from data.prepare.shard_scan import PLAN
 from data.shard_index import INDEX, write_atomically
-from data.shard_scan import PLAN
 from data.sources import DataError
 
 DOWNLOADS = "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php"

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from data.imagenet import ILSVRC2012, Archive, Expected
+from data.prepare.imagenet import ILSVRC2012, Archive, Expected
 
 Entry = tuple[str, bytes] | tarfile.TarInfo
 IDS = {1: "n02119789", 2: "n02100735", 3: "n02105855", 4: "n01440764"}

@@ -18,8 +18,9 @@ import torch
 from scipy.stats import binomtest
 
 import train
-from data import checkup, sources
-from data.checkup import BadImage
+from data import sources
+from data.prepare import checkup
+from data.prepare.checkup import BadImage
 from irv2 import config, distributed, engine
 from scripts import doctor
 from scripts.checks import capacity, images, machine

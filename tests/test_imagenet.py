@@ -14,7 +14,7 @@ import pytest
 from imagenet_miniature import devkit_files, devkit_tar, tar, train_images, train_tar, val_images
 from torchvision.datasets import ImageFolder
 
-from data.imagenet import (
+from data.prepare.imagenet import (
     ArchiveSource,
     Listing,
     list_members,

@@ -19,9 +19,9 @@ import pytest
 from shard_makers import members_of, sample, write_folder, write_tar
 
 from data import shard_index
+from data.prepare.shard_scan import PLAN, index_folder
+from data.prepare.shard_writer import Options, write_shards
 from data.shard_index import INDEX
-from data.shard_scan import PLAN, index_folder
-from data.shard_writer import Options, write_shards
 from data.shards import ShardSource
 from data.sources import DataError, FolderSource, ImageError, SyntheticSource
 from scripts import make_shards

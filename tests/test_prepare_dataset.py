@@ -17,8 +17,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import FashionMNIST, Imagenette
 
-from data import public_sets
-from data.public_sets import FASHION_CLASSES, Entry, read_idx
+from data.prepare import public_sets
+from data.prepare.public_sets import FASHION_CLASSES, Entry, read_idx
 from scripts import prepare_dataset
 from scripts.prepare_dataset import write
 

@@ -18,8 +18,8 @@ import torchvision.datasets.imagenet as peer
 from imagenet_miniature import tree, write_archives
 from programs import run as run_program
 
-from data import checksums, folder_writer
-from data.imagenet import BLACKLIST, ILSVRC2012, Expected
+from data.prepare import checksums, folder_writer
+from data.prepare.imagenet import BLACKLIST, ILSVRC2012, Expected
 from data.shards import ShardSource
 from data.sources import open_source
 from scripts import prepare_imagenet

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from shard_makers import encoded, members_of, sample, write_folder, write_tar
 
 from data import shard_index, shards
+from data.prepare.shard_scan import index_folder
+from data.prepare.shard_writer import Options, write_shards
 from data.shard_index import Index, Shard
-from data.shard_scan import index_folder
-from data.shard_writer import Options, write_shards
 from data.shards import ShardSource
 from data.sources import DataError, FolderSource, ImageError, SyntheticSource, open_source
 
@@ -489,8 +489,8 @@ def test_larger_images_are_scaled_down_and_the_others_copied(tmp_path):
     assert [name.rpartition(".")[2] for name in map(source.name, range(3))] == ["jpg"] * 3
 
     with pytest.raises(DataError, match=r"^VAL: .*shorter side of 32 px"):
-        shards.refuse_resized(source, "VAL")
+        shards.refuse_resized(source, "VAL", "--option")
     write_shards(source, tmp_path / "again", Options("a"), 1, ignore)
     assert ShardSource(tmp_path / "again").resized_to == 32
-    shards.refuse_resized(originals, "VAL")
-    shards.refuse_resized(SyntheticSource(4, 2), "VAL")
+    shards.refuse_resized(originals, "VAL", "--option")
+    shards.refuse_resized(SyntheticSource(4, 2), "VAL", "--option")

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -25,7 +26,8 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from tqdm import tqdm
 
-from data import loader, shard_index, shard_writer, sources, stream, transforms
+from data import loader, shard_index, sources, stream, transforms
+from data.prepare import shard_writer
 from data.to_input import ToInput
 from data.workers import Workers
 from irv2.distributed import keep_freed_memory
@@ -68,7 +70,7 @@ def measure(rounds: int) -> dict[str, Any]:
         rows["resume"] = alternate(first_batch(large, IMAGENET // 2), first_batch(large, 0), rounds)
         bar.update()
         rows["start_s"] = statistics.median(1 / first_batch(large, 0)() for _ in range(rounds))
-        memory = {path: worker_memory(path) for path in (shards, large)}
+        memory = {path: apart(worker_memory, path) for path in (shards, large)}
         rows["index_mib"] = (memory[large] - memory[shards]) / 2**20
         bar.update(2)
     return rows
@@ -253,6 +255,12 @@ def training(path: Path, position: int) -> Iterator[loader.Batch]:
     keys = stream.micro_batches(stream.Stream(len(source), 0), position, BATCH, BATCH, 0, 1)
     view = transforms.TrainView(SIZE, 0)
     return loader.load(source, view, keys, ToInput(MEAN, STD, CPU), Workers(1))
+
+
+def apart(function: Callable[[Path], int], path: Path) -> int:
+    """A function's result in a new process, whose memory holds nothing from before."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, path).result()
 
 
 def worker_memory(path: Path) -> int:

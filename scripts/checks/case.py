@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from data import checkup, loader
+from data import loader
+from data.prepare import checkup
 from data.sources import Source
 from irv2.config import Config
 from irv2.distributed import Division

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data import checkup, sources
+from data import sources
+from data.prepare import checkup
 from data.sources import DataError
 from irv2 import checkpoint
 from scripts.checks.case import FAIL, OK, WARN, Case, Finding

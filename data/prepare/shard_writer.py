@@ -28,12 +28,12 @@ import numpy as np
 from PIL import Image
 
 from data import shard_index
-from data.processes import run_all, stop_if_cancelled
+from data.prepare.processes import run_all, stop_if_cancelled
+from data.prepare.shard_scan import IMAGE_KINDS, PLAN, Sample, Scan, build_index, scan
 from data.shard_index import BLOCK, INDEX, Index, Shard, write_atomically
-from data.shard_scan import IMAGE_KINDS, PLAN, Sample, Scan, build_index, scan
 from data.shards import ShardSource
 from data.sources import DataError, ImageError, Source
-from data.transforms import decode
+from data.transforms import DecodeError, decode
 
 SEED = 0  # of the images' way into the shards
 MAX_STEM = 60  # characters of a file's name in its key; tar's header has room for 100
@@ -246,7 +246,10 @@ def scaled(encoded: bytes, name: str, shorter_side: int, quality: int) -> tuple[
 
     Raises ImageError for one that cannot be decoded.
     """
-    image = Image.fromarray(decode(encoded, name))
+    try:
+        image = Image.fromarray(decode(encoded))
+    except DecodeError as error:
+        raise ImageError(f"{name}: {error}") from None
     factor = shorter_side / min(image.size)
     if factor >= 1:
         return encoded, False

@@ -23,11 +23,11 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data import shard_index
-from data.processes import run_all, stop_if_cancelled
+from data.prepare.processes import run_all, stop_if_cancelled
 from data.shard_index import BLOCK, COLUMNS, INDEX, Index, Shard
 from data.sources import DataError
 
-PLAN = "plan.json"  # beside shards that data.shard_writer writes
+PLAN = "plan.json"  # beside shards that data.prepare.shard_writer writes
 IMAGE_KINDS = {extension.removeprefix(".") for extension in IMG_EXTENSIONS}
 MAX_TEXT = 1 << 20  # bytes of a .cls or .json
 MAX_LABEL = 1 << 20

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.loader import end_with_parent
+from data.loader import end_with_parent, read_image
 from data.sources import DataError, FolderSource, ImageError, Source
-from data.transforms import decode
 
 PART = 64  # images a process looks at before it reports
 QUANTILE = 1.96  # of the normal distribution, for 95 % confidence
@@ -79,12 +78,11 @@ def _faults(source: Source, indices: Sequence[int]) -> list[str | None]:
     """Why an image cannot be used; None for a good one."""
     reasons: list[str | None] = []
     for index in indices:
-        name = source.name(index)
         try:
-            decode(source.read(index)[0], name)
+            read_image(source, index)
             reasons.append(None)
         except ImageError as error:
-            reasons.append(str(error).removeprefix(f"{name}: "))
+            reasons.append(str(error).removeprefix(f"{source.name(index)}: "))
     return reasons
 
 

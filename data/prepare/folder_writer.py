@@ -16,8 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.imagenet import ArchiveSource
-from data.progress import byte_bar
+from data.prepare.imagenet import ArchiveSource
+from data.prepare.progress import byte_bar
 from data.sources import DataError
 
 PARTIAL = ".partial"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from data.progress import byte_bar
+from data.prepare.progress import byte_bar
 from data.sources import DataError
 
 BLOCK = 1 << 20  # bytes read at a time

@@ -1,0 +1,1 @@
+"""Data sets made ready: archives unpacked, shards written, what is there checked."""
