@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
@@ -47,25 +47,22 @@ class Replaced(NamedTuple):
 
 @dataclass(frozen=True)
 class WorkerBatch:
-    """What a worker makes; the rest as in `Batch`."""
+    """What a worker makes; the rest as in `Batch`.
+
+    Only the pixels travel in shared memory: for each tensor there, two processes shake hands.
+    """
 
     images: Tensor  # uint8 [B, H, W, 3]
-    flips: Tensor  # bool [B]
-    colours: Tensor | None  # float32 [B, 3]
-    labels: Tensor  # int64 [B]
+    flips: np.ndarray  # bool [B]
+    colours: np.ndarray | None  # float32 [B, 3]
+    labels: np.ndarray  # int64 [B]
     keys: list[Key]
     replaced: list[Replaced] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
 
     def pin_memory(self) -> WorkerBatch:
-        """The same in page-locked memory; the DataLoader calls it by this name."""
-        return self.map(Tensor.pin_memory)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> WorkerBatch:
-        """The same with another form of each tensor."""
-        colours = None if self.colours is None else change(self.colours)
-        images, flips, labels = change(self.images), change(self.flips), change(self.labels)
-        return replace(self, images=images, flips=flips, colours=colours, labels=labels)
+        """The same with its pixels in page-locked memory; the DataLoader calls it by this name."""
+        return replace(self, images=self.images.pin_memory())
 
 
 class Batch(NamedTuple):
@@ -114,9 +111,9 @@ class Images(Dataset):
                 checksums.append(fingerprint(out, flip, colour))
         return WorkerBatch(
             images,
-            torch.tensor(flips),
-            None if colours[0] is None else torch.tensor(colours),
-            torch.tensor(labels),
+            np.array(flips),
+            None if colours[0] is None else np.array(colours, np.float32),
+            np.array(labels),
             keys,
             replaced,
             checksums,
@@ -198,38 +195,42 @@ def load(
         timeout=workers.timeout_s if count else 0,
         worker_init_fn=start_worker,
     )
-    copies = Copies(to_input.device)
+    to_device = ToDevice(to_input.device)
     with worker_errors():
         for batch in batches_of(loader):
             if isinstance(batch, ImageError):
                 raise batch
-            batch = copies.take(batch)
-            images = to_input(batch.images, batch.flips, batch.colours)
-            yield Batch(images, batch.labels, batch.keys, batch.replaced, batch.checksums)
+            small = (batch.flips, batch.colours, batch.labels)
+            arrays = (None if array is None else torch.from_numpy(array) for array in small)
+            images, flips, colours, labels = to_device(batch.images, *arrays)
+            images = to_input(images, flips, colours)
+            yield Batch(images, labels, batch.keys, batch.replaced, batch.checksums)
 
 
 def _as_it_is(batch: WorkerBatch | ImageError) -> WorkerBatch | ImageError:
     return batch
 
 
-class Copies:
+class ToDevice:
     """From the host's memory to the device's, beside what the device is doing.
 
-    On a GPU the copy has a stream of its own, so that it need not queue behind the step under way;
-    the host does not wait for either.
+    On a GPU the copies have a stream of their own, so that they need not queue behind the step
+    under way; the host does not wait for it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def take(self, batch: WorkerBatch) -> WorkerBatch:
-        """The batch on the device, for use on the current stream."""
+    def __call__(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """The tensors on the device, for use on the current stream."""
         if self.stream is None:
-            return batch
-        current = torch.cuda.current_stream(self.device)
+            return list(tensors)
         with torch.cuda.stream(self.stream):
-            batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
+            there = [None if t is None else t.to(self.device, non_blocking=True) for t in tensors]
+        current = torch.cuda.current_stream(self.device)
         current.wait_stream(self.stream)
-        # The allocator must not hand the memory to the copying stream while it is in use here.
-        return batch.map(lambda tensor: (tensor.record_stream(current), tensor)[1])
+        for tensor in there:
+            if tensor is not None:  # its memory must not go to another copy while in use here
+                tensor.record_stream(current)
+        return there

@@ -17,7 +17,8 @@ from data.native import native
 
 FRACTION_BITS = 22  # Pillow's PRECISION_BITS: 32 - 8 - 2
 HALF = 1 << (FRACTION_BITS - 1)  # rounds to nearest
-BLOCK = 32  # rows turned at a time: they stay in the processor's first cache
+BLOCK = 64  # rows turned at a time
+LANES = BLOCK * 3  # bytes side by side; a constant, so that the compiler can lay out its vectors
 
 
 class Box(NamedTuple):
@@ -116,8 +117,8 @@ def _resize_rows(pixels, out, firsts, counts, weights):
     """Each row on its own: [H, W, 3] -> [H, w, 3]."""
     height, _, _ = pixels.shape
     left, right = firsts[0], firsts[-1] + counts[-1]
-    turned = np.empty((right - left, BLOCK * 3), np.uint8)
-    sums = np.empty(BLOCK * 3, np.int32)
+    turned = np.empty((right - left, LANES), np.uint8)
+    sums = np.empty(LANES, np.int32)
     for top in range(0, height, BLOCK):
         rows = min(BLOCK, height - top)
         for row in range(rows):
@@ -125,7 +126,7 @@ def _resize_rows(pixels, out, firsts, counts, weights):
                 for channel in range(3):
                     turned[x - left, row * 3 + channel] = pixels[top + row, x, channel]
         for i in range(len(firsts)):
-            _add_up(turned, firsts[i] - left, counts[i], weights[i], sums)
+            _add_up(turned, firsts[i] - left, counts[i], weights[i], sums, LANES)
             for row in range(rows):
                 for channel in range(3):
                     out[top + row, i, channel] = sums[row * 3 + channel]
@@ -134,22 +135,23 @@ def _resize_rows(pixels, out, firsts, counts, weights):
 @native
 def _combine_rows(rows, out, firsts, counts, weights):
     """Each column on its own: [H, n] -> [h, n]."""
-    sums = np.empty(rows.shape[1], np.int32)
+    length = rows.shape[1]
+    sums = np.empty(length, np.int32)
     for i in range(len(firsts)):
-        _add_up(rows, firsts[i], counts[i], weights[i], sums)
-        for j in range(len(sums)):
+        _add_up(rows, firsts[i], counts[i], weights[i], sums, length)
+        for j in range(length):
             out[i, j] = sums[j]
 
 
 @native
-def _add_up(rows, first, count, weights, sums):
+def _add_up(rows, first, count, weights, sums, length):
     """sums = weighted sum of `count` rows from `first` on, rounded and within 0 to 255."""
-    for j in range(len(sums)):
+    for j in range(length):
         sums[j] = HALF
     for k in range(count):
         weight = weights[k]
         row = rows[first + k]
-        for j in range(len(sums)):
+        for j in range(length):
             sums[j] += np.int32(row[j]) * weight
-    for j in range(len(sums)):
+    for j in range(length):
         sums[j] = min(max(sums[j] >> FRACTION_BITS, 0), 255)

@@ -36,24 +36,24 @@ class ToInput:
         self, mean: list[float], std: list[float], device: torch.device, compiled: bool = False
     ) -> None:
         self.device = device
-        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+        means, stds = torch.tensor(mean), torch.tensor(std)
         levels = torch.arange(LEVELS).view(-1, 1)
-        self._table = ((levels / 255 - self.mean) / self.std).numpy()  # what each level becomes
-        self._on_device = self.mean.to(device), self.std.to(device)
+        self._table = ((levels / 255 - means) / stds).numpy()  # what each level becomes
+        self._scale = tuple(np.float32(1 / s) for s in std)
+        self._shift = tuple(np.float32(-m / s) for m, s in zip(mean, std))
+        self._constants = means.to(device), stds.to(device)
         self._transform = torch.compile(transform) if compiled else transform
 
     def __call__(self, images: Tensor, flips: Tensor, colours: Tensor | None) -> Tensor:
         """flips: bool [B], mirrored left to right; colours: float32 [B, 3], rows of `Colour`."""
         if images.device.type != "cpu":
-            return self._transform(images, flips, colours, *self._on_device)
+            return self._transform(images, flips, colours, *self._constants)
         result = torch.empty(images.shape)
         if colours is None:
             _look_up(images.numpy(), flips.numpy(), self._table, result.numpy())
         else:
-            scale, shift = (1 / self.std).numpy(), (-self.mean / self.std).numpy()
-            _change_colour(
-                images.numpy(), flips.numpy(), colours.numpy(), scale, shift, result.numpy()
-            )
+            numpy = (tensor.numpy() for tensor in (images, flips, colours, result))
+            _change_colour(*numpy, self._scale, self._shift)
         return result.permute(0, 3, 1, 2)
 
 
@@ -90,60 +90,43 @@ def _look_up(images, flips, table, result):
     count, height, width, _ = images.shape
     for i in range(count):
         for y in range(height):
-            row, out = images[i, y], result[i, y]
-            if flips[i]:
-                for x in range(width):
-                    mirrored = width - 1 - x
-                    for channel in range(3):
-                        out[mirrored, channel] = table[row[x, channel], channel]
-            else:
-                for x in range(width):
-                    for channel in range(3):
-                        out[x, channel] = table[row[x, channel], channel]
+            row, out = images[i, y].reshape(3 * width), result[i, y].reshape(3 * width)
+            for x in range(width):
+                at = width - 1 - x if flips[i] else x
+                for channel in range(3):
+                    out[3 * at + channel] = table[row[3 * x + channel], channel]
 
 
 @native
-def _change_colour(images, flips, colours, scale, shift, result):
+def _change_colour(images, flips, colours, result, scale, shift):
     """`apply_colour`, a row at a time with its channels apart, so that it becomes vector code."""
     count, height, width, _ = images.shape
     zero, one, tiny = np.float32(0), np.float32(1), np.float32(1e-12)
     level = np.float32(1 / 255)
     planes = np.empty((3, width), np.float32)
     red, green, blue = planes[0], planes[1], planes[2]
+    (red_scale, green_scale, blue_scale), (red_shift, green_shift, blue_shift) = scale, shift
     for i in range(count):
         brightness, saturation, saturation_first = colours[i]
         before = brightness * (one - saturation_first)
         after = brightness * saturation_first
         for y in range(height):
-            row, out = images[i, y], result[i, y]
+            row, out = images[i, y].reshape(3 * width), result[i, y].reshape(3 * width)
             for x in range(width):
-                red[x], green[x], blue[x] = row[x, 0], row[x, 1], row[x, 2]
+                red[x], green[x], blue[x] = row[3 * x], row[3 * x + 1], row[3 * x + 2]
             for x in range(width):
-                r, g, b = (
-                    red[x] * level + before,
-                    green[x] * level + before,
-                    blue[x] * level + before,
-                )
-                value = r if r > g else g
-                value = value if value > b else b
-                least = r if r < g else g
-                least = least if least < b else b
-                spread = value - least
-                limit = (value if value > tiny else tiny) / (spread if spread > tiny else tiny)
-                factor = saturation if saturation < limit else limit
+                r = red[x] * level + before
+                g = green[x] * level + before
+                b = blue[x] * level + before
+                value, least = max(max(r, g), b), min(min(r, g), b)
+                factor = min(saturation, max(value, tiny) / max(value - least, tiny))
                 r = value - (value - r) * factor + after
                 g = value - (value - g) * factor + after
                 b = value - (value - b) * factor + after
-                r = one if r > one else (r if r > zero else zero)
-                g = one if g > one else (g if g > zero else zero)
-                b = one if b > one else (b if b > zero else zero)
-                red[x] = r * scale[0] + shift[0]
-                green[x] = g * scale[1] + shift[1]
-                blue[x] = b * scale[2] + shift[2]
+                red[x] = min(max(r, zero), one) * red_scale + red_shift
+                green[x] = min(max(g, zero), one) * green_scale + green_shift
+                blue[x] = min(max(b, zero), one) * blue_scale + blue_shift
             if flips[i]:
-                for x in range(width):
-                    mirrored = width - 1 - x
-                    out[mirrored, 0], out[mirrored, 1], out[mirrored, 2] = red[x], green[x], blue[x]
-            else:
-                for x in range(width):
-                    out[x, 0], out[x, 1], out[x, 2] = red[x], green[x], blue[x]
+                planes[:] = planes[:, ::-1]
+            for x in range(width):
+                out[3 * x], out[3 * x + 1], out[3 * x + 2] = red[x], green[x], blue[x]

@@ -158,19 +158,23 @@ def pipeline(source: sources.Source, view: loader.View) -> Way:
     def work() -> None:
         for keys in stream.evaluation_batches(FILES, BATCH, 0, 1):
             batch = images.__getitems__(keys)
-            to_input(batch.images, batch.flips, batch.colours)
+            colours = None if batch.colours is None else torch.from_numpy(batch.colours)
+            to_input(batch.images, torch.from_numpy(batch.flips), colours)
 
     return rate(FILES, work)
 
 
 def timms(paths: list[str], **options: Any) -> Way:
-    """timm's own transform of the same files."""
+    """timm's own transform of the same files, in batches of the same size."""
     transform = timm_transform(**options)
 
+    def load(path: str) -> Tensor:
+        with Image.open(path) as image:
+            return transform(image.convert("RGB"))
+
     def work() -> None:
-        for path in paths:
-            with Image.open(path) as image:
-                transform(image.convert("RGB"))
+        for first in range(0, len(paths), BATCH):
+            torch.stack([load(path) for path in paths[first : first + BATCH]])
 
     return rate(len(paths), work)
 
@@ -220,12 +224,15 @@ def reader(source: sources.Source, to_input: Callable, workers: int) -> Way:
     )
 
     def way() -> float:
-        ready = 2 * workers + 1  # batches that wait from before
-        for _ in range(ready):
-            next(batches)
-        return rate(4 * FILES, lambda: [next(batches) for _ in range(4 * len(passes))])()
+        take(batches, 2 * workers + 1)  # those that wait from before
+        return rate(4 * FILES, lambda: take(batches, 4 * len(passes)))()
 
     return way
+
+
+def take(batches: Iterator[loader.Batch], count: int) -> None:
+    for _ in range(count):
+        next(batches)
 
 
 def write_large_index(shards: Path, large: Path) -> None:
