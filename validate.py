@@ -68,7 +68,7 @@ def validate(arguments: argparse.Namespace, world: World) -> None:
     if settings["val"] is None:
         raise sources.DataError("--data DIR is needed: these weights do not say what to look at")
     source = sources.open_source(settings["val"])
-    if not (arguments.allow_resized or settings["allow_resized"]):
+    if not (arguments.allow_resized or settings.get("allow_resized")):
         shards.refuse_resized(source, settings["val"], "--allow-resized")
     if subject.classes is not None:
         sources.check_same_classes(source.classes, subject.classes, settings["val"], subject.name)
@@ -221,6 +221,9 @@ def parse_arguments() -> argparse.Namespace:
         help="a .pth, .pt or .safetensors file with timm's names, or weights from timm's hub",
     )
     parser.add_argument("--data", metavar="DIR", help="images; default: the run's data.val")
+    parser.add_argument(
+        "--allow-resized", action="store_true", help="evaluate shards of scaled-down images, too"
+    )
     parser.add_argument(
         "--which", choices=["ema", "raw"], default="ema", help="of a run: averaged (default) or raw"
     )

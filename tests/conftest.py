@@ -1,4 +1,4 @@
-"""A tally of the faults that tests inject, for docs/reliability.md."""
+"""The small run that several tests share, and a tally of the faults that they inject into it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from programs import run, write_images
+from small_run import CONFIG, IMAGES, arguments
 
 from scripts.pages import replace_section
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run of 6 steps, 4 images each, over 14 images; evaluated after steps 4 and 6."""
+    folder = tmp_path_factory.mktemp("faults")
+    write_images(folder / "train", ["a", "b"], IMAGES // 2)
+    write_images(folder / "val", ["a", "b"], 2, seed=1)
+    path = folder / "small.yaml"
+    path.write_text(CONFIG.format(data=folder))
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(config: Path) -> Path:
+    """The directory of a run in which nothing went wrong."""
+    result = run("train.py", *arguments(config, config.parent / "undisturbed"))
+    assert result.returncode == 0, result.stderr
+    return config.parent / "undisturbed"
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pathlib import Path
 import image_zoo
 import pytest
 from programs import ROOT, children, finish, is_alive, log_lines, run, start, wait_for, write_images
-from test_faults import (
+from small_run import (
     HARMED,
     STEPS,
     Inject,
@@ -26,18 +26,14 @@ from test_faults import (
     assert_same_batches,
     assert_same_end,
     checkpoint_of,
-    config,
     differing,
     kill,
     lose_a_rank,
     rank_pids,
     steps,
-    undisturbed,
 )
 
 from irv2 import checkpoint, jsonl, rundir
-
-__all__ = ["config", "undisturbed"]  # fixtures
 
 pytestmark = pytest.mark.soak
 SEED = 0

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from data import loader
 from data.prepare import checkup
 from data.sources import Source
+from data.workers import default_workers
 from irv2.config import Config
 from irv2.distributed import Division
 
@@ -80,7 +80,7 @@ class Case:
     def workers(self) -> int:
         """Loader processes of each rank."""
         configured = self.cfg.data.workers
-        return loader.default_workers() if configured is None else configured
+        return default_workers() if configured is None else configured
 
     @property
     def has_gpu(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data import loader
+from data.workers import worker_errors
 from irv2 import distributed, rundir
 from scripts.checks import capacity
 from scripts.checks.case import FAIL, OK, WARN, Case, Finding, in_bytes, room
@@ -88,7 +88,7 @@ def check_pace(case: Case) -> Iterator[Finding]:
     cfg, micro, seconds = case.cfg, case.division.micro_batch, case.request.seconds
     try:
         with distributed.start(cfg.run.device, cfg.run.timeout_s) as world:
-            with loader.worker_errors():
+            with worker_errors():
                 loads = {
                     workers: capacity.loader_rate(cfg, case.train, micro, world, workers, seconds)
                     for workers in sorted({1, case.workers})
