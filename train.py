@@ -14,6 +14,7 @@ import argparse
 import math
 import shlex
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -68,7 +69,8 @@ def train(
     )
 
     # Resume
-    experiment = rundir.Experiment(cfg.model_dump(), source.classes, len(source))
+    stored = how_stored(cfg, source)
+    experiment = rundir.Experiment(cfg.model_dump(), source.classes, len(source), stored)
     is_new = not cfg.directory.exists()
     if world.is_main and not is_new:
         _lock = rundir.lock(cfg.directory)  # held until this function ends
@@ -219,6 +221,15 @@ def announce(
     world.say(f"run: {cfg.directory}    watch: tensorboard --logdir {cfg.directory}")
 
 
+def check_pairs(cfg: Config, micro_batch: int) -> None:
+    """Raise ConfigError if images are to be mixed in pairs and cannot be paired."""
+    if micro_batch % 2 and (cfg.data.mixup > 0 or cfg.data.cutmix > 0):
+        raise config.ConfigError(
+            f"data.mixup and data.cutmix mix pairs, and micro-batches of {micro_batch} images "
+            "cannot be paired: choose another train.micro_batch"
+        )
+
+
 def training_order(cfg: Config, source: sources.Source) -> stream.Stream:
     """The order of the training images. Raises DataError if shards are needed for it."""
     if cfg.data.shuffle_window is None:
@@ -230,6 +241,17 @@ def training_order(cfg: Config, source: sources.Source) -> stream.Stream:
             "holds none: leave it out, or make shards with scripts/make_shards.py"
         )
     return stream.Stream(len(source), cfg.run.seed, stored, cfg.data.shuffle_window)
+
+
+def how_stored(cfg: Config, source: sources.Source) -> dict[str, int]:
+    """What of the way in which training images are stored shows in a run: a smaller size, and with
+    a window, their order."""
+    stored = {}
+    if (side := getattr(source, "resized_to", None)) is not None:
+        stored["shorter side, px"] = side
+    if cfg.data.shuffle_window is not None:
+        stored["order, CRC-32"] = zlib.crc32(source.storage_order)
+    return stored
 
 
 def training_batches(
@@ -250,7 +272,10 @@ def training_batches(
         colour=data.colour,
         augment=change,
     )
-    keys = stream.micro_batches(order, start, cfg.train.global_batch, micro, world.rank, world.size)
+    positions = stream.micro_batches(start, cfg.train.global_batch, micro, world.rank, world.size)
+    if data.shuffle_window is not None:
+        positions = stream.read_ahead(positions, order, source.will_read)
+    keys = (order[batch] for batch in positions)
     batches = loader.load(
         source,
         view,
@@ -431,11 +456,7 @@ def main() -> int:
         division = distributed.divide_batch(
             cfg.train.global_batch, cfg.train.micro_batch, distributed.world_size()
         )
-        if division.micro_batch % 2 and (cfg.data.mixup > 0 or cfg.data.cutmix > 0):
-            raise config.ConfigError(
-                "data.mixup and data.cutmix mix pairs, and micro-batches of "
-                f"{division.micro_batch} images cannot be paired: choose another train.micro_batch"
-            )
+        check_pairs(cfg, division.micro_batch)
         with (
             StopRequest() as stop,
             distributed.start(cfg.run.device, cfg.run.timeout_s) as world,

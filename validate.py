@@ -68,7 +68,8 @@ def validate(arguments: argparse.Namespace, world: World) -> None:
     if settings["val"] is None:
         raise sources.DataError("--data DIR is needed: these weights do not say what to look at")
     source = sources.open_source(settings["val"])
-    if not (arguments.allow_resized or settings.get("allow_resized")):
+    is_allowed_by_run = arguments.data is None and settings.get("allow_resized")
+    if not (arguments.allow_resized or is_allowed_by_run):
         shards.refuse_resized(source, settings["val"], "--allow-resized")
     if subject.classes is not None:
         sources.check_same_classes(source.classes, subject.classes, settings["val"], subject.name)
@@ -86,6 +87,7 @@ def validate(arguments: argparse.Namespace, world: World) -> None:
 
     # Report
     if world.is_main:
+        settings["resized_to"] = getattr(source, "resized_to", None)
         print(table(subject, settings, result, seconds))
         if arguments.json is not None:
             write_json(arguments.json, subject, settings, result)
@@ -150,9 +152,11 @@ def evaluate(
 
 
 def table(subject: Subject, settings: dict[str, Any], result: EvalResult, seconds: float) -> str:
+    scaled = settings["resized_to"]
+    smaller = "" if scaled is None else f", scaled down to a shorter side of {scaled} px"
     rows = (
         ("weights", f"{subject.name} ({subject.which})"),
-        ("images", f"{result.images:,} of {settings['val']}"),
+        ("images", f"{result.images:,} of {settings['val']}{smaller}"),
         (
             "view",
             f"{settings['image_size']} px, crop {settings['eval_crop']:g}, "
@@ -178,6 +182,7 @@ def write_json(path: Path, subject: Subject, settings: dict[str, Any], result: E
         "step": subject.step,
         "source": subject.name,
         "data": settings["val"],
+        "resized_to": settings["resized_to"],
         "image_size": settings["image_size"],
         "eval_crop": settings["eval_crop"],
         "eval_interpolation": settings["eval_interpolation"],

@@ -69,7 +69,7 @@ class Batch(NamedTuple):
     """What the network gets, and what there is to tell about it."""
 
     images: Tensor  # float32 [B, 3, H, W], normalised, on the device
-    labels: Tensor  # int64 [B], on the device
+    labels: Tensor  # int64 [B], on the device; mixed: float32 [B, C], shares of the classes
     keys: list[Key]  # what was asked for
     replaced: list[Replaced]  # those of the keys that could not be used
     checksums: list[int]  # `fingerprint` of each image; empty unless asked for
@@ -92,12 +92,10 @@ class Images(Dataset):
         """A whole batch, each image written where the batch keeps it."""
         images = torch.empty((len(keys), self.view.size, self.view.size, 3), dtype=torch.uint8)
         if get_worker_info() is not None:
-            images.share_memory_()  # before it is filled: nothing is copied on its way
+            images.share_memory_()  # while it is empty, so that no filled pages are copied
         labels, flips, colours = [], [], []
         replaced: list[Replaced] = []
         checksums: list[int] = []
-        if (will_read := getattr(self.source, "will_read", None)) is not None:
-            will_read([index for _, index in keys])
         for (epoch, index), out in zip(keys, images.numpy()):
             try:
                 pixels, label = self._open(epoch, index, replaced)
@@ -188,7 +186,7 @@ def load(
     view(np.zeros((2, 2, 3), np.uint8), 0, 0, np.empty((view.size, view.size, 3), np.uint8))
     loader = DataLoader(
         Images(source, view, view.seed if replace_bad else None, checksums),
-        batch_sampler=batches,
+        batch_sampler=announced(batches, source),
         num_workers=count,
         collate_fn=_as_it_is,
         pin_memory=to_input.device.type == "cuda",
@@ -202,9 +200,20 @@ def load(
                 raise batch
             small = (batch.flips, batch.colours, batch.labels)
             arrays = (None if array is None else torch.from_numpy(array) for array in small)
-            images, flips, colours, labels = to_device(batch.images, *arrays)
+            # The small ones first: the host waits for what lies before them on their way.
+            flips, colours, labels, images = to_device(*arrays, batch.images)
             images = to_input(images, flips, colours)
             yield Batch(images, labels, batch.keys, batch.replaced, batch.checksums)
+
+
+def announced(batches: Iterable[list[Key]], source: Source) -> Iterator[list[Key]]:
+    """The batches, of which a source that fetches ahead is told when workers are given them: some
+    batches before they are read."""
+    will_read = getattr(source, "will_read", None)
+    for keys in batches:
+        if will_read is not None:
+            will_read([index for _, index in keys])
+        yield keys
 
 
 def _as_it_is(batch: WorkerBatch | ImageError) -> WorkerBatch | ImageError:
@@ -215,7 +224,7 @@ class ToDevice:
     """From the host's memory to the device's, beside what the device is doing.
 
     On a GPU the copies have a stream of their own, so that they need not queue behind the step
-    under way; the host does not wait for it.
+    under way. The host waits for copies from memory that is not page-locked, and for nothing else.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -22,6 +22,7 @@ from data.shard_index import BLOCK, Shard
 from data.sources import DataError, ImageError, Source
 
 MAX_OPEN = 4096  # shards; ImageNet has 1,024
+SPARE = 256  # files that a process has open otherwise
 
 
 class ShardSource:
@@ -119,10 +120,14 @@ class _File:
 
 
 def _opener(root: str, names: list[str]) -> Callable[[int], _File]:
-    """Shard's number -> its file; those used last stay open, up to a quarter of what the process
-    may have open."""
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MAX_OPEN if allowed == resource.RLIM_INFINITY else min(MAX_OPEN, allowed // 4)
+    """Shard's number -> its file; those used last stay open, up to half of what the process may
+    have open, which is raised as far as it may for that."""
+    allowed, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * min(MAX_OPEN, len(names)) + SPARE
+    if allowed != resource.RLIM_INFINITY and allowed < wanted:
+        allowed = wanted if highest == resource.RLIM_INFINITY else min(wanted, highest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, highest))
+    most = MAX_OPEN if allowed == resource.RLIM_INFINITY else min(MAX_OPEN, allowed // 2)
     return lru_cache(most)(lambda number: _File(os.path.join(root, names[number])))
 
 

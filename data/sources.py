@@ -93,6 +93,8 @@ class FolderSource:
 
 
 def _no_classes(root: str) -> str:
+    if os.path.exists(os.path.join(root, "plan.json")):
+        return "its shards are unfinished; start the command that writes them again"
     if any(entry.name.endswith(".tar") for entry in os.scandir(root)):
         return (
             "holds tar files but no index of them; make one: "
@@ -172,6 +174,10 @@ def check_same_classes(classes: list[str], expected: list[str], where: str, of: 
         for names, word in ((extra, "unknown"), (missing, "missing"))
         if names
     ]
-    raise DataError(
-        f"{where}: its classes are not those of {of}: {' and '.join(parts) or 'another order'}"
-    )
+    what = " and ".join(parts) or "another order"
+    if all(name.isdecimal() for name in classes):
+        what += (
+            "; it knows its classes by number alone: if these are shards, remove their index, then "
+            f"python scripts/make_shards.py --index {where} --classes {of}"
+        )
+    raise DataError(f"{where}: its classes are not those of {of}: {what}")

@@ -8,7 +8,8 @@ same on any number of ranks, and every image is seen exactly once an epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Stream:
         self, length: int, seed: int, stored: np.ndarray | None = None, window: int = 1
     ) -> None:
         self.length, self.seed = length, seed
-        self._stored, self._window = stored, window
+        self._stored, self.window = stored, window
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
@@ -43,7 +44,7 @@ class Stream:
             return rng.permutation(self.length)
         # Turned, so that blocks begin at other images in each epoch.
         stored = np.roll(self._stored, rng.integers(self.length))
-        blocks = np.split(stored, range(self._window, self.length, self._window))
+        blocks = np.split(stored, range(self.window, self.length, self.window))
         return np.concatenate([rng.permutation(blocks[i]) for i in rng.permutation(len(blocks))])
 
     def __getitem__(self, positions: slice) -> list[Key]:
@@ -57,18 +58,34 @@ class Stream:
 
 
 def micro_batches(
-    stream: Stream, start: int, global_batch: int, micro_batch: int, rank: int, world_size: int
-) -> Iterator[list[Key]]:
-    """One rank's micro-batches from position `start` on, without end.
+    start: int, global_batch: int, micro_batch: int, rank: int, world_size: int
+) -> Iterator[slice]:
+    """Positions of one rank's micro-batches from position `start` on, without end.
 
     `global_batch` must be a multiple of `world_size * micro_batch`.
     """
     share = global_batch // world_size
     while True:
         begin = start + rank * share
-        for offset in range(0, share, micro_batch):
-            yield stream[begin + offset : begin + offset + micro_batch]
+        for offset in range(begin, begin + share, micro_batch):
+            yield slice(offset, offset + micro_batch)
         start += global_batch
+
+
+def read_ahead(
+    batches: Iterable[slice], stream: Stream, will_read: Callable[[np.ndarray], None]
+) -> Iterator[slice]:
+    """The batches of a windowed stream; as one enters a block, `will_read` is told of the images of
+    this block and the next. In a thread, since it may have to wait for the disk."""
+    entered = -1
+    for batch in batches:
+        epoch, offset = divmod(batch.start, stream.length)
+        first = offset - offset % stream.window
+        if epoch * stream.length + first != entered:
+            entered = epoch * stream.length + first
+            coming = stream.permutation(epoch)[first : first + 2 * stream.window]
+            threading.Thread(target=will_read, args=(coming,), daemon=True).start()
+        yield batch
 
 
 def evaluation_batches(length: int, batch: int, rank: int, world_size: int) -> list[list[Key]]:

@@ -1,7 +1,8 @@
 """uint8 batches -> the network's input on the device: flip, colour and normalisation in one pass.
 
 On CPUs that pass is a compiled loop; elsewhere PyTorch's operations, of which `torch.compile`
-makes one kernel. Both give the same numbers, without colour to the bit.
+makes one kernel. Without colour both look the numbers up in one table, so that they are the same to
+the bit on every device; with colour they agree up to rounding.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ class ToInput:
         self.device = device
         means, stds = torch.tensor(mean), torch.tensor(std)
         levels = torch.arange(LEVELS).view(-1, 1)
-        self._table = ((levels / 255 - means) / stds).numpy()  # what each level becomes
+        table = (levels / 255 - means) / stds  # what each level becomes
+        self._table = table.numpy()
         self._scale = tuple(np.float32(1 / s) for s in std)
         self._shift = tuple(np.float32(-m / s) for m, s in zip(mean, std))
-        self._constants = means.to(device), stds.to(device)
+        self._constants = [tensor.to(device) for tensor in (table, means, stds)]
         self._transform = torch.compile(transform) if compiled else transform
 
     def __call__(self, images: Tensor, flips: Tensor, colours: Tensor | None) -> Tensor:
@@ -58,13 +60,19 @@ class ToInput:
 
 
 def transform(
-    images: Tensor, flips: Tensor, colours: Tensor | None, mean: Tensor, std: Tensor
+    images: Tensor,
+    flips: Tensor,
+    colours: Tensor | None,
+    table: Tensor,
+    mean: Tensor,
+    std: Tensor,
 ) -> Tensor:
-    """What `ToInput` does, in PyTorch's operations, for any device."""
+    """What `ToInput` does, in PyTorch's operations, for any device. table: float32 [256, 3]."""
     images = torch.where(flips.view(-1, 1, 1, 1), images.flip(2), images)
-    x = images.permute(0, 3, 1, 2).float() / 255
-    if colours is not None:
-        x = apply_colour(x, colours)
+    if colours is None:  # looked up: devices divide in different ways
+        channels = torch.arange(3, device=images.device)
+        return table[images.int(), channels].permute(0, 3, 1, 2)
+    x = apply_colour(images.permute(0, 3, 1, 2).float() / 255, colours)
     return (x - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
 
 

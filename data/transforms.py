@@ -50,7 +50,7 @@ def decode(encoded: bytes) -> np.ndarray:
     """
     try:
         pixels = _decode_jpeg(encoded) if encoded.startswith(JPEG_START) else None
-        return np.asarray(_decode_any(encoded)) if pixels is None else pixels
+        return np.array(_decode_any(encoded)) if pixels is None else pixels
     except MemoryError:  # says nothing of the image
         raise
     except UnidentifiedImageError:  # its own message quotes the buffer's address

@@ -77,7 +77,9 @@ def worker_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         said = str(error).partition(". ")[0]
-        if said.startswith("DataLoader worker (pid"):
+        if said.startswith("Pin memory thread exited"):  # it was fetching from one that died
+            said = "DataLoader worker exited unexpectedly"
+        if said.startswith("DataLoader worker"):
             raise WorkerError(
                 f"{said}; most often memory has run out, or shared memory (/dev/shm): make more "
                 "available, or lower data.workers"

@@ -37,6 +37,7 @@ MACHINE_KEYS = frozenset(
         "data.val",
         "data.workers",
         "data.max_bad_fraction",
+        "data.allow_resized",
         "train.micro_batch",
         "train.compile",
         "train.max_steps",

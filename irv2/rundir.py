@@ -16,7 +16,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,11 +43,15 @@ class OtherExperimentError(CheckpointError):
 
 @dataclass(frozen=True)
 class Experiment:
-    """What must be the same for a run to be continued: its config, classes and number of images."""
+    """What must be the same for a run to be continued.
+
+    `stored`: what else is known of how its training images are stored and bears on the run.
+    """
 
     config: dict[str, Any]
     classes: list[str]
     images_per_epoch: int
+    stored: dict[str, int] = field(default_factory=dict)
 
     def changes_from(self, saved: dict[str, Any]) -> list[str]:
         """How the experiment of a checkpoint differs from this one, in words."""
@@ -59,6 +63,11 @@ class Experiment:
             changes.append(
                 f"training images: {saved['images_per_epoch']} -> {self.images_per_epoch}"
             )
+        before = saved.get("stored", {})
+        for key in sorted(before.keys() | self.stored.keys()):
+            if before.get(key) != self.stored.get(key):
+                was, now = before.get(key, "none"), self.stored.get(key, "none")
+                changes.append(f"training images, {key}: {was} -> {now}")
         return changes
 
 
@@ -167,6 +176,7 @@ def meta(state: TrainState, experiment: Experiment) -> dict[str, Any]:
         "config": experiment.config,
         "classes": experiment.classes,
         "images_per_epoch": experiment.images_per_epoch,
+        "stored": experiment.stored,
         "software": software(),
     }
 

@@ -2,6 +2,7 @@
 """Measure what this repository promises about speed, as ratios within one run.
 
   python scripts/benchmark.py data           getting images in, beside timm's transforms
+  python scripts/benchmark.py end-to-end     training from JPEGs against training from memory: a GPU
   python scripts/benchmark.py checkpoint     what saving costs training, on the quickstart
 
 Prints a table with the machine and versions it belongs to. docs/benchmarks.md is written by
@@ -22,10 +23,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from irv2 import checkpoint, rundir
-from scripts.benchmarks import loading, saving
+from scripts.benchmarks import end_to_end, loading, saving
 from scripts.pages import replace_section
 
-BENCHMARKS = {"data": loading, "checkpoint": saving}
+BENCHMARKS = {"data": loading, "end-to-end": end_to_end, "checkpoint": saving}
 
 
 def machine() -> str:
@@ -50,6 +51,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures here")
     parser.add_argument("--page", type=Path, metavar="FILE", help="put the table into this page")
     arguments = parser.parse_args()
+    if arguments.what == "end-to-end" and not torch.cuda.is_available():
+        parser.error("end-to-end needs a GPU")
     benchmark = BENCHMARKS[arguments.what]
     found = benchmark.measure(arguments.rounds)
     text = f"{benchmark.table(found)}\n\n{machine()}"

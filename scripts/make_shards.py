@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import shard_index, sources
 from data.prepare import shard_scan, shard_writer
-from data.prepare.processes import default_workers, run_all
+from data.prepare.processes import run_all, usable_cores
+from scripts.arguments import positive
 
 
 def write(arguments: argparse.Namespace) -> str:
@@ -101,13 +102,6 @@ def progress(total: int, unit: str) -> tqdm:
     return tqdm(total=total, unit=unit, leave=False, disable=not sys.stderr.isatty())
 
 
-def positive(text: str) -> int:
-    """Argument type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -143,7 +137,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--workers",
         type=positive,
-        default=default_workers(),
+        default=usable_cores(),
         metavar="N",
         help="processes; default: all cores",
     )

@@ -48,11 +48,12 @@ from data.prepare.imagenet import (
     train_source,
     val_source,
 )
-from data.prepare.processes import default_workers
+from data.prepare.processes import usable_cores
 from data.prepare.progress import byte_bar
 from data.prepare.shard_scan import PLAN
 from data.shard_index import INDEX, write_atomically
 from data.sources import DataError
+from scripts.arguments import positive
 
 DOWNLOADS = "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php"
 STATE = ".prepare_imagenet.json"  # archives whose md5 was right
@@ -264,19 +265,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
-def positive(text: str) -> int:
-    """Argument type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
-
-
 def main(arguments: Sequence[str] | None = None, expected: Expected = ILSVRC2012) -> int:
     """Command line -> exit status."""
     given = parse_arguments(arguments)
     if given.shards:
         layout = Shards(
-            given.workers or default_workers(),
+            given.workers or usable_cores(),
             given.images_per_shard or shard_writer.Options.images_per_shard,
             given.shorter_side,
         )

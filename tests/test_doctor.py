@@ -259,7 +259,7 @@ def die(_source: object, _indices: object) -> list:
 
 
 def test_a_process_that_dies_while_scanning_is_told():
-    with pytest.raises(sources.DataError, match="a process that was decoding images died"):
+    with pytest.raises(sources.DataError, match="a worker process has died"):
         list(checkup.in_parallel(die, Scattered(), range(6), 2, "decoding"))
 
 

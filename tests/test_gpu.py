@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import programs
@@ -9,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from data import loader, sources, stream, transforms
+from data import augment, loader, sources, stream, transforms
 from data.to_input import ToInput
 from data.workers import Workers
-from irv2 import checkpoint, engine, optim
+from irv2 import checkpoint, engine, metrics, optim
 from irv2.distributed import World
 from irv2.model import inception_resnet_v2
 from irv2.saving import BackgroundSaver
@@ -24,17 +25,51 @@ pytestmark = [
 CUDA = torch.device("cuda", 0)
 
 
-def test_batches_on_the_device_are_those_of_the_cpu() -> None:
-    source = sources.open_source("synthetic:12x3")
-    view = transforms.TrainView(75, seed=0)
-    keys = [stream.Stream(12, seed=0)[0:12]]
-    (images, labels, *_), (expected, expected_labels, *_) = (
-        next(loader.load(source, view, keys, ToInput([0.5] * 3, [0.5] * 3, device), Workers(2)))
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("colour", [False, True])
+def test_batches_on_the_device_are_those_of_the_cpu(colour: bool, compiled: bool) -> None:
+    """Many of them while the device is busy, so that their memory is used again meanwhile."""
+    source = sources.open_source("synthetic:240x3")
+    view = transforms.TrainView(75, seed=0, colour=colour)
+    order = stream.Stream(240, seed=0)
+    keys = [order[first : first + 12] for first in range(0, 240, 12)]
+    ours, expected = (
+        loader.load(source, view, keys, ToInput([0.5] * 3, [0.5] * 3, device, compiled), Workers(2))
         for device in (CUDA, torch.device("cpu"))
     )
-    assert images.device == labels.device == CUDA
-    assert torch.equal(labels.cpu(), expected_labels)
-    assert torch.allclose(images.cpu(), expected, atol=1e-5)
+    matrix, kept = torch.rand(4096, 4096, device=CUDA), []
+    for batch in ours:
+        kept.append((batch.images.clone(), batch.labels.clone()))
+        matrix = matrix @ matrix / matrix.norm()
+    for (images, labels), right in zip(kept, expected, strict=True):
+        assert torch.equal(labels.cpu(), right.labels)
+        if colour:
+            assert torch.allclose(images.cpu(), right.images, atol=1e-5)
+        else:
+            assert torch.equal(images.cpu(), right.images)
+
+
+def test_pairs_are_mixed_on_the_device_as_on_the_cpu() -> None:
+    images, labels = torch.rand(8, 3, 75, 75), torch.arange(8) % 3
+    mix = augment.Mix(0.4, 1.0, 3, seed=0)
+    keys = [(0, index) for index in range(8)]
+    expected = mix(images, labels, keys)
+    for ours, right in zip(mix(images.to(CUDA), labels.to(CUDA), keys), expected):
+        assert torch.allclose(ours.cpu(), right, atol=1e-6)
+
+
+def test_a_wait_counts_only_if_the_device_ran_out_of_work() -> None:
+    pace, matrix = metrics.Pace(), torch.rand(8192, 8192, device=CUDA)
+    torch.cuda.synchronize()
+    for _ in range(200):
+        matrix = matrix @ matrix
+    with pace.waiting(CUDA):
+        pass
+    assert pace.waited_s == 0
+    torch.cuda.synchronize()
+    with pace.waiting(CUDA):
+        time.sleep(0.1)
+    assert pace.waited_s >= 0.1
 
 
 def batch(device: torch.device) -> tuple[Tensor, Tensor]:

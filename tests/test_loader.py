@@ -53,7 +53,8 @@ def loaded_keys(source: Source, batches: list, workers: int = 0, seed: int = 1) 
 
 def training(source: FolderSource, micro_batch: int, workers: int, images: int) -> list:
     """The first `images` of a run, over the end of the first epoch, one by one."""
-    batches = micro_batches(Stream(len(source), 1), 0, 8, micro_batch, 0, 1)
+    order = Stream(len(source), 1)
+    batches = (order[part] for part in micro_batches(0, 8, micro_batch, 0, 1))
     loaded = load(source, TrainView(24, seed=1), batches, NORMALISED, Workers(workers))
     return [
         (image, int(label))

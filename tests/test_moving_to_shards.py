@@ -91,7 +91,11 @@ def test_shards_of_scaled_images_are_refused_for_evaluation_unless_allowed(confi
     assert "data.allow_resized=true" in result.stderr
     result = run("train.py", *place, "data.allow_resized=true")
     assert result.returncode == 0, result.stderr
-    evaluation = ("--run", tmp_path / "run", "--data", out)
-    assert run("validate.py", *evaluation).returncode == 0  # the run has allowed it
+    assert run("validate.py", "--run", tmp_path / "run").returncode == 0  # the run has allowed it
     best = ("--weights", tmp_path / "run" / "best.safetensors", "--data", out)
-    assert run("validate.py", *best, "--allow-resized").returncode == 0
+    refused = run("validate.py", *best)
+    assert refused.returncode == 1
+    assert "allow these: --allow-resized" in refused.stderr
+    allowed = run("validate.py", *best, "--allow-resized")
+    assert allowed.returncode == 0, allowed.stderr
+    assert f"{out}, scaled down to a shorter side of 30 px" in allowed.stdout

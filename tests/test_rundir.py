@@ -144,6 +144,10 @@ def test_never_refuses_a_run_that_is_there(tmp_path: Path) -> None:
         (rundir.Experiment(CONFIG, ["cat", "cow"], 100), "classes: 2 before, 2 now, or renamed"),
         (rundir.Experiment(CONFIG, ["cat", "dog"], 99), "training images: 100 -> 99"),
         (
+            rundir.Experiment(CONFIG, ["cat", "dog"], 100, {"shorter side, px": 400}),
+            "training images, shorter side, px: none -> 400",
+        ),
+        (
             rundir.Experiment({**CONFIG, "ema": {"decay": 0.5}}, ["cat", "dog"], 100),
             "ema.decay: 0.9999 -> 0.5",
         ),

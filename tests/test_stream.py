@@ -1,11 +1,13 @@
 """The endless stream: which images a run sees, in which order, on any number of ranks."""
 
+import threading
+from collections.abc import Iterator
 from itertools import chain, islice
 
 import numpy as np
 import pytest
 
-from data.stream import Key, Stream, evaluation_batches, micro_batches
+from data.stream import Key, Stream, evaluation_batches, micro_batches, read_ahead
 
 LENGTH, SEED = 11, 3
 GLOBAL_BATCH = 8  # neither divides the other: epochs end inside batches
@@ -24,12 +26,15 @@ def epochs_in_order(epochs: int) -> list[Key]:
     return [(epoch, int(i)) for epoch in range(epochs) for i in stream.permutation(epoch)]
 
 
+def keys_of(start: int, micro: int, rank: int, ranks: int) -> Iterator[list[Key]]:
+    """A rank's micro-batches."""
+    order = Stream(LENGTH, SEED)
+    return (order[part] for part in micro_batches(start, GLOBAL_BATCH, micro, rank, ranks))
+
+
 def global_batches(ranks: int, micro: int, steps: int, start: int = 0) -> list[list[Key]]:
     """Each step's batch: the ranks' shares in order, each share its micro-batches in order."""
-    stream_of = [
-        micro_batches(Stream(LENGTH, SEED), start, GLOBAL_BATCH, micro, rank, ranks)
-        for rank in range(ranks)
-    ]
+    stream_of = [keys_of(start, micro, rank, ranks) for rank in range(ranks)]
     accumulation = GLOBAL_BATCH // (ranks * micro)
     return [
         list(chain.from_iterable(chain.from_iterable(islice(s, accumulation) for s in stream_of)))
@@ -85,7 +90,7 @@ def test_global_batches_are_the_same_however_they_are_divided(ranks, micro):
 @pytest.mark.parametrize(("ranks", "micro"), DIVISIONS)
 def test_micro_batches_have_the_size_asked_for(ranks, micro):
     for rank in range(ranks):
-        batches = micro_batches(Stream(LENGTH, SEED), 0, GLOBAL_BATCH, micro, rank, ranks)
+        batches = keys_of(0, micro, rank, ranks)
         assert {len(batch) for batch in islice(batches, 20)} == {micro}
 
 
@@ -159,3 +164,16 @@ def test_a_windowed_order_is_a_function_of_seed_and_epoch():
     for seed, epoch in ((2, 2), (1, 1)):
         other = Stream(103, seed, STORED, 10).permutation(epoch)
         assert not np.array_equal(order[0], other)
+
+
+def test_each_block_is_told_of_with_the_next_as_it_is_entered():
+    order, told = Stream(100, 1, np.arange(100), 10), []
+    batches = read_ahead(micro_batches(96, 8, 4, 0, 1), order, told.append)
+    positions = [next(batches) for _ in range(6)]
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.daemon:
+            thread.join(timeout=5)
+    assert positions == [slice(first, first + 4) for first in range(96, 120, 4)]
+    last, first = order.permutation(0), order.permutation(1)
+    expected = [last[90:], first[0:20], first[10:30]]
+    assert sorted(block.tolist() for block in told) == sorted(b.tolist() for b in expected)

@@ -60,9 +60,9 @@ def test_only_flipped_images_are_mirrored_left_to_right(colours):
 
 @pytest.mark.parametrize(("colours", "tolerance"), [(None, 0), (COLOURS, 5e-6)])
 def test_the_compiled_loop_gives_what_other_devices_do(colours, tolerance):
-    constants = torch.tensor(MEAN), torch.tensor(STD)
-    expected = transform(random_batch(), FLIPS, colours, *constants)
-    result = ToInput(MEAN, STD, CPU)(random_batch(), FLIPS, colours)
+    to_input = ToInput(MEAN, STD, CPU)
+    expected = transform(random_batch(), FLIPS, colours, *to_input._constants)
+    result = to_input(random_batch(), FLIPS, colours)
     torch.testing.assert_close(result, expected, rtol=0, atol=tolerance)
 
 

@@ -6,19 +6,17 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from data.loader import end_with_parent, read_image
-from data.sources import DataError, FolderSource, ImageError, Source
+from data.loader import read_image
+from data.prepare.processes import run_all
+from data.sources import FolderSource, ImageError, Source
 
 PART = 64  # images a process looks at before it reports
 QUANTILE = 1.96  # of the normal distribution, for 95 % confidence
@@ -143,11 +141,6 @@ def _digests(source: Source, indices: Sequence[int]) -> list[bytes | None]:
     return digests
 
 
-# ---------------------------------------------------------------------------------- processes
-
-_source: Source  # of a worker process; sent once, not with every part
-
-
 def in_parallel(
     work: Work, source: Source, indices: Sequence[int], processes: int, title: str
 ) -> Iterator[tuple[int, Any]]:
@@ -156,35 +149,9 @@ def in_parallel(
     Raises DataError if a process dies.
     """
     parts = [indices[start : start + PART] for start in range(0, len(indices), PART)]
-    pool = ProcessPoolExecutor(
-        max(1, min(processes, len(parts))), initializer=_start_worker, initargs=(source,)
-    )
-    progress = tqdm(
-        total=len(indices),
-        desc=title,
-        unit="image",
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    )
-    try:
-        with progress:
-            for part, results in zip(parts, pool.map(partial(_apply, work), parts)):
-                yield from zip(part, results)
-                progress.update(len(part))
-    except BrokenProcessPool:
-        raise DataError(
-            f"a process that was {title} images died: memory has run out, or a decoder crashed"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(source: Source) -> None:
-    global _source
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches workers too; the parent acts
-    end_with_parent()
-    _source = source
-
-
-def _apply(work: Work, indices: Sequence[int]) -> Sequence[Any]:
-    return work(_source, indices)
+    hidden = not sys.stderr.isatty()
+    with tqdm(total=len(indices), desc=title, unit="image", leave=False, disable=hidden) as bar:
+        jobs = [partial(work, source, part) for part in parts]
+        found = run_all(jobs, processes, lambda results: bar.update(len(results)))
+    for part, results in zip(parts, found):
+        yield from zip(part, results)

@@ -24,7 +24,7 @@ class Cancelled(Exception):
     """Another job has failed, or the program was told to stop."""
 
 
-def default_workers() -> int:
+def usable_cores() -> int:
     """The cores this process may use."""
     return len(os.sched_getaffinity(0))
 
@@ -53,8 +53,8 @@ def run_all(
         return [future.result() for future in futures]
     except BrokenProcessPool:
         raise DataError(
-            "a worker process has died; most often memory has run out: start again, with fewer "
-            "--workers"
+            "a worker process has died; most often memory has run out: make more available, then "
+            "start again"
         ) from None
     finally:
         stop.set()

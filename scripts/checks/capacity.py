@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import train
-from data import stream
 from data.sources import Source
 from irv2 import engine
 from irv2.config import Config
@@ -153,7 +152,7 @@ def loader_rate(
 ) -> float:
     """Images a second that training's own loader gives with so many workers. Raises DataError."""
     data = cfg.data.model_copy(update={"workers": workers})
-    order = stream.Stream(len(source), cfg.run.seed)
+    order = train.training_order(cfg, source)
     batches = train.training_batches(
         cfg.model_copy(update={"data": data}), source, order, 0, micro_batch, world
     )

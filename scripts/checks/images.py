@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data import sources
+import train
+from data import shards, sources
 from data.prepare import checkup
 from data.sources import DataError
 from irv2 import checkpoint
@@ -36,6 +37,15 @@ def check_sources(case: Case) -> Iterator[Finding]:
     except DataError as error:
         yield Finding(FAIL, str(error), "give both splits the same class folders")
         return
+    if not data.allow_resized:
+        try:
+            shards.refuse_resized(case.val, data.val, "data.allow_resized=true")
+        except DataError as error:
+            yield Finding(FAIL, str(error))
+    try:
+        train.training_order(case.cfg, case.train)
+    except DataError as error:
+        yield Finding(FAIL, str(error))
     yield Finding(OK, f"{data.train} and {data.val}: the same {len(case.val.classes)} classes")
 
 
