@@ -146,11 +146,11 @@ def _combine_rows(rows, out, firsts, counts, weights):
 @native
 def _add_up(rows, first, count, weights, sums, length):
     """sums = weighted sum of `count` rows from `first` on, rounded and within 0 to 255."""
+    weight, row = weights[0], rows[first]
     for j in range(length):
-        sums[j] = HALF
-    for k in range(count):
-        weight = weights[k]
-        row = rows[first + k]
+        sums[j] = HALF + np.int32(row[j]) * weight
+    for k in range(1, count):
+        weight, row = weights[k], rows[first + k]
         for j in range(length):
             sums[j] += np.int32(row[j]) * weight
     for j in range(length):
