@@ -51,7 +51,7 @@ def measure(rounds: int) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     with (
         tempfile.TemporaryDirectory() as directory,
-        tqdm(total=14, unit="row", disable=not sys.stderr.isatty()) as bar,
+        tqdm(total=15, unit="row", disable=not sys.stderr.isatty()) as bar,
     ):
         folder, heavy, shards, large = (
             Path(directory, name) for name in ("folder", "heavy", "shards", "large")
@@ -72,10 +72,13 @@ def measure(rounds: int) -> dict[str, Any]:
             for name, (ours, peer) in ways.items():
                 rows[name] = alternate(ours, peer, rounds)
                 bar.update()
-        for name, to_input in (("workers", As(CPU)), ("workers, input", ToInput(MEAN, STD, CPU))):
-            rows[name] = alternate(
-                reader(source, to_input, workers=2), reader(source, to_input, workers=1), rounds
-            )
+        for name, (view, to_input) in {
+            "workers": (transforms.TrainView(SIZE, 0), As(CPU)),
+            "workers, input": (transforms.TrainView(SIZE, 0), ToInput(MEAN, STD, CPU)),
+            "workers, decode": (DecodeOnly(), As(CPU)),
+        }.items():
+            two, one = (reader(source, view, to_input, workers) for workers in (2, 1))
+            rows[name] = alternate(two, one, rounds)
             bar.update()
         write_large_index(shards, large)
         rows["resume"] = alternate(first_batch(large, IMAGENET // 2), first_batch(large, 0), rounds)
@@ -140,7 +143,6 @@ def write_photographs(folder: Path, quality: int) -> None:
 def transform_rows(source: sources.Source, of: str) -> dict[str, tuple[Way, Way]]:
     """name -> (our way, the peer's) from files to batches; `of` what files is added to the name."""
     paths = [source.name(index) for index in range(FILES)]
-    encoded = [source.read(index)[0] for index in range(FILES)]
     evaluated = transforms.EvalView(SIZE, EVAL_CROP, "bicubic")
     check_same_pixels(source, evaluated, paths)
     plain = transforms.TrainView(SIZE, 0, colour=False)
@@ -148,7 +150,7 @@ def transform_rows(source: sources.Source, of: str) -> dict[str, tuple[Way, Way]
         f"train{of}": (training(source), timms(paths, color_jitter=0.4)),
         f"train, no colour{of}": (pipeline(source, plain), timms(paths, color_jitter=None)),
         f"evaluate{of}": (pipeline(source, evaluated), timms(paths, crop_pct=EVAL_CROP)),
-        f"decode{of}": (training(source), rate(FILES, lambda: decode_all(encoded))),
+        f"decode{of}": (training(source), rate(FILES, lambda: decode_all(source))),
     }
 
 
@@ -215,9 +217,9 @@ def check_same_pixels(source: sources.Source, view: loader.View, paths: list[str
         raise RuntimeError("evaluation pixels differ from timm's")
 
 
-def decode_all(encoded: list[bytes]) -> None:
-    for image in encoded:
-        simplejpeg.decode_jpeg(image, "RGB")
+def decode_all(source: sources.Source) -> None:
+    for index in range(FILES):
+        simplejpeg.decode_jpeg(source.read(index)[0], "RGB")
 
 
 # ---------------------------------------------------------------------------------- processes
@@ -233,12 +235,19 @@ class As:
         return images
 
 
-def reader(source: sources.Source, to_input: Callable, workers: int) -> Way:
-    """Training batches by way of loader processes, in a steady state."""
+class DecodeOnly:
+    """A view that shows nothing: what is left is reading and decoding."""
+
+    size = 1
+
+    def __call__(self, pixels: np.ndarray, epoch: int, index: int, out: np.ndarray) -> tuple:
+        return False, None
+
+
+def reader(source: sources.Source, view: loader.View, to_input: Callable, workers: int) -> Way:
+    """Batches by way of loader processes, in a steady state."""
     passes = stream.evaluation_batches(FILES, BATCH, 0, 1)
-    batches = loader.load(
-        source, transforms.TrainView(SIZE, 0), cycle(passes), to_input, Workers(workers)
-    )
+    batches = loader.load(source, view, cycle(passes), to_input, Workers(workers))
 
     def way() -> float:
         take(batches, 2 * workers + 1)  # those that wait from before
@@ -308,18 +317,23 @@ def worker_memory(path: Path) -> int:
 
 
 COMPARED = (
-    ("train", "training, against timm's transform with colour jitter", "3.0"),
-    ("train, no colour", "the same without colour on either side", "2.0"),
-    ("evaluate", "evaluation, against timm's transform, the same pixels", "1.3"),
-    ("decode", "training, against decoding alone (simplejpeg)", "0.5"),
-    ("train, 106 kB", "files of 106 kB: training", "3.0"),
-    ("train, no colour, 106 kB", "files of 106 kB: the same without colour", "2.0"),
-    ("evaluate, 106 kB", "files of 106 kB: evaluation", "1.3"),
-    ("decode, 106 kB", "files of 106 kB: training, against decoding alone", "0.5"),
-    ("shards", "training from shards, against the folder", "1.0"),
-    ("workers", "two workers against one, batches as they make them", "1.8"),
-    ("workers, input", "the same, with the input made on the CPU beside them", "1.8"),
-    ("resume", "first batch in the middle of an epoch of 1.28 M, against its start", "1.0"),
+    ("train", "training, against timm's transform with colour jitter", "≥ 3.0"),
+    ("train, no colour", "the same without colour on either side", "≥ 2.0"),
+    ("evaluate", "evaluation, against timm's transform, the same pixels", "≥ 1.3"),
+    ("decode", "training, against reading and decoding alone (simplejpeg)", "≥ 0.5"),
+    ("train, 106 kB", "files of 106 kB: training", "≥ 3.0"),
+    ("train, no colour, 106 kB", "files of 106 kB: the same without colour", "≥ 2.0"),
+    ("evaluate, 106 kB", "files of 106 kB: evaluation", "≥ 1.3"),
+    ("decode, 106 kB", "files of 106 kB: training, against reading and decoding alone", "≥ 0.5"),
+    ("shards", "training from shards, against the folder", "≥ 1.0"),
+    ("workers", "two workers against one, batches as they make them", "≥ 1.8"),
+    ("workers, input", "the same, with the input made on the CPU beside them", "≥ 1.8"),
+    (
+        "workers, decode",
+        "two workers against one that only read and decode: the machine's limit",
+        "-",
+    ),
+    ("resume", "first batch in the middle of an epoch of 1.28 M, against its start", "≥ 1.0"),
 )
 
 
@@ -333,7 +347,7 @@ def table(found: dict[str, Any]) -> str:
         low, high = row["ratio_range"]
         lines.append(
             f"| {words} | {row['ours_per_s']:.3g} | {row['peer_per_s']:.3g} | "
-            f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f}) | ≥ {goal} |"
+            f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f}) | {goal} |"
         )
     lines += [
         f"| a worker's memory for an index of 1.28 M images | {found['index_mib']:.0f} MiB | | | "
