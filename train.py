@@ -14,15 +14,13 @@ import argparse
 import math
 import shlex
 import sys
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from data import augment, loader, shards, sources, stream, transforms, workers
-from data.to_input import ToInput
+import feed
+from data import loader, sources, stream, workers
 from irv2 import checkpoint, config, distributed, engine, optim, rundir
 from irv2.config import Config
 from irv2.distributed import World
@@ -51,11 +49,8 @@ def train(
     """A run from its data to its last evaluation; returns the exit status."""
     # Data
     global_batch = cfg.train.global_batch
-    source, val_source = sources.open_source(cfg.data.train), sources.open_source(cfg.data.val)
-    sources.check_same_classes(val_source.classes, source.classes, cfg.data.val, cfg.data.train)
-    if not cfg.data.allow_resized:
-        shards.refuse_resized(val_source, cfg.data.val, "data.allow_resized=true")
-    order = training_order(cfg, source)
+    source, val_source = feed.open_sources(cfg)
+    order = feed.training_order(cfg, source)
     total_steps = math.ceil(cfg.train.epochs * len(source) / global_batch)
     total_steps = min(total_steps, cfg.train.max_steps or total_steps)
 
@@ -69,7 +64,7 @@ def train(
     )
 
     # Resume
-    stored = how_stored(cfg, source)
+    stored = feed.how_stored(cfg, source)
     experiment = rundir.Experiment(cfg.model_dump(), source.classes, len(source), stored)
     is_new = not cfg.directory.exists()
     if world.is_main and not is_new:
@@ -100,8 +95,10 @@ def train(
         freeze_bn=cfg.model.freeze_bn,
     )
     network = distributed.parallel(state.model, cfg.train.compile, world)
-    pace, taken = Pace(), Taken()
-    batches = training_batches(cfg, source, order, state.images_seen, division.micro_batch, world)
+    pace, taken = Pace(), feed.Taken()
+    batches = feed.training_batches(
+        cfg, source, order, state.images_seen, division.micro_batch, world
+    )
     batches = watched(batches, taken, pace, log, world.device, cfg.data, source.classes)
     if world.size > 1:
         size = (division.micro_batch, 3, cfg.data.image_size, cfg.data.image_size)
@@ -221,88 +218,9 @@ def announce(
     world.say(f"run: {cfg.directory}    watch: tensorboard --logdir {cfg.directory}")
 
 
-def check_pairs(cfg: Config, micro_batch: int) -> None:
-    """Raise ConfigError if images are to be mixed in pairs and cannot be paired."""
-    if micro_batch % 2 and (cfg.data.mixup > 0 or cfg.data.cutmix > 0):
-        raise config.ConfigError(
-            f"data.mixup and data.cutmix mix pairs, and micro-batches of {micro_batch} images "
-            "cannot be paired: choose another train.micro_batch"
-        )
-
-
-def training_order(cfg: Config, source: sources.Source) -> stream.Stream:
-    """The order of the training images. Raises DataError if shards are needed for it."""
-    if cfg.data.shuffle_window is None:
-        return stream.Stream(len(source), cfg.run.seed)
-    stored = getattr(source, "storage_order", None)
-    if stored is None:
-        raise sources.DataError(
-            f"data.shuffle_window={cfg.data.shuffle_window} is for shards, and {cfg.data.train} "
-            "holds none: leave it out, or make shards with scripts/make_shards.py"
-        )
-    return stream.Stream(len(source), cfg.run.seed, stored, cfg.data.shuffle_window)
-
-
-def how_stored(cfg: Config, source: sources.Source) -> dict[str, int]:
-    """What of the way in which training images are stored shows in a run: a smaller size, and with
-    a window, their order."""
-    stored = {}
-    if (side := getattr(source, "resized_to", None)) is not None:
-        stored["shorter side, px"] = side
-    if cfg.data.shuffle_window is not None:
-        stored["order, CRC-32"] = zlib.crc32(source.storage_order)
-    return stored
-
-
-def training_batches(
-    cfg: Config, source: sources.Source, order: stream.Stream, start: int, micro: int, world: World
-) -> Iterator[loader.Batch]:
-    """This rank's micro-batches from stream position `start` on, without end."""
-    data = cfg.data
-    change = None
-    if data.rand_augment is not None or data.random_erasing > 0:
-        grey = [round(255 * mean) for mean in data.mean]
-        change = augment.Augment(data.rand_augment, data.random_erasing, grey)
-    view = transforms.TrainView(
-        size=data.image_size,
-        seed=cfg.run.seed,
-        area_range=data.crop_area,
-        aspect_range=data.crop_aspect,
-        hflip=data.hflip,
-        colour=data.colour,
-        augment=change,
-    )
-    positions = stream.micro_batches(start, cfg.train.global_batch, micro, world.rank, world.size)
-    if data.shuffle_window is not None:
-        positions = stream.read_ahead(positions, order, source.will_read)
-    keys = (order[batch] for batch in positions)
-    batches = loader.load(
-        source,
-        view,
-        keys,
-        ToInput(data.mean, data.std, world.device, cfg.train.compile),
-        workers.Workers(data.workers, cfg.run.timeout_s),
-        replace_bad=True,
-        checksums=cfg.log.ledger,
-    )
-    if data.mixup > 0 or data.cutmix > 0:
-        mix = augment.Mix(data.mixup, data.cutmix, len(source.classes), cfg.run.seed)
-        return mix.batches(batches)
-    return batches
-
-
-@dataclass
-class Taken:
-    """What a step has taken from the stream, on this rank."""
-
-    keys: list[stream.Key] = field(default_factory=list)
-    checksums: list[int] = field(default_factory=list)
-    replaced: list[loader.Replaced] = field(default_factory=list)
-
-
 def watched(
     batches: Iterator[loader.Batch],
-    taken: Taken,
+    taken: feed.Taken,
     pace: Pace,
     log: Logbook,
     device: torch.device,
@@ -330,7 +248,7 @@ def watched(
 def note_taken(
     cfg: Config,
     state: engine.TrainState,
-    taken: Taken,
+    taken: feed.Taken,
     replaced: list[loader.Replaced],
     images_per_epoch: int,
     ledger: JsonLines | None,
@@ -393,16 +311,11 @@ def evaluate(
 
     Returns whether it came to its end; a stopped evaluation is done again when the run goes on.
     """
-    data = cfg.data
-    view = transforms.EvalView(data.image_size, data.eval_crop, data.eval_interpolation)
-    to_input = ToInput(data.mean, data.std, world.device, cfg.train.compile)
-    processes = workers.Workers(data.workers, cfg.run.timeout_s)
     for which, model in (("ema", state.ema.module), ("raw", state.model)):
         if world.any(log.has_eval(state.step, which)):
             continue
-        keys = stream.evaluation_batches(len(source), cfg.eval.batch, world.rank, world.size)
+        batches = feed.evaluation_batches(cfg, source, world)
         rounds = stream.evaluation_rounds(len(source), cfg.eval.batch, world.size)
-        batches = loader.load(source, view, keys, to_input, processes)
         batches = until_stopped(batches, rounds, lambda: world.any(stop.signal is not None))
         pairs = ((batch.images, batch.labels) for batch in batches)
         with log.progress(len(source), f"evaluating {which}") as bar:
@@ -456,7 +369,7 @@ def main() -> int:
         division = distributed.divide_batch(
             cfg.train.global_batch, cfg.train.micro_batch, distributed.world_size()
         )
-        check_pairs(cfg, division.micro_batch)
+        feed.check_pairs(cfg, division.micro_batch)
         with (
             StopRequest() as stop,
             distributed.start(cfg.run.device, cfg.run.timeout_s) as world,

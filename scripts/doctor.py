@@ -21,13 +21,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import feed
 from data.sources import DataError
 from irv2 import checkpoint, config, distributed
 from irv2.config import ConfigError
 from irv2.distributed import WorldError
 from scripts.checks import images, machine
 from scripts.checks.case import FAIL, OK, WARN, Case, Finding, Request
-from train import check_pairs
 
 
 def check_config(case: Case) -> Iterator[Finding]:
@@ -38,7 +38,7 @@ def check_config(case: Case) -> Iterator[Finding]:
         train = case.cfg.train
         division = distributed.divide_batch(train.global_batch, train.micro_batch, request.ranks)
         device = distributed.choose_device(case.cfg.run.device)
-        check_pairs(case.cfg, division.micro_batch)
+        feed.check_pairs(case.cfg, division.micro_batch)
     except (ConfigError, WorldError) as error:
         yield Finding(FAIL, str(error), "train.py would refuse it with the same words")
         return

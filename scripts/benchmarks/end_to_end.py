@@ -9,6 +9,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import feed
 import train
 from data import sources
 from irv2 import config, distributed, engine
@@ -34,8 +35,8 @@ def compare(cfg: Config, rounds: int) -> dict[str, Any]:
     """Images a second of a config's steps, from its loader and from one batch of it."""
     source = sources.open_source(cfg.data.train)
     with distributed.start(cfg.run.device) as world:
-        order, size = train.training_order(cfg, source), cfg.train.global_batch
-        batches = train.training_batches(cfg, source, order, 0, size, world)
+        order, size = feed.training_order(cfg, source), cfg.train.global_batch
+        batches = feed.training_batches(cfg, source, order, 0, size, world)
         with closing(batches):
             pairs = ((batch.images, batch.labels) for batch in batches)
             state = train.new_state(cfg, len(source.classes), world.device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import feed
 import train
 from data.sources import Source
 from irv2 import engine
@@ -152,8 +153,8 @@ def loader_rate(
 ) -> float:
     """Images a second that training's own loader gives with so many workers. Raises DataError."""
     data = cfg.data.model_copy(update={"workers": workers})
-    order = train.training_order(cfg, source)
-    batches = train.training_batches(
+    order = feed.training_order(cfg, source)
+    batches = feed.training_batches(
         cfg.model_copy(update={"data": data}), source, order, 0, micro_batch, world
     )
     try:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-import train
-from data import shards, sources
+import feed
+from data import sources
 from data.prepare import checkup
 from data.sources import DataError
 from irv2 import checkpoint
@@ -33,19 +33,10 @@ def check_sources(case: Case) -> Iterator[Finding]:
         return
     data = case.cfg.data
     try:
-        sources.check_same_classes(case.val.classes, case.train.classes, data.val, data.train)
+        feed.check_sources(case.cfg, case.train, case.val)
     except DataError as error:
-        yield Finding(FAIL, str(error), "give both splits the same class folders")
+        yield Finding(FAIL, str(error), "train.py would refuse them with the same words")
         return
-    if not data.allow_resized:
-        try:
-            shards.refuse_resized(case.val, data.val, "data.allow_resized=true")
-        except DataError as error:
-            yield Finding(FAIL, str(error))
-    try:
-        train.training_order(case.cfg, case.train)
-    except DataError as error:
-        yield Finding(FAIL, str(error))
     yield Finding(OK, f"{data.train} and {data.val}: the same {len(case.val.classes)} classes")
 
 
