@@ -190,7 +190,7 @@ def test_a_worker_that_dies_is_told(folder, tmp_path):
     def end() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(DataError, match=r"a worker process has died.*--workers"):
+    with pytest.raises(DataError, match="a worker process has died"):
         write_shards(Cut(folder, 5, end), tmp_path / "x", SMALL, 2, ignore)
 
 
