@@ -111,7 +111,7 @@ def _change_colour(images, flips, colours, result, scale, shift):
     count, height, width, _ = images.shape
     zero, one, tiny = np.float32(0), np.float32(1), np.float32(1e-12)
     level = np.float32(1 / 255)
-    planes = np.empty((3, width), np.float32)
+    planes, mirrored = np.empty((3, width), np.float32), np.empty((3, width), np.float32)
     red, green, blue = planes[0], planes[1], planes[2]
     (red_scale, green_scale, blue_scale), (red_shift, green_shift, blue_shift) = scale, shift
     for i in range(count):
@@ -134,7 +134,12 @@ def _change_colour(images, flips, colours, result, scale, shift):
                 red[x] = min(max(r, zero), one) * red_scale + red_shift
                 green[x] = min(max(g, zero), one) * green_scale + green_shift
                 blue[x] = min(max(b, zero), one) * blue_scale + blue_shift
+            shown = planes
             if flips[i]:
-                planes[:] = planes[:, ::-1]
+                for channel in range(3):
+                    for x in range(width):  # an index without sign cannot count from the end
+                        mirrored[channel, x] = planes[channel, np.uint64(width - 1 - x)]
+                shown = mirrored
+            first, second, third = shown[0], shown[1], shown[2]
             for x in range(width):
-                out[3 * x], out[3 * x + 1], out[3 * x + 2] = red[x], green[x], blue[x]
+                out[3 * x], out[3 * x + 1], out[3 * x + 2] = first[x], second[x], third[x]
