@@ -43,8 +43,8 @@ def resize(
 
     pixels: uint8 [H, W, 3]; out: uint8 [h, w, 3], both C-contiguous. size and corner: (width,
     height) and (x, y) in px, with the part inside. Pixels are those of
-    `PIL.Image.crop(box).resize(size, BILINEAR or BICUBIC).crop(part)`. Raises ValueError for
-    rectangles that do not fit.
+    `PIL.Image.crop(box).resize(size, BILINEAR or BICUBIC).crop(part)`, rows always before columns.
+    Raises ValueError for rectangles that do not fit.
     """
     height, width, _ = pixels.shape
     part = out.shape[1], out.shape[0]

@@ -11,7 +11,7 @@ import resource
 import tarfile
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +83,9 @@ class ShardSource:
         label = bisect_right(self._starts, index) - 1
         return range(self._starts[label], self._starts[label + 1])
 
-    @property
+    @cached_property
     def storage_order(self) -> np.ndarray:
-        """The images in the order in which they lie in the shards: int32 [N], made anew."""
+        """The images in the order in which they lie in the shards: int32 [N]."""
         return np.lexsort((self._block, self._shard)).astype(np.int32)
 
     def will_read(self, indices: Sequence[int]) -> None:

@@ -88,6 +88,12 @@ def test_a_worker_killed_while_the_program_does_something_else_is_told_too():
     assert_told(error.value, "is killed by signal: Killed", "memory", "data.workers")
 
 
+def test_a_thread_that_pins_memory_and_ends_with_a_worker_is_told_too():
+    with pytest.raises(WorkerError) as error, worker_errors():
+        raise RuntimeError("Pin memory thread exited unexpectedly")  # torch's words, on GPUs
+    assert_told(error.value, "DataLoader worker", "memory", "data.workers")
+
+
 class Unreachable:
     """An iterator of batches that lie with a process which no longer gives them out."""
 
