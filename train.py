@@ -317,11 +317,15 @@ def evaluate(
         batches = feed.evaluation_batches(cfg, source, world)
         rounds = stream.evaluation_rounds(len(source), cfg.eval.batch, world.size)
         batches = until_stopped(batches, rounds, lambda: world.any(stop.signal is not None))
-        pairs = ((batch.images, batch.labels) for batch in batches)
+        asked = ((b.images, b.labels, [index for _, index in b.keys]) for b in batches)
         with log.progress(len(source), f"evaluating {which}") as bar:
             try:
                 result = engine.evaluate(
-                    model, pairs, world, cfg.train.precision, lambda n: bar.update(n * world.size)
+                    model,
+                    asked,
+                    world,
+                    engine.EvalOptions(cfg.train.precision),
+                    lambda images, _: bar.update(images * world.size),
                 )
             except Stopped:
                 return False
@@ -331,7 +335,7 @@ def evaluate(
             "weights": which,
             "top1": result.top1,
             "top5": result.top5,
-            "loss": result.loss,
+            "loss": result.mean_loss,
             "images": result.images,
         }
         if world.is_main and result.top1 > log.best_top1():

@@ -16,7 +16,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,10 @@ from tqdm import tqdm
 
 from data import loader, shards, sources, stream, transforms, workers
 from data.to_input import ToInput
-from irv2 import checkpoint, config, distributed, engine, rundir, weights
+from irv2 import checkpoint, distributed, engine, rundir, trained, weights
 from irv2.distributed import World
-from irv2.metrics import EvalResult
-from irv2.model import BLOCKS
+from irv2.metrics import Predictions
+from irv2.trained import Trained
 
 MISTAKES = (
     checkpoint.CheckpointError,
@@ -40,25 +39,13 @@ MISTAKES = (
 )
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated: a network, its name for people, its classes, how it sees images."""
-
-    model: nn.Module
-    name: str
-    which: str
-    step: int | None
-    classes: list[str] | None
-    data: dict[str, Any]
-
-
 def validate(arguments: argparse.Namespace, world: World) -> None:
     """An evaluation from its weights to its table."""
     # Weights
     if arguments.run is not None:
-        subject = open_run(arguments.run, arguments.which, world.say)
+        subject = trained.of_run(arguments.run, arguments.which, world.say)
     else:
-        subject = open_weights(arguments.weights)
+        subject = trained.of_weights(arguments.weights)
     settings = {**subject.data, **given(arguments)}
 
     if arguments.json is not None and world.is_main:
@@ -93,30 +80,6 @@ def validate(arguments: argparse.Namespace, world: World) -> None:
             write_json(arguments.json, subject, settings, result)
 
 
-def open_run(directory: Path, which: str, say: Callable[[str], None]) -> Subject:
-    """A run's newest checkpoint. Raises CheckpointError."""
-    part = "ema" if which == "ema" else "model"
-    found = rundir.load_newest(directory, say, only=[part])
-    cfg = found.meta["config"]
-    model = weights.build_model(found.parts[part], str(found.path), tuple(cfg["model"]["blocks"]))
-    return Subject(
-        model, str(found.path), which, found.meta["step"], found.meta["classes"], cfg["data"]
-    )
-
-
-def open_weights(source: str) -> Subject:
-    """A weights file, or weights timm knows. Raises WeightsError."""
-    state, metadata = weights.read(source)
-    classes = json.loads(metadata["classes"]) if "classes" in metadata else None
-    data = config.Data(train="unknown", val="unknown").model_dump() | {"val": None}
-    data |= json.loads(metadata.get("data", "{}"))
-    result = json.loads(metadata.get("result", "{}"))
-    which = result.get("weights", "as published")
-    blocks = tuple(json.loads(metadata["blocks"])) if "blocks" in metadata else BLOCKS
-    model = weights.build_model(state, source, blocks)
-    return Subject(model, source, which, result.get("step"), classes, data)
-
-
 def given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The evaluation settings stated on the command line, under their config names."""
     stated = {
@@ -134,7 +97,7 @@ def evaluate(
     settings: dict[str, Any],
     arguments: argparse.Namespace,
     world: World,
-) -> EvalResult:
+) -> Predictions:
     """Counts over all ranks, with a progress bar on a terminal."""
     view = transforms.EvalView(
         settings["image_size"], settings["eval_crop"], settings["eval_interpolation"]
@@ -143,15 +106,19 @@ def evaluate(
     to_input = ToInput(settings["mean"], settings["std"], world.device)
     processes = workers.Workers(arguments.workers)
     batches = loader.load(source, view, keys, to_input, processes)
-    pairs = ((batch.images, batch.labels) for batch in batches)
+    asked = ((b.images, b.labels, [index for _, index in b.keys]) for b in batches)
     hidden = not (world.is_main and sys.stderr.isatty())
     with tqdm(total=len(source), unit="image", leave=False, disable=hidden) as bar:
         return engine.evaluate(
-            model, pairs, world, arguments.precision, lambda n: bar.update(n * world.size)
+            model,
+            asked,
+            world,
+            engine.EvalOptions(arguments.precision),
+            lambda images, _: bar.update(images * world.size),
         )
 
 
-def table(subject: Subject, settings: dict[str, Any], result: EvalResult, seconds: float) -> str:
+def table(subject: Trained, settings: dict[str, Any], result: Predictions, seconds: float) -> str:
     scaled = settings["resized_to"]
     smaller = "" if scaled is None else f", scaled down to a shorter side of {scaled} px"
     rows = (
@@ -164,20 +131,20 @@ def table(subject: Subject, settings: dict[str, Any], result: EvalResult, second
         ),
         ("top-1", f"{result.top1:.3f} %  ({result.top1_correct:,} correct)"),
         ("top-5", f"{result.top5:.3f} %  ({result.top5_correct:,} correct)"),
-        ("loss", f"{result.loss:.4f}"),
+        ("loss", f"{result.mean_loss:.4f}"),
         ("time", f"{seconds:.1f} s, {result.images / seconds:.0f} images/s"),
     )
     return "\n".join(f"{name:<8} {value}" for name, value in rows)
 
 
-def write_json(path: Path, subject: Subject, settings: dict[str, Any], result: EvalResult) -> None:
+def write_json(path: Path, subject: Trained, settings: dict[str, Any], result: Predictions) -> None:
     content = {
         "top1": result.top1,
         "top5": result.top5,
         "top1_correct": result.top1_correct,
         "top5_correct": result.top5_correct,
         "images": result.images,
-        "loss": result.loss,
+        "loss": result.mean_loss,
         "weights": subject.which,
         "step": subject.step,
         "source": subject.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from irv2.distributed import World
-from irv2.metrics import EvalCounter, EvalResult
+from irv2.metrics import Collector, Predictions, Scored
 
 COUNTERS = ("step", "images_seen", "bad_images", "bad_steps", "bad_steps_in_a_row")
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")  # a forward changes them
@@ -275,25 +276,69 @@ def dropout_seed(seed: int, step: int, rank: int, part: int) -> int:
     return mixed
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class EvalOptions:
+    """How a network is asked in an evaluation."""
+
+    precision: str = "fp32"
+    mirrored: bool = False  # show each view also mirrored left to right
+    competing: Tensor | None = None  # bool [C], the classes that may be answers; None: all
+    at_once: int | None = None  # most views in one forward
+
+
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor, list[int]]],
     world: World,
-    precision: str = "fp32",
-    on_batch: Callable[[int], None] = lambda images: None,
-) -> EvalResult:
-    """Exact counts over all ranks' batches, each image counted once.
+    options: EvalOptions | None = None,
+    on_batch: Callable[[int, Collector], None] = lambda images, collected: None,
+) -> Predictions:
+    """What a network says of the images of all ranks' batches, each image counted once.
 
-    `on_batch` is called with the number of images of each finished batch of this rank.
+    `batches`: views, answers and image numbers, as `scored` takes them. `on_batch` is called with
+    the number of images of each finished batch of this rank, and what is known so far.
+    """
+    return collect(scored(model, batches, options or EvalOptions()), world, on_batch)
+
+
+def collect(
+    batches: Iterable[Scored],
+    world: World,
+    on_batch: Callable[[int, Collector], None] = lambda images, collected: None,
+) -> Predictions:
+    """Rank all ranks' scores."""
+    collected = Collector()
+    for batch in batches:
+        collected.add(batch)
+        on_batch(len(batch.indices), collected)
+    return Predictions.merged(world.gather(collected.predictions()))
+
+
+def scored(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, list[int]]], options: EvalOptions
+) -> Iterator[Scored]:
+    """Scores for batches of (views [B * V, 3, H, W], answers [B] or [B, A], image numbers [B]).
+
+    The V views of an image follow one another. Scores are the logits of one view, or of several,
+    the logarithm of the mean of their softmax; -inf for classes that do not compete.
     """
     model.eval()
-    dtype = PRECISIONS[precision]
-    counter = EvalCounter(world.device)
-    for x, labels in batches:
-        with torch.autocast(world.device.type, dtype, enabled=dtype is not None):
-            logits = model(x)
-        counter.update(logits, labels)
-        on_batch(len(labels))
-    top1, top5, images = world.sum_(counter.counts).tolist()
-    return EvalResult(top1, top5, images, world.sum_(counter.loss_sum).item())
+    for views, answers, indices in batches:
+        with torch.inference_mode():
+            scores = _scores(model, views, len(indices), options)
+            if options.competing is not None:
+                scores = scores.masked_fill(~options.competing, -float("inf"))
+        yield Scored(scores, answers, indices)
+
+
+def _scores(model: nn.Module, views: Tensor, images: int, options: EvalOptions) -> Tensor:
+    """One row of scores an image."""
+    dtype = PRECISIONS[options.precision]
+    with torch.autocast(views.device.type, dtype, enabled=dtype is not None):
+        parts = views.split(options.at_once or len(views))
+        logits = [torch.cat([model(part) for part in parts])]
+        if options.mirrored:
+            logits.append(torch.cat([model(part.flip(3)) for part in parts]))
+    each = torch.cat([part.view(images, -1, part.shape[1]) for part in logits], 1).float()
+    count = each.shape[1]  # of views of an image
+    return each[:, 0] if count == 1 else each.log_softmax(2).logsumexp(1) - math.log(count)

@@ -1,70 +1,147 @@
-"""Exact top-k counts and the pace of a run."""
+"""Exact top-k counts, from what a network said of each image, and the pace of a run."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 UNRANKED = 2**31
+TOP = 5
 
 
 @dataclass(frozen=True)
-class EvalResult:
-    """What one evaluation found; percentages are derived from the counts."""
+class Predictions:
+    """What a network said of every image of an evaluation; each count and rate follows from it.
 
-    top1_correct: int
-    top5_correct: int
-    images: int
-    loss_sum: float
+    One row an image, in ascending order of `index`, the image's number in its source.
+    """
+
+    index: np.ndarray  # int64 [N]
+    label: np.ndarray  # int64 [N], the right class; of several right ones the best placed
+    rank: np.ndarray  # int64 [N], place of `label` among the classes, 0 = first
+    loss: np.ndarray  # float64 [N], cross-entropy without label smoothing
+    top: np.ndarray  # int64 [N, 5], the classes in first places; fewer columns if there are fewer
+    probability: np.ndarray  # float32 [N, 5], their softmax
+
+    @classmethod
+    def merged(cls, parts: Iterable[Predictions]) -> Predictions:
+        """Those of several ranks, each image in one of them, as one."""
+        parts = list(parts)
+        columns = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)}
+        order = np.argsort(columns["index"], kind="stable")
+        return cls(**{name: column[order] for name, column in columns.items()})
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.index)
+
+    @property
+    def top1_correct(self) -> int:
+        """Images whose label has the highest score."""
+        return int((self.rank < 1).sum())
+
+    @property
+    def top5_correct(self) -> int:
+        """Images whose label is among the five highest scores."""
+        return int((self.rank < TOP).sum())
 
     @property
     def top1(self) -> float:
-        """Percent of images whose label has the highest logit."""
+        """`top1_correct` in percent."""
         return 100.0 * self.top1_correct / self.images
 
     @property
     def top5(self) -> float:
-        """Percent of images whose label is among the five highest logits."""
+        """`top5_correct` in percent."""
         return 100.0 * self.top5_correct / self.images
 
     @property
-    def loss(self) -> float:
-        """Mean cross-entropy, without label smoothing."""
-        return self.loss_sum / self.images
+    def mean_per_class(self) -> float:
+        """Mean over the classes that occur of the percentage of their images that are correct."""
+        labels, inverse = np.unique(self.label, return_inverse=True)
+        counts = np.bincount(inverse, minlength=len(labels))
+        correct = np.bincount(inverse, weights=self.rank < 1, minlength=len(labels))
+        return float(100.0 * (correct / counts).mean())
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean of `loss`."""
+        return float(self.loss.mean())
 
 
-def label_ranks(logits: Tensor, labels: Tensor) -> Tensor:
-    """Position of each label among its image's logits, 0 = highest: [B, C], [B] -> [B] int64.
+class Scored(NamedTuple):
+    """A batch's scores, to be compared with what is right."""
 
-    Equal logits rank by class index, the lower first, on every device. A label whose logit is
+    scores: Tensor  # float [B, C], higher is likelier: logits, or logarithms of probabilities
+    answers: Tensor  # int64 [B], right class; or [B, A], several (repeated to fill a row)
+    indices: list[int]  # number of each image in its source
+
+
+def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """Position of each label among its image's scores, 0 = highest: [B, C], [B] -> [B] int64.
+
+    Equal scores rank by class index, the lower first, on every device. A label whose score is
     not finite ranks behind every place that counts.
     """
-    own = logits.gather(1, labels[:, None])
-    index = torch.arange(logits.shape[1], device=logits.device)
-    ahead = (logits > own) | ((logits == own) & (index < labels[:, None]))
+    own = scores.gather(1, labels[:, None])
+    index = torch.arange(scores.shape[1], device=scores.device)
+    ahead = (scores > own) | ((scores == own) & (index < labels[:, None]))
     return torch.where(own.squeeze(1).isfinite(), ahead.sum(1), UNRANKED)
 
 
-class EvalCounter:
-    """Running integer counts of an evaluation, kept on the device until asked."""
+def best_answers(scores: Tensor, answers: Tensor) -> Tensor:
+    """Of several right classes the best placed: [B, C], [B, A] int64 -> [B] int64."""
+    candidates = answers.sort(1).values  # so that of equal scores the lower class comes first
+    own = scores.gather(1, candidates).nan_to_num(nan=-float("inf"))
+    first = (own == own.amax(1, keepdim=True)).int().argmax(1, keepdim=True)
+    return candidates.gather(1, first).squeeze(1)
 
-    def __init__(self, device: torch.device) -> None:
-        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # top-1, top-5, images
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: logits [B, C], labels [B] int64."""
-        logits = logits.float()
-        ranks = label_ranks(logits, labels)
-        images = torch.full_like(ranks, 1).sum()
-        self.counts += torch.stack([(ranks < 1).sum(), (ranks < 5).sum(), images])
-        self.loss_sum += F.cross_entropy(logits, labels, reduction="none").double().sum()
+class Collector:
+    """Gathers what a network says, batch by batch, on the device until asked."""
+
+    def __init__(self) -> None:
+        self._indices: list[int] = []
+        self._columns: list[tuple[Tensor, ...]] = []
+
+    def add(self, batch: Scored) -> None:
+        """Rank a batch's answers."""
+        scores = batch.scores.float()
+        labels = batch.answers
+        labels = best_answers(scores, labels) if labels.ndim == 2 else labels
+        top = scores.sort(dim=1, descending=True, stable=True).indices[:, :TOP]
+        self._indices += batch.indices
+        self._columns.append(
+            (
+                labels,
+                label_ranks(scores, labels),
+                F.cross_entropy(scores, labels, reduction="none").double(),
+                top,
+                scores.softmax(1).gather(1, top),
+            )
+        )
+
+    def top1(self) -> float:
+        """Percent of the images so far that are correct. Waits for the device."""
+        return (
+            100.0 * torch.cat([column[1] for column in self._columns]).lt(1).double().mean().item()
+        )
+
+    def predictions(self) -> list[Predictions]:
+        """All images added so far; an empty list if there are none."""
+        if not self._columns:
+            return []
+        columns = [torch.cat(parts).cpu().numpy() for parts in zip(*self._columns)]
+        return [Predictions(np.array(self._indices), *columns)]
 
 
 class Pace:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,15 @@ from torch import Tensor, nn
 
 from irv2 import checkpoint, distributed, engine
 from irv2.distributed import World, WorldError, divide_batch
-from irv2.engine import Loss, StepOptions, TrainState, dropout_seed, running_average, train_step
+from irv2.engine import (
+    EvalOptions,
+    Loss,
+    StepOptions,
+    TrainState,
+    dropout_seed,
+    running_average,
+    train_step,
+)
 from irv2.model import inception_resnet_v2
 from irv2.optim import RMSpropTF, parameter_groups
 
@@ -67,6 +76,15 @@ def images(count: int, seed: int = 0) -> Batch:
 def pieces(batch: Batch, size: int) -> Iterator[Batch]:
     """The batch cut into micro-batches."""
     return zip(*(part.split(size) for part in batch))
+
+
+def numbered(
+    batches: Iterable[Batch], first: int = 0
+) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """Batches with the numbers of their images, as an evaluation takes them."""
+    for x, labels in batches:
+        yield x, labels, list(range(first, first + len(x)))
+        first += len(x)
 
 
 def train(state: TrainState, micro_batch: int, steps: int = 3, batch: int = 8, **options) -> list:
@@ -335,7 +353,9 @@ def test_an_evaluation_counts_every_image_and_changes_nothing():
     x, labels = images(23)
     before = copy.deepcopy(network.state_dict())
     seen = []
-    result = engine.evaluate(network, pieces((x, labels), 5), ALONE, on_batch=seen.append)
+    result = engine.evaluate(
+        network, numbered(pieces((x, labels), 5)), ALONE, on_batch=lambda n, _: seen.append(n)
+    )
     with torch.no_grad():
         logits = network.eval()(x)
     best = logits.argsort(1, descending=True)
@@ -343,7 +363,7 @@ def test_an_evaluation_counts_every_image_and_changes_nothing():
     assert result.top1_correct == (best[:, 0] == labels).sum().item()
     assert result.top5_correct == (best[:, :5] == labels[:, None]).any(1).sum().item()
     expected = nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-    assert result.loss_sum == pytest.approx(expected, rel=1e-6)
+    assert result.loss.sum() == pytest.approx(expected, rel=1e-6)
     assert seen == [5, 5, 5, 5, 3]
     assert all(torch.equal(network.state_dict()[name], value) for name, value in before.items())
 
@@ -352,10 +372,43 @@ def test_a_step_after_an_evaluation_trains_again():
     straight, interrupted = (new_state(small_network(drop_rate=0.5)) for _ in range(2))
     train(straight, 8, steps=2)
     train(interrupted, 8, steps=1)
-    engine.evaluate(interrupted.model, [images(4)], ALONE)
+    engine.evaluate(interrupted.model, numbered([images(4)]), ALONE)
     batches = iter([images(8, seed=1)])
     train_step(interrupted, interrupted.model, batches, LR, StepOptions(), ALONE)
     assert torch.equal(trainable(straight.model), trainable(interrupted.model))
+
+
+def test_several_views_of_an_image_count_as_the_mean_of_their_softmax():
+    network = small_network()
+    x, labels = images(4)
+    views = torch.stack([x, x.roll(1, 2), x.roll(1, 3)], 1)  # [4, 3, 3, 6, 6]
+    with torch.no_grad():
+        every = torch.stack([network.eval()(views[:, v]).softmax(1) for v in range(3)])
+        mirrored = torch.stack([network(views[:, v].flip(3)).softmax(1) for v in range(3)])
+    flat = views.flatten(0, 1)
+    for is_mirrored, expected in ((False, every.mean(0)), (True, (every + mirrored).mean(0) / 2)):
+        for at_once in (None, 5):
+            options = EvalOptions(mirrored=is_mirrored, at_once=at_once)
+            (batch,) = engine.scored(network, [(flat, labels, [0, 1, 2, 3])], options)
+            assert torch.allclose(batch.scores.exp(), expected, atol=1e-6)
+
+
+def test_classes_that_do_not_compete_are_never_answers():
+    network = small_network()
+    x, labels = images(40)
+    competing = torch.tensor([True, False, True, True, False, True])
+    mine = competing[labels]
+    x, labels = x[mine], labels[mine]
+    result = engine.evaluate(
+        network, numbered([(x, labels)]), ALONE, EvalOptions(competing=competing)
+    )
+    places = competing.nonzero().squeeze(1)
+    with torch.no_grad():
+        logits = network.eval()(x)[:, places]
+    expected = [places[i].item() for i in logits.argmax(1)]
+    assert result.top[:, 0].tolist() == expected
+    assert result.top1_correct == sum(e == label for e, label in zip(expected, labels.tolist()))
+    assert result.probability.sum(1) == pytest.approx(1.0)
 
 
 # ---------------------------------------------------------------------------------- ranks
@@ -383,8 +436,9 @@ def _rank_main(rank: int, size: int, port: int, directory: str) -> None:
             found[name] = _train_on_a_rank(world, freeze_bn, micro_batch)
         x, labels = images(7)
         mine = slice(7 * rank // size, 7 * (rank + 1) // size)
-        result = engine.evaluate(small_network(), pieces((x[mine], labels[mine]), 2), world)
-        found["evaluated"] = result
+        batches = pieces((x[mine], labels[mine]), 2)
+        result = engine.evaluate(small_network(), numbered(batches, mine.start), world)
+        found["evaluated"] = dataclasses.asdict(result)
     torch.save(found, Path(directory) / f"rank{rank}.pt")
 
 
@@ -472,15 +526,11 @@ def test_the_running_mean_is_that_of_all_ranks_images(ranks):
 
 
 def test_an_evaluation_by_two_ranks_counts_every_image_once(ranks):
-    alone = engine.evaluate(small_network(), [images(7)], ALONE)
+    alone = engine.evaluate(small_network(), numbered([images(7)]), ALONE)
     for found in ranks:
-        result = found["evaluated"]
-        assert result.images == 7
-        assert (result.top1_correct, result.top5_correct) == (
-            alone.top1_correct,
-            alone.top5_correct,
-        )
-        assert result.loss_sum == pytest.approx(alone.loss_sum, rel=1e-6)
+        for column in ("index", "label", "rank", "top"):
+            assert np.array_equal(found["evaluated"][column], getattr(alone, column))
+        assert found["evaluated"]["loss"] == pytest.approx(alone.loss, rel=1e-6)
 
 
 def test_a_world_of_one_needs_no_process_group():

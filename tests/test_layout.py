@@ -15,7 +15,7 @@ PACKAGES = {"irv2", "data"}
 STORIES = [path for path in (ROOT / "train.py", ROOT / "validate.py") if path.exists()]
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 # Modules that stand alone: plain arguments in, nothing of the project imported.
-LEAVES = ["optim", "schedule", "metrics", "checkpoint", "distributed", "strict_yaml"]
+LEAVES = ["optim", "schedule", "metrics", "statistics", "checkpoint", "distributed", "strict_yaml"]
 
 # Imports everything, then tells what has changed in the process.
 PROBE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,9 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irv2 import metrics
-from irv2.metrics import UNRANKED, EvalCounter, EvalResult, Pace, label_ranks
-
-CPU = torch.device("cpu")
+from irv2.metrics import (
+    UNRANKED,
+    Collector,
+    Pace,
+    Predictions,
+    Scored,
+    best_answers,
+    label_ranks,
+)
 
 
 def plain_rank(logits: list[float], label: int) -> int:
@@ -25,11 +32,17 @@ def plain_rank(logits: list[float], label: int) -> int:
     return sorted(rivals, key=lambda i: (-logits[i], i)).index(label)
 
 
-def counted(logits: Tensor, labels: Tensor, batch: int = 7) -> EvalCounter:
-    counter = EvalCounter(CPU)
+def collected(logits: Tensor, labels: Tensor, batch: int = 7) -> Predictions:
+    collector = Collector()
     for start in range(0, len(labels), batch):
-        counter.update(logits[start : start + batch], labels[start : start + batch])
-    return counter
+        part = slice(start, start + batch)
+        indices = list(range(len(labels)))[part]
+        collector.add(Scored(logits[part], labels[part], indices))
+    return Predictions.merged(collector.predictions())
+
+
+def counts(found: Predictions) -> list[int]:
+    return [found.top1_correct, found.top5_correct, found.images]
 
 
 @pytest.mark.parametrize("levels", [2, 5, 1000])
@@ -59,8 +72,8 @@ def test_all_equal_logits_do_not_make_every_label_first():
 
 @pytest.mark.parametrize("classes", [2, 10])
 def test_a_network_of_nans_gets_nothing_right(classes):
-    counter = counted(torch.full((20, classes), float("nan")), torch.arange(20) % classes)
-    assert counter.counts.tolist() == [0, 0, 20]
+    found = collected(torch.full((20, classes), float("nan")), torch.arange(20) % classes)
+    assert counts(found) == [0, 0, 20]
 
 
 def test_half_precision_logits_one_bit_apart_are_no_tie():
@@ -73,26 +86,26 @@ def test_counts_equal_scikit_learns_and_topks_on_random_logits():
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(523, 20, generator=generator)
     labels = torch.randint(20, (523,), generator=generator)
-    counter = counted(logits, labels)
+    found = collected(logits, labels)
     theirs = [
         sklearn.metrics.top_k_accuracy_score(
             labels.numpy(), logits.numpy(), k=k, labels=np.arange(20), normalize=False
         )
         for k in (1, 5)
     ]
-    assert counter.counts.tolist() == [*theirs, 523]
+    assert counts(found) == [*theirs, 523]
     in_top5 = (logits.topk(5).indices == labels[:, None]).any(1).sum().item()
-    assert counter.counts[1].item() == in_top5
-    assert counter.loss_sum.item() == pytest.approx(
+    assert found.top5_correct == in_top5
+    assert found.loss.sum() == pytest.approx(
         F.cross_entropy(logits.double(), labels, reduction="sum").item(), rel=1e-6
     )
 
 
 def test_the_loss_is_free_of_label_smoothing_and_in_float32_at_least():
     logits = torch.tensor([[2.0, 0.0, -1.0]]).bfloat16()
-    counter = counted(logits, torch.tensor([0]))
+    found = collected(logits, torch.tensor([0]))
     expected = -math.log(math.exp(2) / (math.exp(2) + 1 + math.exp(-1)))
-    assert counter.loss_sum.item() == pytest.approx(expected, rel=1e-6)
+    assert found.loss.sum() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 5])
@@ -100,7 +113,7 @@ def test_with_five_classes_or_fewer_everything_is_among_the_five_best(classes):
     generator = torch.Generator().manual_seed(classes)
     logits = torch.randn(50, classes, generator=generator)
     labels = torch.randint(classes, (50,), generator=generator)
-    top1, top5, images = counted(logits, labels).counts.tolist()
+    top1, top5, images = counts(collected(logits, labels))
     assert top1 == (logits.argmax(1) == labels).sum().item()
     assert (top5, images) == (50, 50)
 
@@ -109,13 +122,63 @@ def test_the_counts_do_not_depend_on_the_batches():
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(64, 10, generator=generator)
     labels = torch.randint(10, (64,), generator=generator)
-    results = [counted(logits, labels, batch).counts.tolist() for batch in (1, 5, 64)]
+    results = [counts(collected(logits, labels, batch)) for batch in (1, 5, 64)]
     assert results[0] == results[1] == results[2]
 
 
 def test_a_result_divides_by_the_images():
-    result = EvalResult(top1_correct=40_217, top5_correct=47_656, images=50_000, loss_sum=25_000.0)
-    assert (result.top1, result.top5, result.loss) == (80.434, 95.312, 0.5)
+    rank = np.full(50_000, 9)
+    rank[:47_656], rank[:40_217] = 4, 0
+    zeros = np.zeros((50_000, 5))
+    found = Predictions(np.arange(50_000), rank % 7, rank, rank * 0 + 0.5, zeros, zeros)
+    assert (found.top1, found.top5, found.mean_loss) == (80.434, 95.312, 0.5)
+
+
+def test_the_mean_over_classes_is_scikit_learns_balanced_accuracy():
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(300, 7, generator=generator)
+    labels = torch.randint(5, (300,), generator=generator) ** 2 % 7  # of unequal frequency
+    theirs = sklearn.metrics.balanced_accuracy_score(labels, logits.argmax(1))
+    assert collected(logits, labels).mean_per_class == pytest.approx(100 * theirs)
+
+
+def test_first_places_and_their_probabilities_are_a_stable_sorts():
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randint(4, (60, 9), generator=generator).float()
+    labels = torch.randint(9, (60,), generator=generator)
+    found = collected(logits, labels)
+    expected = [sorted(range(9), key=lambda i: (-row[i], i))[:5] for row in logits.tolist()]
+    assert found.top.tolist() == expected
+    probability = logits.double().softmax(1).gather(1, torch.tensor(expected))
+    assert found.probability == pytest.approx(probability.numpy(), rel=1e-5)
+    assert ((found.top[:, 0] == found.label) == (found.rank == 0)).all()
+
+
+def test_of_several_right_answers_the_best_placed_counts():
+    generator = torch.Generator().manual_seed(5)
+    scores = torch.randint(4, (200, 9), generator=generator).float()
+    answers = torch.randint(9, (200, 3), generator=generator)
+    rows = zip(scores.tolist(), answers.tolist())
+    expected = [min(row, key=lambda i: (-score[i], i)) for score, row in rows]
+    assert best_answers(scores, answers).tolist() == expected
+    assert collected(scores, answers).rank.tolist() == [
+        min(plain_rank(score, i) for i in row)
+        for score, row in zip(scores.tolist(), answers.tolist())
+    ]
+
+
+def test_what_ranks_found_is_put_together_in_the_order_of_images():
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.randn(10, 6, generator=generator)
+    labels = torch.randint(6, (10,), generator=generator)
+    whole = collected(logits, labels)
+    parts = [
+        Predictions(*(getattr(whole, f.name)[rows] for f in dataclasses.fields(whole)))
+        for rows in (slice(6, 10), slice(0, 6))
+    ]
+    merged = Predictions.merged(parts)
+    for f in dataclasses.fields(whole):
+        assert np.array_equal(getattr(merged, f.name), getattr(whole, f.name))
 
 
 def test_pace_counts_images_and_waiting_between_two_readings(monkeypatch):

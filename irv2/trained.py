@@ -1,0 +1,68 @@
+"""A trained network and what it says of itself: from a run, a weights file or timm's hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from irv2 import config, imagenet_names, rundir, weights
+from irv2.checkpoint import Checkpoint
+from irv2.model import BLOCKS, InceptionResnetV2
+
+IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with its weights."""
+
+    model: InceptionResnetV2
+    name: str  # where it comes from, for people
+    which: str  # "ema", "raw" or "as published"
+    step: int | None
+    classes: list[str] | None  # class names in the order of its outputs, if it knows them
+    data: dict[str, Any]  # how it sees images: the keys of the config's section "data"
+
+
+def of_run(directory: Path, which: str, say: Callable[[str], None]) -> Trained:
+    """A run's newest usable checkpoint, its averaged ("ema") or "raw" weights.
+
+    Raises CheckpointError, or WeightsError.
+    """
+    return of_checkpoint(rundir.load_newest(directory, say, only=[part(which)]), which)
+
+
+def of_checkpoint(found: Checkpoint, which: str) -> Trained:
+    """One checkpoint of a run, of which `part(which)` has been read. Raises WeightsError."""
+    cfg = found.meta["config"]
+    blocks = tuple(cfg["model"]["blocks"])
+    model = weights.build_model(found.parts[part(which)], str(found.path), blocks)
+    meta = found.meta
+    return Trained(model, str(found.path), which, meta["step"], meta["classes"], cfg["data"])
+
+
+def part(which: str) -> str:
+    """The part of a checkpoint that holds "ema" or "raw" weights."""
+    return "ema" if which == "ema" else "model"
+
+
+def of_weights(source: str) -> Trained:
+    """A weights file, or "timm:NAME". Raises WeightsError.
+
+    What no metadata tells is as published: 299 px, crop 0.8975, bicubic, mean = std = 0.5, and of
+    1,000 classes that they are ImageNet's.
+    """
+    state, metadata = weights.read(source)
+    blocks = tuple(json.loads(metadata["blocks"])) if "blocks" in metadata else BLOCKS
+    model = weights.build_model(state, source, blocks)
+    classes = json.loads(metadata["classes"]) if "classes" in metadata else None
+    if classes is None and model.classif.out_features == IMAGENET_CLASSES:
+        classes = imagenet_names.synsets()
+    data = config.Data(train="unknown", val="unknown").model_dump() | {"val": None}
+    data |= json.loads(metadata.get("data", "{}"))
+    result = json.loads(metadata.get("result", "{}"))
+    which = result.get("weights", "as published")
+    return Trained(model, source, which, result.get("step"), classes, data)
