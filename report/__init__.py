@@ -1,0 +1,1 @@
+"""Pages for people: an evaluation explained, training runs side by side."""
