@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Evaluate a run or published weights: exact top-1 and top-5, every image counted once.
+"""Evaluate runs or published weights: exact top-1 and top-5, every image counted once.
 
   python validate.py --run runs/quickstart
   python validate.py --weights timm:inception_resnet_v2.tf_in1k --data IMAGENET/val
   torchrun --nproc-per-node=8 -- validate.py --run runs/irv2_rmsprop --json result.json
+  python validate.py --run runs/quickstart --report runs/quickstart/report
+  python validate.py --weights A.safetensors B.safetensors --data DIR --compare --ensemble
 
 Runs say themselves how their images are to be seen; for other weights it is 299 px, crop 0.8975,
 bicubic, mean = std = 0.5. Exit status: 0 done, 1 something must be mended first, 130 Ctrl-C.
@@ -15,199 +17,324 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from PIL import Image
 from tqdm import tqdm
 
-from data import loader, shards, sources, stream, transforms, workers
-from data.to_input import ToInput
-from irv2 import checkpoint, distributed, engine, rundir, trained, weights
+import exam
+from data import loader, sources, workers
+from data.protocols import PROTOCOLS
+from exam import Exam, LabelFiles
+from irv2 import checkpoint, distributed, engine, imagenet_names, jsonl, rundir, trained, weights
 from irv2.distributed import World
-from irv2.metrics import Predictions
+from irv2.folding import fold_batch_norm
+from irv2.metrics import Collector, Predictions, Scored
 from irv2.trained import Trained
+from report import evaluation, reference, result
+from report.result import Result
+from scripts.arguments import share, whole
 
 MISTAKES = (
     checkpoint.CheckpointError,
     distributed.WorldError,
+    reference.ReferenceError,
     sources.DataError,
     weights.WeightsError,
     OSError,  # no permission, no space: its own words name the file
 )
+REFERENCE = Path(__file__).parent / "configs" / "reference.yaml"
 
 
 def validate(arguments: argparse.Namespace, world: World) -> None:
-    """An evaluation from its weights to its table."""
-    # Weights
-    if arguments.run is not None:
-        subject = trained.of_run(arguments.run, arguments.which, world.say)
-    else:
-        subject = trained.of_weights(arguments.weights)
-    settings = {**subject.data, **given(arguments)}
-
-    if arguments.json is not None and world.is_main:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-
-    # Images
-    if settings["val"] is None:
-        raise sources.DataError("--data DIR is needed: these weights do not say what to look at")
-    source = sources.open_source(settings["val"])
-    is_allowed_by_run = arguments.data is None and settings.get("allow_resized")
-    if not (arguments.allow_resized or is_allowed_by_run):
-        shards.refuse_resized(source, settings["val"], "--allow-resized")
-    if subject.classes is not None:
-        sources.check_same_classes(source.classes, subject.classes, settings["val"], subject.name)
-    elif len(source.classes) != subject.model.classif.out_features:
-        raise sources.DataError(
-            f"{settings['val']}: {len(source.classes)} classes, but {subject.name} tells apart "
-            f"{subject.model.classif.out_features}"
-        )
+    """Evaluations from their weights to their tables."""
+    # Everything that can be wrong is looked at before the first image
+    references = reference.read(arguments.reference)
+    files = LabelFiles(arguments.class_index, arguments.real, arguments.subset, arguments.exclude)
+    exams = [
+        exam.prepare(network, stated(arguments), files, arguments.allow_resized)
+        for network in open_networks(arguments, world)
+    ]
+    if arguments.ensemble or arguments.compare:
+        exam.check_comparable(exams)
+    if world.is_main:
+        for path in (arguments.json and arguments.json.parent, arguments.report):
+            if path is not None:
+                path.mkdir(parents=True, exist_ok=True)
 
     # Counts
-    started = time.perf_counter()
-    model = subject.model.to(world.device, memory_format=torch.channels_last)
-    result = evaluate(model, source, settings, arguments, world)
-    seconds = time.perf_counter() - started
+    results = []
+    precision = "fast" if arguments.fast else arguments.precision
+    sizes: dict[int, np.ndarray] = {}  # image -> width, height
+    sums: list[Scored] = []  # probabilities, added up over the networks
+    for each in exams:
+        started = time.perf_counter()
+        scored = scores(each, sizes, arguments, world)
+        if arguments.ensemble:
+            scored = adding_up(scored, sums)
+        predictions = counted(scored, each, world)
+        seconds = time.perf_counter() - started
+        results.append(exam.outcome(each, predictions, seconds, precision, references))
+    if arguments.ensemble:
+        predictions = engine.collect(mean_of(sums, len(exams)), world)
+        seconds = sum(each.seconds for each in results)
+        results.append(exam.ensemble_of(exams, predictions, seconds, precision, references))
+    all_sizes = gathered(sizes, world)
 
     # Report
     if world.is_main:
-        settings["resized_to"] = getattr(source, "resized_to", None)
-        print(table(subject, settings, result, seconds))
-        if arguments.json is not None:
-            write_json(arguments.json, subject, settings, result)
+        tell(results, arguments)
+        if arguments.report is not None:
+            write_pages(exams, results, all_sizes, arguments)
 
 
-def given(arguments: argparse.Namespace) -> dict[str, Any]:
+def open_networks(arguments: argparse.Namespace, world: World) -> list[Trained]:
+    """What the command line asks for. Raises CheckpointError or WeightsError."""
+    if arguments.weights is not None:
+        return [trained.of_weights(source) for source in arguments.weights]
+    if not (arguments.all or arguments.average):
+        return [trained.of_run(arguments.run, arguments.which, world.say)]
+    every = trained.every_of_run(arguments.run, arguments.which, world.say)
+    if arguments.all:
+        return every
+    if len(every) < arguments.average:
+        raise checkpoint.CheckpointError(
+            f"{arguments.run}: --average {arguments.average} needs as many checkpoints, and it has "
+            f"{len(every)}; train with a larger checkpoint.keep"
+        )
+    return [trained.averaged(every[-arguments.average :])]
+
+
+def stated(arguments: argparse.Namespace) -> dict[str, Any]:
     """The evaluation settings stated on the command line, under their config names."""
-    stated = {
+    settings = {
         "val": arguments.data,
         "image_size": arguments.image_size,
         "eval_crop": arguments.crop,
         "eval_interpolation": arguments.interpolation,
+        "protocol": arguments.protocol,
     }
-    return {key: value for key, value in stated.items() if value is not None}
+    return {key: value for key, value in settings.items() if value is not None}
 
 
-def evaluate(
-    model: nn.Module,
-    source: sources.Source,
-    settings: dict[str, Any],
-    arguments: argparse.Namespace,
-    world: World,
-) -> Predictions:
-    """Counts over all ranks, with a progress bar on a terminal."""
-    view = transforms.EvalView(
-        settings["image_size"], settings["eval_crop"], settings["eval_interpolation"]
+def scores(
+    each: Exam, sizes: dict[int, np.ndarray], arguments: argparse.Namespace, world: World
+) -> Iterator[Scored]:
+    """What a network says of this rank's images; `sizes` learns their width and height."""
+    model, precision, competing = each.network.model, arguments.precision, each.labels.competing
+    if arguments.fast:
+        model, precision = fold_batch_norm(model), "bf16"
+    model = model.to(world.device, memory_format=torch.channels_last)
+    options = engine.EvalOptions(
+        precision,
+        PROTOCOLS[arguments.protocol].mirrored,
+        None if competing is None else torch.from_numpy(competing).to(world.device),
+        arguments.batch,
     )
-    keys = stream.evaluation_batches(len(source), arguments.batch, world.rank, world.size)
-    to_input = ToInput(settings["mean"], settings["std"], world.device)
     processes = workers.Workers(arguments.workers)
-    batches = loader.load(source, view, keys, to_input, processes)
-    asked = ((b.images, b.labels, [index for _, index in b.keys]) for b in batches)
+    batches = exam.batches(each, arguments.batch, processes, sizes, world)
+    return engine.scored(torch.compile(model) if arguments.fast else model, batches, options)
+
+
+def counted(scored: Iterable[Scored], each: Exam, world: World) -> Predictions:
+    """All ranks' answers, ranked, with a progress bar on a terminal."""
     hidden = not (world.is_main and sys.stderr.isatty())
-    with tqdm(total=len(source), unit="image", leave=False, disable=hidden) as bar:
-        return engine.evaluate(
-            model,
-            asked,
-            world,
-            engine.EvalOptions(arguments.precision),
-            lambda images, _: bar.update(images * world.size),
+    title = Path(each.network.name).name
+    total = len(each.labels.indices)
+    with tqdm(total=total, desc=title, unit="image", leave=False, disable=hidden) as bar:
+        return engine.collect(scored, world, shown_on(bar, world))
+
+
+def adding_up(batches: Iterable[Scored], sums: list[Scored]) -> Iterator[Scored]:
+    """The batches, whose probabilities are added to `sums`, batch by batch."""
+    for number, batch in enumerate(batches):
+        probabilities = batch.scores.float().softmax(1).cpu()
+        if number == len(sums):
+            sums.append(Scored(probabilities, batch.answers.cpu(), batch.indices))
+        else:
+            sums[number].scores.add_(probabilities)
+        yield batch
+
+
+def mean_of(sums: list[Scored], networks: int) -> Iterator[Scored]:
+    """Sums of probabilities -> logarithms of their mean, which rank as scores."""
+    for batch in sums:
+        yield batch._replace(scores=(batch.scores / networks).log())
+
+
+def shown_on(bar: tqdm, world: World) -> Callable[[int, Collector], None]:
+    """What moves the bar on, and shows this rank's top-1 at most once a second: it waits for the
+    device."""
+    last = [time.perf_counter()]
+
+    def show(images: int, collected: Collector) -> None:
+        if not bar.disable and time.perf_counter() - last[0] > 1:
+            bar.set_postfix_str(f"top-1 {collected.top1():.2f} %", refresh=False)
+            last[0] = time.perf_counter()
+        bar.update(images * world.size)
+
+    return show
+
+
+def gathered(sizes: dict[int, np.ndarray], world: World) -> np.ndarray:
+    """All ranks' image sizes in order of the images: int32 [N, 2]."""
+    pairs = world.gather(list(sizes.items()))
+    return np.array([size for _, size in sorted(pairs, key=lambda pair: pair[0])])
+
+
+def tell(results: list[Result], arguments: argparse.Namespace) -> None:
+    """Print the outcome, and write --json."""
+    if len(results) == 1:
+        print(result.in_lines(result.rows(results[0])))
+    else:
+        shared = [row for row in result.rows(results[0]) if row[0] in ("images", "labels", "view")]
+        print(result.in_lines(shared), result.table(results), sep="\n\n")
+    compared = result.comparisons(results) if arguments.compare else []
+    for comparison in compared:
+        print(result.in_words(comparison))
+    if arguments.json is not None:
+        content = [result.as_json(each, rundir.software()) for each in results]
+        several = {"results": content, "comparisons": compared}
+        text = json.dumps(content[0] if len(content) == 1 else several, indent=2) + "\n"
+        checkpoint.write_atomically(arguments.json, lambda file: file.write(text.encode()))
+
+
+def write_pages(
+    exams: list[Exam], results: list[Result], sizes: np.ndarray, arguments: argparse.Namespace
+) -> None:
+    """The page of each result, in folders 1, 2, … where there are several."""
+    log = []
+    if arguments.run is not None and (arguments.run / "log.jsonl").exists():
+        log = jsonl.read(arguments.run / "log.jsonl")
+    for number, each in enumerate(results):
+        asked = exams[min(number, len(exams) - 1)]  # the ensemble comes last
+        place = arguments.report if len(results) == 1 else arguments.report / str(number + 1)
+        page = evaluation.Evaluation(
+            title=f"{each.name} ({each.which})",
+            facts=result.rows(each),
+            predictions=each.predictions,
+            classes=asked.classes,
+            names=[imagenet_names.in_words(name) for name in asked.classes],
+            image_name=asked.source.name,
+            thumbnail=picture_of(asked.source),
+            sizes=sizes,
+            log=log,
         )
+        evaluation.write(place, page)
+        print(f"report   {place / 'index.html'}")
 
 
-def table(subject: Trained, settings: dict[str, Any], result: Predictions, seconds: float) -> str:
-    scaled = settings["resized_to"]
-    smaller = "" if scaled is None else f", scaled down to a shorter side of {scaled} px"
-    rows = (
-        ("weights", f"{subject.name} ({subject.which})"),
-        ("images", f"{result.images:,} of {settings['val']}{smaller}"),
-        (
-            "view",
-            f"{settings['image_size']} px, crop {settings['eval_crop']:g}, "
-            f"{settings['eval_interpolation']}",
-        ),
-        ("top-1", f"{result.top1:.3f} %  ({result.top1_correct:,} correct)"),
-        ("top-5", f"{result.top5:.3f} %  ({result.top5_correct:,} correct)"),
-        ("loss", f"{result.mean_loss:.4f}"),
-        ("time", f"{seconds:.1f} s, {result.images / seconds:.0f} images/s"),
-    )
-    return "\n".join(f"{name:<8} {value}" for name, value in rows)
-
-
-def write_json(path: Path, subject: Trained, settings: dict[str, Any], result: Predictions) -> None:
-    content = {
-        "top1": result.top1,
-        "top5": result.top5,
-        "top1_correct": result.top1_correct,
-        "top5_correct": result.top5_correct,
-        "images": result.images,
-        "loss": result.mean_loss,
-        "weights": subject.which,
-        "step": subject.step,
-        "source": subject.name,
-        "data": settings["val"],
-        "resized_to": settings["resized_to"],
-        "image_size": settings["image_size"],
-        "eval_crop": settings["eval_crop"],
-        "eval_interpolation": settings["eval_interpolation"],
-        "software": rundir.software(),
-    }
-    text = json.dumps(content, indent=2) + "\n"
-    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def whole(least: int) -> Callable[[str], int]:
-    """Argument type: a whole number of at least `least`."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
-        return int(text)
-
-    return number
-
-
-def share(text: str) -> float:
-    """Argument type: a number above 0 and up to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and up to 1")
-    return value
+def picture_of(source: sources.Source) -> Callable[[int], Image.Image]:
+    """Image number -> picture."""
+    return lambda index: Image.fromarray(loader.read_image(source, index)[0])
 
 
 def parse_arguments() -> argparse.Namespace:
+    described = "\n".join(f"  {name:<13} {each.description}" for name, each in PROTOCOLS.items())
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=f"protocols, over whose views the softmax is averaged:\n{described}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    subject = parser.add_mutually_exclusive_group(required=True)
+    add = parser.add_argument_group("what is evaluated")
+    subject = add.add_mutually_exclusive_group(required=True)
     subject.add_argument("--run", type=Path, metavar="DIR", help="a run's newest checkpoint")
     subject.add_argument(
         "--weights",
+        nargs="+",
         metavar="FILE|timm:NAME",
-        help="a .pth, .pt or .safetensors file with timm's names, or weights from timm's hub",
+        help=".pth, .pt or .safetensors files with timm's names, or weights from timm's hub",
     )
-    parser.add_argument("--data", metavar="DIR", help="images; default: the run's data.val")
-    parser.add_argument(
-        "--allow-resized", action="store_true", help="evaluate shards of scaled-down images, too"
-    )
-    parser.add_argument(
+    add.add_argument(
         "--which", choices=["ema", "raw"], default="ema", help="of a run: averaged (default) or raw"
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
-    parser.add_argument("--image-size", type=whole(75), metavar="PX", help="side of the input")
-    parser.add_argument("--crop", type=share, help="centre crop's share of the resized side")
-    parser.add_argument("--interpolation", choices=["bicubic", "bilinear"])
-    parser.add_argument("--batch", type=whole(1), default=64, help="images at once (default: 64)")
-    parser.add_argument("--workers", type=whole(0), help="loader processes of each rank")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--precision", choices=list(engine.PRECISIONS), default="fp32")
-    return parser.parse_args()
+    add.add_argument("--all", action="store_true", help="of a run: each of its checkpoints")
+    add.add_argument(
+        "--average",
+        type=whole(2),
+        metavar="N",
+        help="of a run: the mean of the weights of its newest N checkpoints",
+    )
+    add.add_argument(
+        "--ensemble", action="store_true", help="also the mean of all networks' probabilities"
+    )
+
+    add = parser.add_argument_group("images and labels")
+    add.add_argument("--data", metavar="DIR", help="images; default: the run's data.val")
+    add.add_argument(
+        "--allow-resized", action="store_true", help="evaluate shards of scaled-down images, too"
+    )
+    add.add_argument("--subset", type=Path, metavar="FILE", help="only the images it lists")
+    add.add_argument(
+        "--exclude",
+        type=Path,
+        metavar="FILE",
+        help="all but the images it lists, by file name, or by number as the ImageNet devkit's "
+        "blacklist",
+    )
+    labels = add.add_mutually_exclusive_group()
+    labels.add_argument(
+        "--real", type=Path, metavar="JSON", help="ReaL labels of ImageNet's validation images"
+    )
+    labels.add_argument(
+        "--class-index",
+        type=Path,
+        metavar="FILE",
+        help="which class folder is which output, if only some outputs compete (ImageNet-A, -R): "
+        'folder names one a line, or JSON, {"0": ["n01440764", "tench"]} or {"n01440764": 0}',
+    )
+
+    add = parser.add_argument_group("how")
+    add.add_argument("--protocol", choices=list(PROTOCOLS), default="timm", help="see below")
+    add.add_argument("--image-size", type=whole(75), metavar="PX", help="side of the input")
+    add.add_argument("--crop", type=share, help="centre crop's share of the resized side")
+    add.add_argument("--interpolation", choices=["bicubic", "bilinear"])
+    add.add_argument("--batch", type=whole(1), default=64, help="views at once (default: 64)")
+    add.add_argument("--workers", type=whole(0), help="loader processes of each rank")
+    add.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    speed = add.add_mutually_exclusive_group()
+    speed.add_argument("--precision", choices=list(engine.PRECISIONS), default="fp32")
+    speed.add_argument(
+        "--fast", action="store_true", help="bf16, batch norm folded, compiled: not for the record"
+    )
+
+    add = parser.add_argument_group("what is told")
+    add.add_argument("--compare", action="store_true", help="McNemar's test of each pair")
+    add.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
+    add.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="also write a page (index.html), per_class.csv and predictions.csv.gz there",
+    )
+    add.add_argument(
+        "--reference",
+        type=Path,
+        metavar="YAML",
+        default=REFERENCE,
+        help="published results to compare with (default: configs/reference.yaml)",
+    )
+    arguments = parser.parse_args()
+    check_arguments(parser, arguments)
+    return arguments
+
+
+def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End with a message where options do not go together."""
+    if arguments.run is None and (arguments.all or arguments.average):
+        parser.error("--all and --average are of a run: --run DIR")
+    if arguments.all and arguments.average:
+        parser.error("--all and --average: one of them")
+    is_several = arguments.all or (arguments.weights is not None and len(arguments.weights) > 1)
+    if (arguments.ensemble or arguments.compare) and not is_several:
+        parser.error("--ensemble and --compare want several networks: --weights A B, or --all")
+    has_crop = arguments.crop is not None or arguments.interpolation is not None
+    if has_crop and arguments.protocol not in ("timm", "flip"):
+        parser.error(f"--crop and --interpolation are not of --protocol {arguments.protocol}")
 
 
 def main() -> int:

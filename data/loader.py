@@ -25,14 +25,16 @@ REPLACEMENT = 2  # keeps these draws apart from a view's, seeded by (seed, epoch
 
 
 class View(Protocol):
-    """How an image is shown: a square of `size` px."""
+    """How an image is shown: as a square, or as several."""
 
-    size: int
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what it makes of an image: (side, side, 3), or (views, side, side, 3)."""
 
     def __call__(
         self, pixels: np.ndarray, epoch: int, index: int, out: np.ndarray
     ) -> tuple[bool, Colour | None]:
-        """uint8 [H, W, 3] -> `out`, uint8 [size, size, 3]; whether to mirror it, its colour."""
+        """uint8 [H, W, 3] -> `out`, uint8 of `shape`; whether to mirror it, its colour."""
 
 
 class Replaced(NamedTuple):
@@ -52,10 +54,11 @@ class WorkerBatch:
     Only the pixels travel in shared memory: for each tensor there, two processes shake hands.
     """
 
-    images: Tensor  # uint8 [B, H, W, 3]
-    flips: np.ndarray  # bool [B]
+    images: Tensor  # uint8 [B, H, W, 3]; with V views of each image, [B * V, H, W, 3]
+    flips: np.ndarray  # bool, one for each of them
     colours: np.ndarray | None  # float32 [B, 3]
     labels: np.ndarray  # int64 [B]
+    sizes: np.ndarray  # int32 [B, 2]
     keys: list[Key]
     replaced: list[Replaced] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
@@ -68,8 +71,9 @@ class WorkerBatch:
 class Batch(NamedTuple):
     """What the network gets, and what there is to tell about it."""
 
-    images: Tensor  # float32 [B, 3, H, W], normalised, on the device
+    images: Tensor  # float32 [B or B * V, 3, H, W], normalised, on the device
     labels: Tensor  # int64 [B], on the device; mixed: float32 [B, C], shares of the classes
+    sizes: np.ndarray  # int32 [B, 2], width and height before anything was done, px
     keys: list[Key]  # what was asked for
     replaced: list[Replaced]  # those of the keys that could not be used
     checksums: list[int]  # `fingerprint` of each image; empty unless asked for
@@ -90,10 +94,10 @@ class Images(Dataset):
 
     def __getitems__(self, keys: list[Key]) -> WorkerBatch | ImageError:
         """A whole batch, each image written where the batch keeps it."""
-        images = torch.empty((len(keys), self.view.size, self.view.size, 3), dtype=torch.uint8)
+        images = torch.empty((len(keys), *self.view.shape), dtype=torch.uint8)
         if get_worker_info() is not None:
             images.share_memory_()  # while it is empty, so that no filled pages are copied
-        labels, flips, colours = [], [], []
+        labels, sizes, flips, colours = [], [], [], []
         replaced: list[Replaced] = []
         checksums: list[int] = []
         for (epoch, index), out in zip(keys, images.numpy()):
@@ -103,15 +107,18 @@ class Images(Dataset):
                 return error
             flip, colour = self.view(pixels, epoch, index, out)  # drawn for the image asked for
             labels.append(label)
+            sizes.append(pixels.shape[1::-1])
             flips.append(flip)
             colours.append(colour)
             if self.checksums:
                 checksums.append(fingerprint(out, flip, colour))
+        images = images.flatten(0, -4)
         return WorkerBatch(
             images,
-            np.array(flips),
+            np.repeat(flips, len(images) // len(keys)),
             None if colours[0] is None else np.array(colours, np.float32),
             np.array(labels),
+            np.array(sizes, np.int32),
             keys,
             replaced,
             checksums,
@@ -183,7 +190,7 @@ def load(
     """
     count = default_workers() if workers.count is None else workers.count
     # Compiles what the view needs, before workers are forked of which each would do so.
-    view(np.zeros((2, 2, 3), np.uint8), 0, 0, np.empty((view.size, view.size, 3), np.uint8))
+    view(np.zeros((2, 2, 3), np.uint8), 0, 0, np.empty(view.shape, np.uint8))
     loader = DataLoader(
         Images(source, view, view.seed if replace_bad else None, checksums),
         batch_sampler=announced(batches, source),
@@ -203,7 +210,7 @@ def load(
             # The small ones first: the host waits for what lies before them on their way.
             flips, colours, labels, images = to_device(*arrays, batch.images)
             images = to_input(images, flips, colours)
-            yield Batch(images, labels, batch.keys, batch.replaced, batch.checksums)
+            yield Batch(images, labels, batch.sizes, batch.keys, batch.replaced, batch.checksums)
 
 
 def announced(batches: Iterable[list[Key]], source: Source) -> Iterator[list[Key]]:

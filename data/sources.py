@@ -100,6 +100,12 @@ def _no_classes(root: str) -> str:
             "holds tar files but no index of them; make one: "
             f"python scripts/make_shards.py --index {root}"
         )
+    if any(entry.name.startswith("ILSVRC2012_val_") for entry in os.scandir(root)):
+        return (
+            "holds ImageNet's validation images as their archive has them, without class folders; "
+            "these are made from the archives by: "
+            "python scripts/prepare_imagenet.py --archives DIR --out DIR --only val"
+        )
     return "holds no class folders; expected <class>/<image> in it"
 
 

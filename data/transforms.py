@@ -117,6 +117,11 @@ class TrainView:
     colour: bool = True
     augment: Callable[[np.ndarray, tuple[int, int, int]], None] | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what it makes of an image."""
+        return self.size, self.size, 3
+
     def __call__(
         self, pixels: np.ndarray, epoch: int, index: int, out: np.ndarray
     ) -> tuple[bool, Colour | None]:
@@ -200,6 +205,11 @@ class EvalView:
     size: int
     crop: float
     interpolation: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what it makes of an image."""
+        return self.size, self.size, 3
 
     def __call__(
         self, pixels: np.ndarray, epoch: int, index: int, out: np.ndarray

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from irv2 import config, imagenet_names, rundir, weights
-from irv2.checkpoint import Checkpoint
+import torch
+
+from irv2 import checkpoint, config, imagenet_names, rundir, weights
+from irv2.checkpoint import Checkpoint, CheckpointError
 from irv2.model import BLOCKS, InceptionResnetV2
 
 IMAGENET_CLASSES = 1000
@@ -42,6 +44,42 @@ def of_checkpoint(found: Checkpoint, which: str) -> Trained:
     model = weights.build_model(found.parts[part(which)], str(found.path), blocks)
     meta = found.meta
     return Trained(model, str(found.path), which, meta["step"], meta["classes"], cfg["data"])
+
+
+def every_of_run(directory: Path, which: str, say: Callable[[str], None]) -> list[Trained]:
+    """All usable checkpoints of a run, oldest first; says which it passes over.
+
+    Raises CheckpointError if there is none.
+    """
+    found = []
+    for path in rundir.checkpoints(directory):
+        try:
+            found.append(of_checkpoint(checkpoint.load(path, [part(which)]), which))
+        except CheckpointError as error:
+            say(f"passed over: {error}")
+    if not found:
+        raise CheckpointError(f"{directory}: no checkpoint in it that can be read")
+    return found
+
+
+def averaged(networks: list[Trained]) -> Trained:
+    """The mean of several checkpoints' weights and batch-norm statistics, oldest first.
+
+    Raises WeightsError if they are of different networks.
+    """
+    newest = networks[-1]
+    states = [network.model.state_dict() for network in networks]
+    mean = {}
+    for name, value in states[-1].items():
+        values = [state.get(name) for state in states]
+        if any(v is None or v.shape != value.shape for v in values):
+            raise weights.WeightsError(f"{newest.name}: {name} is another in an older checkpoint")
+        if value.is_floating_point():
+            value = torch.stack([v.double() for v in values]).mean(0).to(value.dtype)
+        mean[name] = value
+    newest.model.load_state_dict(mean)
+    steps = f"steps {networks[0].step} to {newest.step}"
+    return replace(newest, name=f"{newest.name}, mean of {len(networks)} ({steps})")
 
 
 def part(which: str) -> str:

@@ -72,7 +72,7 @@ def shown(source: Source, view: TrainView, key: Key, index: int) -> torch.Tensor
 def seen(
     source: Source, view: TrainView, key: Key, index: int
 ) -> tuple[torch.Tensor, bool, Colour | None]:
-    out = np.empty((view.size, view.size, 3), np.uint8)
+    out = np.empty(view.shape, np.uint8)
     flip, colour = view(decode(source.read(index)[0]), *key, out)
     return torch.from_numpy(out), flip, colour
 

@@ -140,7 +140,7 @@ def test_colours_are_uniform_in_tf_slims_ranges_and_orders_equally_frequent():
 
 def shown(view: TrainView | EvalView, pixels: np.ndarray, epoch: int = 0, index: int = 0) -> tuple:
     """(what the view makes of an image, whether to mirror it, its colour change)."""
-    out = np.empty((view.size, view.size, 3), np.uint8)
+    out = np.empty(view.shape, np.uint8)
     return out, *view(pixels, epoch, index, out)
 
 

@@ -10,7 +10,8 @@ TensorFlow, so this script writes down what it does, once, in ``tensorflow.json`
 * ``colour``: ``tf.image.adjust_brightness`` and ``adjust_saturation`` in both orders, clipped to
   [0, 1] and scaled to [-1, 1], as in the fast mode of slim's ``distort_color``;
 * ``crop``: the law of ``tf.image.stateless_sample_distorted_bounding_box`` with slim's settings,
-  as quantiles over many draws.
+  as quantiles over many draws;
+* ``eval_view``: slim's ``preprocess_for_eval``, before its scaling to [-1, 1], of random pixels.
 
 Every float32 is written with the fewest digits that restore it exactly when read back as float32.
 Everything is seeded: the same TensorFlow and NumPy versions write the same file. It was made by
@@ -77,6 +78,9 @@ CROP_DRAWS = 50_000
 CROP_CHUNK = 5_000
 CROP_IMAGE_SIZES = ((375, 500), (96, 96))  # (height, width)
 MIN_OBJECT_COVERED = (0.1, 0.0)
+EVAL_IMAGE_SIZES = ((23, 31), (40, 17), (9, 9))  # (height, width)
+EVAL_SIZE = 12
+CENTRAL_FRACTION = 0.875
 QUANTILES = (0.01, 0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95, 0.99)
 
 
@@ -262,6 +266,19 @@ def record_crop() -> dict[str, Any]:
     }
 
 
+def record_eval_view() -> list[dict[str, Any]]:
+    """Random uint8 pixels, and what slim's evaluation makes of them, in units of a level."""
+    rng = np.random.default_rng([SEED, 3])
+    cases = []
+    for height, width in EVAL_IMAGE_SIZES:
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image = tf.image.convert_image_dtype(tf.constant(pixels), tf.float32)
+        central = tf.image.central_crop(image, CENTRAL_FRACTION)[tf.newaxis]
+        shown = tf.compat.v1.image.resize_bilinear(central, [EVAL_SIZE] * 2, align_corners=False)
+        cases.append({"pixels": pixels.tolist(), "result": as_json(255 * shown[0].numpy())})
+    return cases
+
+
 def main() -> None:
     """Record everything, single-threaded, and write it beside this script."""
     tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -272,6 +289,7 @@ def main() -> None:
         "rmsprop": record_rmsprop(),
         "colour": record_colour(),
         "crop": record_crop(),
+        "eval_view": record_eval_view(),
     }
     OUTPUT.write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")
 

@@ -1,0 +1,227 @@
+"""Which images of a source count in an evaluation, and which of a network's outputs are right."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.sources import DataError, Source, check_same_classes
+
+# ImageNet's class folders, and its validation images, which lists name by number.
+SYNSET = re.compile(r"n\d{8}")
+VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """The questions of an evaluation and their right answers."""
+
+    name: str  # of the kind of labels
+    indices: np.ndarray  # int64 [n], the images that count, ascending
+    outputs: np.ndarray  # int64 [folders], the network's output that stands for a class folder
+    competing: np.ndarray | None = None  # bool [C], outputs that may be answers; None: all
+    several: np.ndarray | None = None  # int64 [N, A], right outputs of each image of the source
+
+    def answers(self, labels: Tensor, indices: list[int]) -> Tensor:
+        """Right outputs for a batch: int64 [B], or [B, A] where several may be right."""
+        if self.several is None:
+            return torch.from_numpy(self.outputs).to(labels.device)[labels]
+        return torch.from_numpy(self.several[indices]).to(labels.device)
+
+
+def of_folders(
+    source: Source, where: str, classes: list[str] | None, num_outputs: int, of: str
+) -> LabelSet:
+    """Class folders stand for the network's classes, by name.
+
+    To ImageNet's networks, and to those that do not know their classes, folders named by all
+    numbers from 0 on are outputs by number, as ImageNetV2's; else to the latter (`of`) folders
+    count in their order. Raises DataError unless each output has its folder.
+    """
+    folders, everything = source.classes, np.arange(len(source))
+    numbers = [int(name) if name.isdecimal() else -1 for name in folders]
+    may_be_numbered = classes is None or all(map(SYNSET.fullmatch, classes))
+    if may_be_numbered and sorted(numbers) == list(range(num_outputs)):
+        return LabelSet("numbered", everything, np.array(numbers))
+    if classes is not None:
+        try:
+            check_same_classes(folders, classes, where, of)
+        except DataError as error:
+            raise DataError(f"{error}{_subset_hint(folders, classes)}") from None
+    elif len(folders) != num_outputs:
+        raise DataError(
+            f"{where}: {len(folders)} classes, but {of} tells apart {num_outputs}; "
+            "--class-index FILE can say which folder is which output"
+        )
+    return LabelSet("folders", everything, np.arange(num_outputs))
+
+
+def _subset_hint(folders: list[str], classes: list[str]) -> str:
+    if set(folders) < set(classes):
+        return (
+            "; to tell apart only the classes that are there: --class-index FILE, with their names "
+            "one a line"
+        )
+    return ""
+
+
+def of_class_index(
+    source: Source, where: str, classes: list[str] | None, num_outputs: int, path: Path
+) -> LabelSet:
+    """Class folders stand for outputs as a file says, and only the outputs it names compete.
+
+    The file: {"0": ["n01440764", "tench"], …} or {"0": "n01440764", …}, outputs by number; or
+    {"n01440764": 0, …}; or a folder a line, which is looked up in `classes`, or, where the network
+    does not know them, is the output of that line. Raises DataError.
+    """
+    output_of = _read_class_index(path, classes)
+    wrong = [name for name, output in output_of.items() if not 0 <= output < num_outputs]
+    if wrong:
+        raise DataError(
+            f"{path}: {wrong[0]} is output {output_of[wrong[0]]}, but the network has outputs 0 to "
+            f"{num_outputs - 1}"
+        )
+    if len(set(output_of.values())) < len(output_of):
+        raise DataError(f"{path}: names an output twice")
+    unknown = [name for name in source.classes if name not in output_of]
+    if unknown:
+        raise DataError(f"{where}: {len(unknown)} of its folders, {unknown[0]}, … not in {path}")
+    competing = np.zeros(num_outputs, bool)
+    competing[list(output_of.values())] = True
+    return LabelSet(
+        "class index",
+        np.arange(len(source)),
+        np.array([output_of[name] for name in source.classes]),
+        None if competing.all() else competing,
+    )
+
+
+def _read_class_index(path: Path, classes: list[str] | None) -> dict[str, int]:
+    """Folder -> output."""
+    text = _read_text(path)
+    if text.lstrip().startswith("{"):
+        return _from_mapping(_parse_json(path, text), path)
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if classes is None:
+        return {name: i for i, name in enumerate(names)}
+    unknown = [name for name in names if name not in classes]
+    if unknown:
+        raise DataError(f"{path}: {unknown[0]} is no class of the network")
+    return {name: classes.index(name) for name in names}
+
+
+def _from_mapping(mapping: dict[str, Any], path: Path) -> dict[str, int]:
+    """Both directions of the JSON forms."""
+    output_of: dict[str, int] = {}
+    for key, value in mapping.items():
+        if isinstance(value, list) and value:
+            value = value[0]
+        if isinstance(value, str) and key.isdecimal():
+            output_of[value] = int(key)
+        elif isinstance(value, int):
+            output_of[key] = value
+        else:
+            raise DataError(
+                f"{path}: {key!r} should stand for a class folder, or for an output's number"
+            )
+    return output_of
+
+
+def with_real_labels(labels: LabelSet, source: Source, path: Path) -> LabelSet:
+    """ReaL labels of ImageNet's validation images (Beyer et al., arXiv:2006.07159; real.json).
+
+    The file lists for each image, in order of its number, the outputs that are right; images with
+    none do not count. Raises DataError.
+    """
+    listed = _parse_json(path, _read_text(path))
+    is_list_of_lists = isinstance(listed, list) and all(isinstance(entry, list) for entry in listed)
+    if not is_list_of_lists or not all(type(o) is int for entry in listed for o in entry):
+        raise DataError(f"{path}: should be a list of lists of outputs, one for each image")
+    if max((o for entry in listed for o in entry), default=-1) >= len(labels.outputs):
+        raise DataError(f"{path}: has outputs that the network lacks")
+    most = max(map(len, listed), default=0)
+    several = np.zeros((len(source), max(1, most)), np.int64)
+    counting = []
+    for index in labels.indices:
+        match = VALIDATION_IMAGE.search(source.name(index))
+        if match is None or not 1 <= int(match[1]) <= len(listed):
+            raise DataError(
+                f"{source.name(index)}: not one of the {len(listed):,} images of {path} "
+                "(ILSVRC2012_val_00000001 and on)"
+            )
+        right = listed[int(match[1]) - 1]
+        if right:
+            several[index] = right + [right[0]] * (several.shape[1] - len(right))
+            counting.append(index)
+    return replace(labels, name="real", indices=np.array(counting, np.int64), several=several)
+
+
+def only(labels: LabelSet, source: Source, path: Path) -> LabelSet:
+    """Of the images that count, those that a file lists (see `_listed`). Raises DataError."""
+    return replace(labels, indices=labels.indices[_listed(labels, source, path)])
+
+
+def without(labels: LabelSet, source: Source, path: Path) -> LabelSet:
+    """Of the images that count, those that a file does not list (see `_listed`).
+
+    Raises DataError.
+    """
+    return replace(labels, indices=labels.indices[~_listed(labels, source, path)])
+
+
+def _listed(labels: LabelSet, source: Source, path: Path) -> np.ndarray:
+    """bool [n]: which images a file names, one a line: by file name, with or without its suffix or
+    folder; or by number, as the ImageNet devkit's blacklist its validation images.
+
+    Raises DataError for a line that is no image of the source.
+    """
+    lines = [line.split()[0] for line in _read_text(path).splitlines() if line.strip()]
+    wanted = {f"ILSVRC2012_val_{int(line):08d}" if line.isdecimal() else _stem(line): line
+              for line in lines}  # fmt: skip
+    stems = [_stem(source.name(index)) for index in labels.indices]
+    everywhere = set(stems)
+    if len(everywhere) < len(labels.indices):  # same names in several folders: tell them apart
+        stems = [_stem(source.name(index), folders=1) for index in labels.indices]
+        wanted = {_stem(line, folders=1): line for line in lines}
+        everywhere = set(stems)
+    unknown = [line for stem, line in wanted.items() if stem not in everywhere]
+    if unknown:
+        raise DataError(
+            f"{path}: {len(unknown):,} of its {len(wanted):,} lines name no image here, such as "
+            f"{unknown[0]}"
+        )
+    return np.array([stem in wanted for stem in stems])
+
+
+def _stem(name: str, folders: int = 0) -> str:
+    """File name without suffix, below as many of its folders; of shards, the member's."""
+    path = PurePath(name.rpartition(": ")[2]).with_suffix("")
+    return "/".join(path.parts[-1 - folders :])
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise DataError(f"{path}: cannot be read ({reason})") from None
+
+
+def _parse_json(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+
+
+def check_not_empty(labels: LabelSet, where: str) -> None:
+    """Raise DataError if no image counts."""
+    if not len(labels.indices):
+        raise DataError(f"{where}: no image is left to evaluate")

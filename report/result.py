@@ -1,0 +1,164 @@
+"""An evaluation's outcome, as lines for people and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from irv2.statistics import Interval, mcnemar, wilson
+from report.reference import Reference, distance
+
+Rows = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was evaluated, how, and what came out."""
+
+    name: str  # of the weights
+    which: str  # "ema", "raw", "as published", "ensemble"
+    step: int | None
+    data: str  # where the images are
+    images_in_data: int
+    resized_to: int | None  # px of the shorter side, if they were made smaller
+    labels: str  # kind of the labels, as in configs/reference.yaml
+    view: dict[str, Any]  # protocol, image_size, eval_crop, eval_interpolation
+    precision: str
+    predictions: Any  # irv2.metrics.Predictions
+    seconds: float
+    references: list[Reference] = field(default_factory=list)
+
+    @property
+    def top1_interval(self) -> Interval:
+        """95 %, percent."""
+        return wilson(self.predictions.top1_correct, self.predictions.images)
+
+    @property
+    def top5_interval(self) -> Interval:
+        """95 %, percent."""
+        return wilson(self.predictions.top5_correct, self.predictions.images)
+
+
+def rows(result: Result) -> Rows:
+    """(name, value) of everything there is to say of one evaluation."""
+    found = result.predictions
+    images = f"{found.images:,} of {result.data}"
+    if found.images < result.images_in_data:
+        images += f" ({result.images_in_data - found.images:,} left out)"
+    if result.resized_to is not None:
+        images += f", scaled down to a shorter side of {result.resized_to} px"
+    return [
+        ("weights", f"{result.name} ({result.which})"),
+        ("images", images),
+        *([("labels", "ReaL")] if result.labels == "real" else []),
+        ("view", _view(result)),
+        ("top-1", _rate(found.top1, found.top1_correct, result.top1_interval)),
+        ("top-5", _rate(found.top5, found.top5_correct, result.top5_interval)),
+        ("classes", f"{found.mean_per_class:.3f} % top-1, mean over classes"),
+        ("loss", f"{found.mean_loss:.4f}"),
+        ("time", f"{result.seconds:.1f} s, {found.images / result.seconds:.0f} images/s"),
+        *[("compare", line) for line in _beside_published(result)],
+    ]
+
+
+def _view(result: Result) -> str:
+    view = result.view
+    text = f"{view['protocol']}, {view['image_size']} px"
+    if view["protocol"] in ("timm", "flip"):
+        text += f", crop {view['eval_crop']:g}, {view['eval_interpolation']}"
+    return text + ("" if result.precision == "fp32" else f"; {result.precision}")
+
+
+def _rate(percent: float, correct: int, interval: Interval) -> str:
+    between = f"95 % interval {interval.low:.2f} to {interval.high:.2f}"
+    return f"{percent:.3f} %  ({correct:,} correct; {between})"
+
+
+def _beside_published(result: Result) -> list[str]:
+    """How far the result is from each published one, in images."""
+    found, lines = result.predictions, []
+    for reference in result.references:
+        parts = []
+        for name, correct, interval, published in (
+            ("top-1", found.top1_correct, result.top1_interval, reference.top1),
+            ("top-5", found.top5_correct, result.top5_interval, reference.top5),
+        ):
+            here = distance(correct, found.images, interval, published)
+            where = "within" if here.within else "outside"
+            parts.append(f"{name} {published:g} %: {here.images:+,} images, {where} the interval")
+        lines.append(f"{reference.name}: {'; '.join(parts)} [{reference.source}]")
+    return lines
+
+
+def in_lines(pairs: Rows) -> str:
+    """(name, value) rows as text."""
+    return "\n".join(f"{name:<8} {value}" for name, value in pairs)
+
+
+def table(results: list[Result]) -> str:
+    """Several evaluations, a line each."""
+    names = [f"{result.name} ({result.which})" for result in results]
+    width = max(len("weights"), *map(len, names))
+    lines = [
+        f"{'weights':<{width}}  {'top-1':>8}  {'95 % interval':>16}  {'top-5':>8}  {'loss':>7}"
+    ]
+    for name, result in zip(names, results):
+        found, interval = result.predictions, result.top1_interval
+        between = f"{interval.low:.2f} to {interval.high:.2f}"
+        lines.append(
+            f"{name:<{width}}  {found.top1:8.3f}  {between:>16}  {found.top5:8.3f}  "
+            f"{found.mean_loss:7.4f}"
+        )
+    return "\n".join(lines)
+
+
+def comparisons(results: list[Result]) -> list[dict[str, Any]]:
+    """McNemar's test of each pair, on the same images."""
+    found = []
+    for first, second in combinations(results, 2):
+        right = [result.predictions.rank < 1 for result in (first, second)]
+        paired = mcnemar(*right)
+        found.append({"first": first.name, "second": second.name, **paired._asdict()})
+    return found
+
+
+def in_words(comparison: dict[str, Any]) -> str:
+    """A comparison as a line."""
+    return (
+        f"{comparison['first']} against {comparison['second']}: right where the other is wrong on "
+        f"{comparison['only_first']:,} and {comparison['only_second']:,} images, "
+        f"McNemar's p = {comparison['p_value']:.3g}"
+    )
+
+
+def as_json(result: Result, software: dict[str, str]) -> dict[str, Any]:
+    """Everything a program may want of an evaluation."""
+    found = result.predictions
+    published = []
+    for reference in result.references:
+        here = distance(found.top1_correct, found.images, result.top1_interval, reference.top1)
+        published.append(
+            {**reference._asdict(), "top1_difference": here.images, "top1_within": here.within}
+        )
+    return {
+        "top1": found.top1,
+        "top5": found.top5,
+        "top1_interval": list(result.top1_interval),
+        "top5_interval": list(result.top5_interval),
+        "top1_correct": found.top1_correct,
+        "top5_correct": found.top5_correct,
+        "images": found.images,
+        "mean_per_class": found.mean_per_class,
+        "loss": found.mean_loss,
+        "weights": result.which,
+        "step": result.step,
+        "source": result.name,
+        "data": result.data,
+        "labels": result.labels,
+        "resized_to": result.resized_to,
+        **result.view,
+        "precision": result.precision,
+        "references": published,
+        "software": software,
+    }

@@ -1,0 +1,175 @@
+"""Which images count and what is right, on small stand-ins for ImageNet's folders and files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import label_sets
+from data.sources import DataError, FolderSource
+
+SYNSETS = ["n00000001", "n00000002", "n00000003"]
+
+
+def folders(root: Path, content: dict[str, list[str]]) -> FolderSource:
+    for folder, files in content.items():
+        (root / folder).mkdir(parents=True)
+        for name in files:
+            (root / folder / name).touch()
+    return FolderSource(root)
+
+
+@pytest.fixture
+def validation(tmp_path: Path) -> FolderSource:
+    """Six images named as ImageNet's, two a class, not in the order of their numbers."""
+    names = {"n00000001": (6, 2), "n00000002": (1, 4), "n00000003": (3, 5)}
+    content = {
+        folder: [f"ILSVRC2012_val_{number:08d}.JPEG" for number in numbers]
+        for folder, numbers in names.items()
+    }
+    return folders(tmp_path / "val", content)
+
+
+def numbers(labels: label_sets.LabelSet, source: FolderSource) -> list[int]:
+    return [int(Path(source.name(index)).stem[-8:]) for index in labels.indices]
+
+
+def plain(source: FolderSource, classes: list[str] | None = SYNSETS) -> label_sets.LabelSet:
+    return label_sets.of_folders(source, source.root, classes, 3, "net")
+
+
+def right(labels: label_sets.LabelSet, source: FolderSource) -> list[list[int]]:
+    """Answers of all images that count."""
+    of_folder = torch.tensor([source.read(index)[1] for index in labels.indices])
+    return labels.answers(of_folder, labels.indices.tolist()).tolist()
+
+
+def test_folders_stand_for_classes_by_name(validation):
+    labels = plain(validation)
+    assert labels.indices.tolist() == list(range(6))
+    assert right(labels, validation) == [0, 0, 1, 1, 2, 2]
+    assert plain(validation, None).outputs.tolist() == [0, 1, 2]
+    with pytest.raises(DataError, match=r"1 unknown .* and 1 missing"):
+        plain(validation, ["n00000001", "n00000002", "n00000009"])
+    with pytest.raises(DataError, match="3 classes, but net tells apart 5"):
+        label_sets.of_folders(validation, "val", None, 5, "net")
+
+
+def test_folders_named_by_number_are_outputs_as_imagenetv2s(tmp_path):
+    content = {str(n): [f"{n}.jpeg"] for n in range(12)}
+    source = folders(tmp_path / "v2", content)
+    assert source.classes[:3] == ["0", "1", "10"]  # the trap: sorted as text
+    synsets = [f"n{i:08d}" for i in range(12)]
+    for classes in (None, synsets):
+        labels = label_sets.of_folders(source, "v2", classes, 12, "net")
+        assert labels.name == "numbered"
+        assert right(labels, source) == [int(name) for name in source.classes]
+    with pytest.raises(DataError):  # a network of something else, by chance of as many classes
+        label_sets.of_folders(source, "v2", [f"shoe{i}" for i in range(12)], 12, "net")
+    own = label_sets.of_folders(source, "digits", source.classes, 12, "net")
+    assert own.outputs.tolist() == list(range(12))  # its own classes, in its own order
+
+
+@pytest.mark.parametrize(
+    ("content", "outputs"),
+    [
+        ('{"0": ["n00000001", "tench"], "2": ["n00000003", "shark"]}', [0, 2]),
+        ('{"0": "n00000001", "2": "n00000003"}', [0, 2]),
+        ('{"n00000001": 0, "n00000003": 2}', [0, 2]),
+        ("n00000003\n\nn00000001\n", [0, 2]),
+    ],
+)
+def test_a_class_index_names_the_outputs_that_compete(tmp_path, content, outputs):
+    source = folders(tmp_path / "a", {"n00000001": ["1.jpg"], "n00000003": ["2.jpg"]})
+    (tmp_path / "index").write_text(content)
+    labels = label_sets.of_class_index(source, "a", SYNSETS, 3, tmp_path / "index")
+    assert right(labels, source) == outputs
+    assert labels.competing.tolist() == [True, False, True]
+    with pytest.raises(DataError, match="--class-index FILE"):
+        plain(source)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("n00000001\n", "n00000003, … not in"),
+        ("n00000001\nn00000003\nn00000007\n", "n00000007 is no class of the network"),
+        ('{"n00000001": 0, "n00000003": 3}', "n00000003 is output 3, but .* 0 to 2"),
+        ('{"n00000001": 0, "n00000003": 0}', "names an output twice"),
+        ('{"n00000001": 0, "n00000003": null}', "'n00000003' should stand for"),
+        ('{"n00000001": 0', "not JSON"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_wrong_class_index_is_refused(tmp_path, content, message):
+    source = folders(tmp_path / "a", {"n00000001": ["1.jpg"], "n00000003": ["2.jpg"]})
+    if content is not None:
+        (tmp_path / "index").write_text(content)
+    with pytest.raises(DataError, match=message):
+        label_sets.of_class_index(source, "a", SYNSETS, 3, tmp_path / "index")
+
+
+def test_real_labels_follow_the_images_numbers_and_leave_out_those_without(validation, tmp_path):
+    listed = [[2], [0, 1], [], [1, 0, 2], [2], [1]]
+    (tmp_path / "real.json").write_text(json.dumps(listed))
+    labels = label_sets.with_real_labels(plain(validation), validation, tmp_path / "real.json")
+    assert labels.name == "real"
+    assert sorted(numbers(labels, validation)) == [1, 2, 4, 5, 6]
+    found = dict(zip(numbers(labels, validation), map(set, right(labels, validation))))
+    assert found == {n: set(listed[n - 1]) for n in (1, 2, 4, 5, 6)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[[0], [1]]", "not one of the 2 images"),
+        ("[[0], [1], [2], [3], [0], [0]]", "outputs that the network lacks"),
+        ('{"a": 1}', "list of lists"),
+        ("[[0], [1.5], [2], [2], [0], [0]]", "list of lists"),
+        ("[[0]", "not JSON"),
+    ],
+)
+def test_a_wrong_file_of_real_labels_is_refused(validation, tmp_path, content, message):
+    (tmp_path / "real.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        label_sets.with_real_labels(plain(validation), validation, tmp_path / "real.json")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ["2\n5\n", "ILSVRC2012_val_00000002\nILSVRC2012_val_00000005.JPEG\n",
+     "n00000001/ILSVRC2012_val_00000002.JPEG\n\nval/x/ILSVRC2012_val_00000005.JPEG 17\n"],
+)  # fmt: skip
+def test_lists_name_images_by_number_or_file(validation, tmp_path, lines):
+    (tmp_path / "list").write_text(lines)
+    labels = plain(validation)
+    kept = label_sets.only(labels, validation, tmp_path / "list")
+    left = label_sets.without(labels, validation, tmp_path / "list")
+    assert sorted(numbers(kept, validation)) == [2, 5]
+    assert sorted(numbers(left, validation)) == [1, 3, 4, 6]
+    (tmp_path / "list").write_text(lines + "77\n")
+    with pytest.raises(DataError, match="1 of its 3 lines name no image here, such as 77"):
+        label_sets.only(labels, validation, tmp_path / "list")
+
+
+def test_where_folders_hold_files_of_the_same_name_lists_need_the_folder(tmp_path):
+    source = folders(tmp_path / "x", {name: ["0.png", "1.png"] for name in "abc"})
+    labels = label_sets.of_folders(source, "x", ["a", "b", "c"], 3, "net")
+    (tmp_path / "list").write_text("b/1.png\nc/0\n")
+    kept = label_sets.only(labels, source, tmp_path / "list")
+    assert kept.indices.tolist() == [3, 4]
+    (tmp_path / "list").write_text("1.png\n")
+    with pytest.raises(DataError, match="name no image"):
+        label_sets.only(labels, source, tmp_path / "list")
+
+
+def test_nothing_left_is_an_error(validation):
+    labels = plain(validation)
+    label_sets.check_not_empty(labels, "val")
+    none = label_sets.LabelSet("folders", np.empty(0, np.int64), labels.outputs)
+    with pytest.raises(DataError, match="no image is left"):
+        label_sets.check_not_empty(none, "val")
