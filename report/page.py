@@ -27,12 +27,9 @@ def environment() -> jinja2.Environment:
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """A percentage, "98.6"; 100 and 0 only if it is exactly that."""
-    text = f"{value:.{digits}f}"
-    if float(text) in (0.0, 100.0) and value not in (0.0, 100.0):
-        step = 10.0**-digits
-        text = f"{100 - step if value > 50 else step:.{digits}f}"
-    return text
+    """A percentage, "98.6"; what is less than 100 is not rounded up to it."""
+    most = 100.0 if value == 100.0 else 100.0 - 10.0**-digits
+    return f"{min(value, most):.{digits}f}"
 
 
 def interval(bounds: Interval, digits: int = 1) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,18 @@ def undisturbed(config: Path) -> Path:
 def inject(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """To be called at each fault with its kind; the faults have survived if the test passes."""
     return lambda kind: request.node.user_properties.append(("fault", kind))
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator:
+    """The system's Chromium, headless. Where there is none the test skips aloud."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium here: what pages look like is NOT checked")
+    options = {"executable_path": path, "args": ["--no-sandbox"]}
+    with sync_api.sync_playwright() as playwright, playwright.chromium.launch(**options) as browser:
+        yield browser
 
 
 @dataclass

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"irv2", "data"}
+REPORT = sorted((ROOT / "report").glob("*.py"))
 STORIES = [path for path in (ROOT / "train.py", ROOT / "validate.py") if path.exists()]
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 # Modules that stand alone: plain arguments in, nothing of the project imported.
@@ -100,12 +101,18 @@ def test_neither_package_imports_the_other(path):
     assert packages_of(path) <= {own}
 
 
+@pytest.mark.parametrize("path", REPORT, ids=dotted)
+def test_report_knows_of_the_rest_only_how_to_count(path):
+    found = {name for name in imports(path) if name.split(".")[0] in PACKAGES | {"torch"}}
+    assert {".".join(name.split(".")[:2]) for name in found} <= {"irv2.statistics"}
+
+
 @pytest.mark.parametrize("name", LEAVES)
 def test_a_leaf_imports_nothing_of_the_project(name):
     assert packages_of(ROOT / "irv2" / f"{name}.py") == set()
 
 
-@pytest.mark.parametrize("path", MODULES, ids=dotted)
+@pytest.mark.parametrize("path", [*MODULES, *REPORT], ids=dotted)
 def test_no_module_imports_a_program(path):
     programs = {"train", "validate", "feed", "exam", "scripts", "tests"}
     assert not {name.split(".")[0] for name in imports(path)} & programs
@@ -125,7 +132,7 @@ def test_only_the_programs_import_both_packages():
 
 
 def test_no_module_is_called_utils():
-    names = {path.stem for path in [*MODULES, *STORIES, *(ROOT / "scripts").rglob("*.py")]}
+    names = {path.stem for path in [*MODULES, *REPORT, *STORIES, *(ROOT / "scripts").rglob("*.py")]}
     assert not names & {"util", "utils", "helpers", "common", "misc"}
 
 
@@ -136,7 +143,8 @@ def test_a_program_does_nothing_unless_it_is_started(path):
 
 
 def test_importing_every_module_has_no_effects(tmp_path):
-    names = sorted([*map(dotted, MODULES), "feed", "exam", *(path.stem for path in STORIES)])
+    modules = [*MODULES, *REPORT]
+    names = sorted([*map(dotted, modules), "feed", "exam", *(path.stem for path in STORIES)])
     finished = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{PROBE}"],
         input=json.dumps(names),

@@ -1,13 +1,9 @@
-"""log.jsonl, and the page that scripts/report.py makes of it."""
+"""log.jsonl and what else a run says."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
-
-import programs
 
 from irv2 import jsonl
 from irv2.logbook import Logbook
@@ -81,34 +77,6 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys) -> None:
     log.close()
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
-
-
-def report(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, programs.ROOT / "scripts" / "report.py", *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
-
-
-def test_report_sums_up_and_draws_a_run(tmp_path: Path) -> None:
-    run, out = tmp_path / "run", tmp_path / "out"
-    run.mkdir()
-    write_run(run)
-    (run / "config.yaml").write_text("run: {name: study}\n")
-    stale = {**eval_line(2, 1.0), "step": 2}
-    (run / "validate.json").write_text(json.dumps(stale))
-    done = report(run, "--out", out)
-    assert done.returncode == 0, done.stderr
-    rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
-    assert rows["top-1"] == "84.00 %"  # of the last step, not of the older validate.json
-    assert rows["pace"].startswith("40 images/s")
-    assert rows["time"].startswith("0 min 1 s")
-    page = (out / "README.md").read_text()
-    assert page.startswith("# study") and "| 1.50 | ema | 84.00 |" in page
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_report_of_no_run_is_one_line(tmp_path: Path) -> None:
-    done = report(tmp_path)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
 
 
 def test_a_tensorboard_without_room_ends_itself_not_the_run(tmp_path, capsys) -> None:
