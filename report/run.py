@@ -55,11 +55,12 @@ def summary(run: Run) -> list[tuple[str, str]]:
     last, result, pace = run.last, run.result, run.pace
     rows = []
     if result:
-        evaluated = f"{result['images']:,} images, {result['weights']} weights"
+        images = [page.count(result["images"], "image")] if "images" in result else []
+        weights = [f"{result['weights']} weights"] if "weights" in result else []
         rows += [("top-1", share(result, "top1")), ("top-5", share(result, "top5"))]
         if "mean_per_class" in result:
             rows.append(("per class", f"{share(result, 'mean_per_class')} on average"))
-        rows.append(("evaluated", evaluated))
+        rows.append(("evaluated", ", ".join(images + weights) or UNKNOWN))
     else:
         rows.append(("evaluated", "no evaluation yet"))
     rows.append(("trained", f"{last['epoch']:.1f} epochs, {last['step']:,} steps"))

@@ -52,11 +52,11 @@ def read_run(directory: Path) -> Run:
     return Run(directory, log, config, validated)
 
 
-def print_summary(found: Run) -> None:
+def summary(found: Run) -> str:
     """The summary and the command that shows more, for a terminal."""
     tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
     rows = [*run.summary(found), ("watch", f"{tensorboard} --logdir {found.directory}")]
-    print("\n".join(f"{name:<10} {value}" for name, value in rows))
+    return "\n".join(f"{name:<10} {value}" for name, value in rows)
 
 
 def write_pages(runs: list[Run], out: Path) -> None:
@@ -82,9 +82,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         runs = [read_run(directory) for directory in arguments.run]
-        for number, found in enumerate(runs):
-            print("\n" * (number > 0), end="")
-            print_summary(found)
+        print("\n\n".join(map(summary, runs)))
         if arguments.out is not None:
             write_pages(runs, arguments.out)
     except (RunError, OSError) as error:

@@ -84,6 +84,9 @@ def test_what_validate_measured_of_the_last_step_counts(report, study):
     rows = dict(line.split(maxsplit=1) for line in report(study)[1].splitlines())
     assert rows["top-1"] == "50.00 %" and rows["evaluated"].startswith("40 images")
     assert "43.21 %" in rows["per"]
+    (study / "validate.json").write_text('{"top1": 50.0, "step": 6}')
+    rows = dict(line.split(maxsplit=1) for line in report(study)[1].splitlines())
+    assert (rows["top-1"], rows["top-5"], rows["evaluated"]) == ("50.00 %", "\u2013", "\u2013")
 
 
 @pytest.mark.parametrize("width", WIDTHS)
