@@ -20,7 +20,7 @@ class Interval(NamedTuple):
 def wilson(correct: int, images: int) -> Interval:
     """95 % interval of the percentage that `correct` of `images` stands for (Wilson's score)."""
     bounds = binomtest(correct, images).proportion_ci(CONFIDENCE, method="wilson")
-    return Interval(100.0 * bounds.low, 100.0 * bounds.high)
+    return Interval(100.0 * float(bounds.low), 100.0 * float(bounds.high))
 
 
 class Paired(NamedTuple):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import programs
 import pytest
 import safetensors.torch
@@ -14,19 +18,31 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+import exam
 import validate
-from irv2 import weights
+from data.protocols import PROTOCOLS
+from data.sources import FolderSource
+from data.transforms import EvalView, decode
+from data.workers import Workers
+from irv2 import checkpoint, engine, imagenet_names, trained, weights
+from irv2.distributed import World
 from irv2.model import inception_resnet_v2
+from report import reference
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+CLASSES = 8
 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Crops of the two photographs scikit-learn ships, in three classes, of many sizes."""
+    """Crops of the two photographs scikit-learn ships, in eight classes, of many sizes."""
     root = tmp_path_factory.mktemp("photographs")
     images = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    for k in range(9):
-        image = images[k % 2].crop((10 * k, 7 * k, 250 + 40 * k, 400 - 20 * k))
-        folder = root / f"class{k % 3}"
+    for k in range(17):
+        image = images[k % 2].crop((10 * k, 7 * k, 250 + 20 * k, 400 - 10 * k))
+        folder = root / f"class{k % CLASSES}"
         folder.mkdir(exist_ok=True)
         image.save(folder / f"{k}.jpg", quality=90)
     return root
@@ -52,7 +68,8 @@ class Peer:
 def peer(photographs: Path) -> Peer:
     """Logits and labels by timm's model and transform alone."""
     torch.manual_seed(0)
-    model = timm.create_model("inception_resnet_v2", num_classes=3).eval()
+    model = timm.create_model("inception_resnet_v2", num_classes=CLASSES)
+    model.classif.weight.data *= 30  # logits of random weights are close together
     transform = timm.data.create_transform(
         (3, 299, 299),
         interpolation="bicubic",
@@ -65,8 +82,14 @@ def peer(photographs: Path) -> Peer:
         for path in sorted(folder.iterdir()):
             images.append(transform(Image.open(path).convert("RGB")))
             labels.append(label)
-    with torch.inference_mode():
-        return Peer(model, model(torch.stack(images)), torch.tensor(labels))
+    batch = torch.stack(images)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model(batch)  # takes these images' statistics, so that they look different to the network
+        logits = model.eval()(batch)
+    return Peer(model, logits, torch.tensor(labels))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -85,13 +108,29 @@ def test_timms_weights_give_timms_counts_and_loss(
     )
     assert status == 0, stderr
     result = json.loads(out.read_text())
-    correct = int((peer.logits.argmax(1) == peer.labels).sum())
-    assert 0 < correct < 9  # weights that are always right or wrong would show nothing
-    assert result["top1_correct"] == correct
-    assert result["top5_correct"] == result["images"] == 9
+    shares = timm.utils.accuracy(peer.logits, peer.labels, topk=(1, 5))
+    correct = [round(share.item() * 17 / 100) for share in shares]
+    assert 0 < correct[0] < correct[1] < 17  # weights always right or wrong would show nothing
+    assert [result["top1_correct"], result["top5_correct"]] == correct
+    assert result["images"] == 17
     loss = torch.nn.functional.cross_entropy(peer.logits, peer.labels).item()
     assert result["loss"] == pytest.approx(loss, rel=1e-5)
-    assert f"({correct} correct)" in stdout
+    assert f"({correct[0]} correct; 95 % interval" in stdout
+
+
+def test_every_images_logits_are_timms(photographs, peer, tmp_path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(peer.model.state_dict(), path)
+    stated = {"val": str(photographs), "protocol": "timm"}
+    network = trained.of_weights(str(path))
+    asked = exam.prepare(network, stated, exam.LabelFiles(), allow_resized=False)
+    batches = exam.batches(asked, 5, Workers(0), {}, ALONE)
+    scored = list(engine.scored(network.model, batches, engine.EvalOptions()))
+    ours = torch.cat([batch.scores for batch in scored])
+    assert [index for batch in scored for index in batch.indices] == list(range(17))
+    error = (ours - peer.logits).abs().amax(1) / peer.logits.abs().amax(1)
+    assert error.max() <= 1e-5
+    assert peer.logits.std(0).min() > 0.01  # images differ
 
 
 @pytest.fixture(scope="module")
@@ -104,22 +143,19 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_run_is_evaluated_as_train_did_on_any_number_of_ranks(run_directory, tmp_path) -> None:
+def test_run_is_evaluated_as_train_did(run_directory, tmp_path) -> None:
     last = {e["weights"]: e for e in programs.log_lines(run_directory, "eval")}
     results = {}
-    for which, ranks in (("ema", 1), ("ema", 2), ("raw", 1)):
+    for which, ranks in (("ema", 1), ("raw", 1)):
         out = tmp_path / f"{which}{ranks}.json"
         done = programs.run(
             "validate.py", "--run", run_directory, "--which", which, "--json", out, ranks=ranks
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("top-1") == 1
+        assert done.stdout.count("top-1 ") == 1
         results[which, ranks] = json.loads(out.read_text())
-    one, two = results["ema", 1], results["ema", 2]
-    for key in ("top1", "top5", "top1_correct", "top5_correct", "images", "weights"):
-        assert one[key] == two[key]
+    one = results["ema", 1]
     assert one["images"] == 12 and one["weights"] == "ema"
-    assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
     assert one["loss"] == pytest.approx(last["ema"]["loss"], rel=1e-6)
     assert results["raw", 1]["loss"] == pytest.approx(last["raw"]["loss"], rel=1e-6)
 
@@ -129,6 +165,234 @@ def test_best_weights_know_their_classes_and_view(run_directory, capsys, monkeyp
     status, stdout, stderr = call(capsys, monkeypatch, "--weights", best)
     assert status == 0, stderr
     assert "75 px" in stdout and "12 of" in stdout
+
+
+def patches() -> list[np.ndarray]:
+    """Sixteen parts of the photographs, as a network sees images."""
+    return [
+        pixels[y : y + 225 : 3, x : x + 225 : 3].transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+        for pixels in load_sample_images().images
+        for y in (0, 200)
+        for x in (0, 100, 200, 400)
+    ]
+
+
+def write_small(path: Path, classes: list[str], seed: int = 0) -> Path:
+    """A small network of random weights that tells images apart, with its classes and view."""
+    torch.manual_seed(seed)
+    model = inception_resnet_v2(len(classes), blocks=(1, 1, 1), bn_momentum=1.0)
+    with torch.no_grad():
+        model.train()(torch.stack([torch.from_numpy(part) for part in patches()]))
+        model.classif.weight *= 30
+    view = {"image_size": 75, "eval_crop": 1.0}
+    metadata = {"blocks": [1, 1, 1], "classes": classes, "data": view}
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    weights.write(path, model.state_dict(), texts)
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three small networks for the photographs."""
+    folder = tmp_path_factory.mktemp("small")
+    classes = [f"class{i}" for i in range(CLASSES)]
+    return [write_small(folder / f"{seed}.safetensors", classes, seed) for seed in range(3)]
+
+
+def test_counts_do_not_depend_on_ranks_batches_or_workers(photographs, small, tmp_path) -> None:
+    results = []
+    for ranks, batch, workers in ((1, 64, 0), (1, 1, 1), (2, 4, 0), (3, 4, 1)):
+        out = tmp_path / f"{len(results)}.json"
+        options = ("--batch", batch, "--workers", workers, "--json", out, "--report", tmp_path)
+        place = ("--weights", small[0], "--data", photographs)
+        done = programs.run("validate.py", *place, *options, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("top-1 ") == 1
+        results.append(json.loads(out.read_text()))
+        with gzip.open(tmp_path / "predictions.csv.gz", "rt") as file:
+            rows = list(csv.DictReader(file))
+        assert [Path(row["image"]).name for row in rows] == image_names(photographs)
+        results[-1]["first"] = [row["class_1"] for row in rows]
+    losses = [result.pop("loss") for result in results]
+    assert all(result == results[0] for result in results)
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+    assert 0 < results[0]["top1_correct"] < results[0]["images"] == 17
+    assert len(set(results[0]["first"])) > 1
+
+
+def image_names(folder: Path) -> list[str]:
+    return [path.name for sub in sorted(folder.iterdir()) for path in sorted(sub.iterdir())]
+
+
+def scores_of(path: Path, folder: Path) -> torch.Tensor:
+    """Probabilities by plain means: [17, 8]."""
+    network = trained.of_weights(str(path)).model.eval()
+    view = EvalView(75, 1.0, "bicubic")
+    rows = []
+    source = FolderSource(folder)
+    for index in range(len(source)):
+        out = np.empty((75, 75, 3), np.uint8)
+        view(decode(source.read(index)[0]), 0, index, out)
+        x = torch.from_numpy(out).permute(2, 0, 1)[None] / 127.5 - 1
+        with torch.no_grad():
+            rows.append(network(x).softmax(1))
+    return torch.cat(rows)
+
+
+def test_several_networks_their_ensemble_and_comparisons(
+    photographs, small, tmp_path, capsys, monkeypatch
+) -> None:
+    out, pages = tmp_path / "result.json", tmp_path / "pages"
+    status, stdout, stderr = call(
+        capsys, monkeypatch, "--weights", *small, "--data", photographs, "--compare", "--ensemble",
+        "--json", out, "--report", pages,
+    )  # fmt: skip
+    assert status == 0, stderr
+    found = json.loads(out.read_text())
+    each = [scores_of(path, photographs) for path in small]
+    labels = torch.tensor([FolderSource(photographs).read(i)[1] for i in range(17)])
+    right = [p.argmax(1) == labels for p in (*each, torch.stack(each).mean(0))]
+    assert [r["top1_correct"] for r in found["results"]] == [int(r.sum()) for r in right]
+    assert [r["weights"] for r in found["results"]][3:] == ["mean softmax"]
+    assert len(found["comparisons"]) == 6
+    second = found["comparisons"][1]  # the first network against the third
+    assert (second["first"], second["second"]) == (str(small[0]), str(small[2]))
+    assert second["only_first"] == int((right[0] & ~right[2]).sum())
+    assert second["only_second"] == int((right[2] & ~right[0]).sum())
+    assert stdout.count("McNemar's p") == 6 and "ensemble of 3" in stdout
+    assert [(pages / str(n) / "index.html").exists() for n in (1, 2, 3, 4)] == [True] * 4
+
+
+def test_views_are_averaged_by_protocol(photographs, small, tmp_path, capsys, monkeypatch) -> None:
+    losses = {}
+    for protocol in PROTOCOLS:
+        out = tmp_path / f"{protocol}.json"
+        place = ("--weights", small[0], "--data", photographs, "--json", out)
+        status, _, stderr = call(capsys, monkeypatch, *place, "--protocol", protocol)
+        assert status == 0, stderr
+        result = json.loads(out.read_text())
+        assert (result["images"], result["protocol"]) == (17, protocol)
+        losses[protocol] = result["loss"]
+    assert len(set(losses.values())) == len(PROTOCOLS)
+
+
+def test_all_checkpoints_of_a_run_and_their_average(
+    run_directory, tmp_path, capsys, monkeypatch
+) -> None:
+    state = checkpoint.load(run_directory / "checkpoints" / "step-000000002")
+    other = tmp_path / "run"
+    shutil.copytree(run_directory, other)
+    moved = {
+        part: {name: value + 1 if name == "classif.bias" else value for name, value in t.items()}
+        for part, t in state.parts.items()
+    }
+    checkpoint.save(other / "checkpoints", 4, moved, {**state.meta, "step": 4})
+    out = tmp_path / "all.json"
+    status, stdout, stderr = call(capsys, monkeypatch, "--run", other, "--all", "--json", out)
+    assert status == 0, stderr
+    results = json.loads(out.read_text())["results"]
+    assert [r["step"] for r in results] == [2, 4]
+    networks = trained.every_of_run(other, "ema", print)
+    mean = trained.averaged(networks)
+    expected = (state.parts["ema"]["classif.bias"] + moved["ema"]["classif.bias"]) / 2
+    assert torch.equal(mean.model.state_dict()["classif.bias"], expected)
+    status, stdout, stderr = call(capsys, monkeypatch, "--run", other, "--average", "2")
+    assert status == 0 and "mean of 2 (steps 2 to 4)" in stdout
+    status, _, stderr = call(capsys, monkeypatch, "--run", other, "--average", "3")
+    assert status == 1 and "it has 2; train with a larger checkpoint.keep" in stderr
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A thousand class folders with a validation image each, and a network that knows them."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    rng = np.random.default_rng(0)
+    for i, synset in enumerate(imagenet_names.synsets()):
+        (folder / "val" / synset).mkdir(parents=True)
+        pixels = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+        pixels.save(folder / "val" / synset / f"ILSVRC2012_val_{1000 - i:08d}.png")
+    return folder / "val", write_small(folder / "net.safetensors", imagenet_names.synsets())
+
+
+def test_published_results_stand_beside_those_of_the_same_images(
+    imagenet, tmp_path, capsys, monkeypatch
+) -> None:
+    val, network = imagenet
+    entry = {"protocol": "timm", "top1": 50.0, "top5": 0.5, "source": "a paper"}
+    published = [
+        {"name": "all", "labels": "imagenet", "images": 1000, **entry},
+        {"name": "other", "labels": "imagenet", "images": 999, **entry},
+        {"name": "listed", "labels": "imagenet", "images": 997, **entry},
+        {"name": "real", "labels": "real", "images": 2, **entry},
+    ]
+    (tmp_path / "reference.yaml").write_text(json.dumps(published))
+    (tmp_path / "list").write_text("1\n5\n1000\n")
+    listed = [[] for _ in range(1000)]
+    listed[0], listed[4] = [999, 3], [17]
+    (tmp_path / "real.json").write_text(json.dumps(listed))
+    out = tmp_path / "result.json"
+    for options, name, images in (
+        ((), "all", 1000),
+        (("--exclude", tmp_path / "list"), "listed", 997),
+        (("--real", tmp_path / "real.json"), "real", 2),
+        (("--subset", tmp_path / "list"), None, 3),
+    ):
+        place = ("--weights", network, "--data", val, "--json", out)
+        status, stdout, stderr = call(
+            capsys, monkeypatch, *place, *options, "--reference", tmp_path / "reference.yaml"
+        )
+        assert status == 0, stderr
+        result = json.loads(out.read_text())
+        assert result["images"] == images
+        assert [r["name"] for r in result["references"]] == ([name] if name else [])
+        if name:
+            (reference,) = result["references"]
+            difference = result["top1_correct"] - images // 2
+            assert reference["top1_difference"] == difference
+            low, high = result["top1_interval"]
+            assert reference["top1_within"] == (low <= 50 <= high)
+            assert f"{name}: top-1 50 %: {difference:+,} images" in stdout
+
+
+def test_the_projects_own_references_are_readable() -> None:
+    found = reference.read(programs.ROOT / "configs" / "reference.yaml")
+    assert {each.protocol for each in found} <= set(PROTOCOLS)
+    published = {(r.labels, r.name): (r.top1, r.top5) for r in found}
+    assert published["imagenet", "timm, inception_resnet_v2.tf_in1k"] == (80.434, 95.312)
+    errors = [(round(100 - r.top1, 1), round(100 - r.top5, 1)) for r in found if "paper" in r.name]
+    assert errors == [(19.9, 4.9), (18.7, 4.1), (17.8, 3.7), (16.4, 3.1)]
+
+
+def test_fast_is_close(photographs, small, tmp_path, capsys, monkeypatch) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler for torch.compile")
+    out, results = tmp_path / "result.json", {}
+    for speed in ((), ("--fast",)):
+        place = ("--weights", small[0], "--data", photographs, "--json", out)
+        status, _, stderr = call(capsys, monkeypatch, *place, *speed)
+        assert status == 0, stderr
+        results[speed] = json.loads(out.read_text())
+    record, fast = results.values()
+    assert (record["precision"], fast["precision"]) == ("fp32", "fast")
+    assert fast["loss"] == pytest.approx(record["loss"], rel=0.05)
+    assert fast["loss"] != record["loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--run", "r", "--all", "--average", "2"), "one of them"),
+        (("--weights", "w", "--all"), "--run DIR"),
+        (("--weights", "w", "--ensemble"), "want several networks"),
+        (("--weights", "w", "--protocol", "slim", "--crop", "0.9"), "not of --protocol slim"),
+        (("--run", "r", "--average", "1"), "at least 2"),
+        (("--weights", "w", "--protocol", "best"), "invalid choice"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message, capsys, monkeypatch) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        call(capsys, monkeypatch, *options)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -149,15 +413,31 @@ def test_mistakes_are_one_line_and_leave_no_result(
     programs.write_images(tmp_path / "bad", ["a", "b", "c"], 1)
     (tmp_path / "bad" / "b" / "0.png").write_bytes(b"no image")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "ILSVRC2012_val_00000001.JPEG").touch()
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(small_weights.read_bytes()[:-100])
+    (tmp_path / "list").write_text("7\n")
     for arguments, message in (
         (("--run", tmp_path / "nowhere"), "no checkpoint in it"),
-        (("--run", run_directory, "--data", photographs), "3 unknown (class0, class1, class2)"),
+        (("--run", run_directory, "--data", photographs), "8 unknown (class0, class1, class2, …)"),
         (("--weights", tmp_path / "nowhere.pth"), "no such weights file"),
         (("--weights", resnet), "not an Inception-ResNet-v2"),
         (("--weights", small_weights), "--data DIR is needed"),
         (("--weights", small_weights, "--data", tmp_path / "two"), "tells apart 3"),
         (("--weights", small_weights, "--data", tmp_path / "empty"), "no class folders"),
         (("--weights", small_weights, "--data", tmp_path / "bad"), "cannot be decoded"),
+        (("--weights", small_weights, "--data", tmp_path / "flat"), "prepare_imagenet.py"),
+        (("--weights", cut, "--data", tmp_path / "two"), "damaged or not a safetensors file"),
+        (("--weights", small_weights, resnet, "--data", tmp_path / "bad"), "not an Inception"),
+        (("--run", run_directory, "--subset", tmp_path / "list"), "such as 7"),
+        (("--run", run_directory, "--exclude", tmp_path / "none"), "cannot be read"),
+        (("--run", run_directory, "--real", tmp_path / "list"), "list of lists"),
+        (("--run", run_directory, "--reference", small_weights), "no list of published results"),
+        (
+            ("--weights", "timm:inception_resnet_v2.tf_in1k", "--data", "x"),
+            "the hub needs a network",
+        ),
     ):
         status, _, error = call(capsys, monkeypatch, *arguments, "--json", out)
         assert status == 1 and message in error and error.count("\n") == 1, error
