@@ -61,7 +61,7 @@ class FolderSource:
         self._names: list[bytes] = []  # of each class: its images' paths within it, end to end
         ends = []  # of each path within its class's bytes
         for name in self.classes:
-            paths = [os.fsencode(path) for path in _images_below(os.path.join(self.root, name))]
+            paths = [os.fsencode(path) for path in images_below(os.path.join(self.root, name))]
             self._starts.append(self._starts[-1] + len(paths))
             self._names.append(b"".join(paths))
             ends.append(np.cumsum([len(path) for path in paths], dtype=np.uint32))
@@ -114,7 +114,7 @@ def _refuse(error: OSError) -> NoReturn:
     raise DataError(f"{error.filename}: cannot be listed ({error.strerror})")
 
 
-def _images_below(top: str) -> list[str]:
+def images_below(top: str) -> list[str]:
     """A class's images, relative to its folder, in ImageFolder's order: folder by folder, a
     folder's files sorted. Raises DataError if there are none."""
     paths = []

@@ -24,5 +24,8 @@ def in_words(name: str) -> str:
     """A class's name for people: of a synset its first word ("tench"), else the name itself."""
     if not _SYNSET.fullmatch(name):
         return name
-    description = _info().label_name_to_description(name)
+    try:
+        description = _info().label_name_to_description(name)
+    except KeyError:  # a folder that is merely called like a synset
+        return name
     return description.partition(",")[0] or name

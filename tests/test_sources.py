@@ -107,7 +107,7 @@ def test_an_image_costs_its_name_and_four_bytes(tmp_path, monkeypatch):
     for i in range(50):
         (tmp_path / f"n{i:08d}").mkdir()
     names = [f"n01440764_{i}.JPEG" for i in range(10_000, 11_000)]
-    monkeypatch.setattr(sources, "_images_below", lambda _top: list(names))
+    monkeypatch.setattr(sources, "images_below", lambda _top: list(names))
     tracemalloc.start()
     source = FolderSource(tmp_path)
     held, _ = tracemalloc.get_traced_memory()

@@ -1,0 +1,260 @@
+#!/usr/bin/env python3
+"""Say what pictures show, by a run or by published weights.
+
+  python scripts/predict.py photo.jpg --run runs/quickstart
+  python scripts/predict.py PHOTOS --weights runs/quickstart/best.safetensors --top 3
+  find PHOTOS -name '*.jpg' | python scripts/predict.py - --weights timm:NAME --json
+
+Files, folders (with everything below them) and, from standard input, their paths, one a line. Each
+picture is seen as validate.py sees it. Results are printed in the order of the pictures, as each
+batch is done. With --json each line is {"image": …, "predictions": [{"class": …, "name": …,
+"probability": …}, …]} or {"image": …, "error": …}. Exit status: 0 done; 1 something must be mended
+first, or some pictures could not be used, of which each has its line on standard error; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from queue import Queue
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import sources, transforms, workers
+from data.to_input import ToInput
+from irv2 import checkpoint, distributed, imagenet_names, weights
+from irv2.folding import fold_batch_norm
+from irv2.trained import Trained
+from scripts import subjects
+from scripts.arguments import positive
+
+MISTAKES = (checkpoint.CheckpointError, distributed.WorldError, weights.WeightsError, OSError)
+
+
+class Picture(NamedTuple):
+    """A picture as the network is to see it, or why it cannot be seen."""
+
+    path: str
+    pixels: np.ndarray | None  # uint8 [size, size, 3]
+    error: str = ""
+
+
+class Prediction(NamedTuple):
+    """One of the likeliest classes of a picture."""
+
+    label: str  # the class as the training data call it: a synset, a folder's name
+    name: str  # the same in words
+    probability: float
+
+
+# ------------------------------------------------------------------------- pictures
+
+
+def pictures_of(named: Iterable[str]) -> Iterator[Picture | str]:
+    """Paths on the command line -> those of files; a folder's are sorted, "-" reads more."""
+    for name in named:
+        if name == "-":
+            # Not sys.stdin, which Python cannot close at its end while a thread waits for a line.
+            with open(0, "rb", closefd=False) as lines:
+                paths = (os.fsdecode(line.removesuffix(b"\n")) for line in lines)
+                yield from pictures_of(path for path in paths if path)
+        elif os.path.isdir(name):
+            try:
+                yield from (os.path.join(name, path) for path in sources.images_below(name))
+            except sources.DataError as error:
+                yield Picture(name, None, str(error).removeprefix(f"{name}: "))
+        else:
+            yield name
+
+
+def see(path: Picture | str, view: transforms.EvalView) -> Picture:
+    """Read, decode and scale a picture, unless it is known to be unusable."""
+    if isinstance(path, Picture):
+        return path
+    try:
+        with open(path, "rb") as file:
+            pixels = transforms.decode(file.read())
+    except OSError as error:
+        return Picture(path, None, f"cannot be read ({error.strerror})")
+    except (transforms.DecodeError, ValueError) as error:  # a path may hold what none can
+        return Picture(path, None, " ".join(str(error).split()))
+    out = np.empty((view.size, view.size, 3), np.uint8)
+    view(pixels, 0, 0, out)
+    return Picture(path, out)
+
+
+@contextmanager
+def read_ahead(
+    paths: Iterable[Picture | str], view: transforms.EvalView, depth: int
+) -> Iterator[Iterator[Picture]]:
+    """The pictures in order, up to `depth` of them made ready by threads before they are asked for.
+
+    A thread of its own takes the paths, so that a slow list of them delays none that is known.
+    """
+    pool = ThreadPoolExecutor(workers.default_workers())
+    waiting: Queue[Future[Picture] | None] = Queue(depth)
+
+    def submit() -> None:
+        try:
+            with suppress(RuntimeError):  # of the pool, once it has been shut down
+                for path in paths:
+                    waiting.put(pool.submit(see, path, view))
+        finally:
+            waiting.put(None)
+
+    threading.Thread(target=submit, daemon=True).start()
+    try:
+        yield (future.result() for future in iter(waiting.get, None))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+# ------------------------------------------------------------------------- predictions
+
+
+class Predictor:
+    """Pictures -> the likeliest classes of each, as validate.py ranks them."""
+
+    def __init__(self, subject: Trained, top: int, device: torch.device) -> None:
+        self.device = device
+        model = fold_batch_norm(subject.model)
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.to_input = ToInput(subject.data["mean"], subject.data["std"], device)
+        self.labels = subject.classes or [str(i) for i in range(model.classif.out_features)]
+        self.names = [imagenet_names.in_words(label) for label in self.labels]
+        self.top = top
+
+    @torch.inference_mode()
+    def logits(self, pixels: np.ndarray) -> Tensor:
+        """uint8 [B, size, size, 3] -> float32 [B, C]."""
+        images = torch.from_numpy(pixels).to(self.device)
+        flips = torch.zeros(len(images), dtype=torch.bool, device=self.device)
+        return self.model(self.to_input(images, flips, None))
+
+    def __call__(self, pictures: list[Picture]) -> list[list[Prediction]]:
+        """The predictions of each picture, the likeliest first; none where it cannot be seen."""
+        seen = [picture.pixels for picture in pictures if picture.pixels is not None]
+        if not seen:
+            return [[] for _ in pictures]
+        logits = self.logits(np.stack(seen))
+        best = logits.sort(dim=1, descending=True, stable=True).indices[:, : self.top]
+        shares = logits.softmax(1).gather(1, best)
+        rows = iter(zip(best.tolist(), shares.tolist()))
+        return [
+            [Prediction(self.labels[i], self.names[i], share) for i, share in zip(*next(rows))]
+            if picture.pixels is not None
+            else []
+            for picture in pictures
+        ]
+
+
+def predict(arguments: argparse.Namespace, device: torch.device) -> int:
+    """Print what each picture shows; returns the number of those that could not be used."""
+    subject = subjects.open_subject(arguments)
+    settings = subject.data
+    view = transforms.EvalView(
+        settings["image_size"], settings["eval_crop"], settings["eval_interpolation"]
+    )
+    predictor = Predictor(subject, arguments.top, device)
+    show = show_json if arguments.json else Table()
+    failed = 0
+    paths = pictures_of(arguments.images)
+    hidden = sys.stdout.isatty() or not sys.stderr.isatty()
+    with (
+        read_ahead(paths, view, 2 * arguments.batch) as pictures,
+        tqdm(unit="image", leave=False, disable=hidden) as bar,
+    ):
+        while batch := list(islice(pictures, arguments.batch)):
+            show(list(zip(batch, predictor(batch))))
+            sys.stdout.flush()
+            for picture in batch:
+                if picture.error:
+                    failed += 1
+                    tqdm.write(f"{picture.path}: {picture.error}", file=sys.stderr)
+            bar.update(len(batch))
+    return failed
+
+
+# ------------------------------------------------------------------------- output
+
+Results = list[tuple[Picture, list[Prediction]]]
+
+
+def show_json(results: Results) -> None:
+    """A JSON object for each picture. File names that are no UTF-8 are escaped as Python does."""
+    for picture, predictions in results:
+        content = {"image": picture.path}
+        if picture.error:
+            content["error"] = picture.error
+        else:
+            content["predictions"] = [
+                {"class": p.label, "name": p.name, "probability": p.probability}
+                for p in predictions
+            ]
+        print(json.dumps(content))
+
+
+class Table:
+    """A line for each picture; columns are as wide as the longest path so far."""
+
+    def __init__(self) -> None:
+        self.width = 0
+
+    def __call__(self, results: Results) -> None:
+        seen = [(picture.path, predictions) for picture, predictions in results if predictions]
+        self.width = max([self.width, *(len(path) for path, _ in seen)])
+        for path, predictions in seen:
+            words = ", ".join(f"{p.name} {100 * p.probability:.1f} %" for p in predictions)
+            print(f"{path:<{self.width}}  {words}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE|FOLDER|-", help="pictures; - reads paths, one a line"
+    )
+    subjects.add_arguments(parser)
+    parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes (default: 5)")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    parser.add_argument(
+        "--batch", type=positive, default=16, metavar="N", help="images at once (default: 16)"
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    """Command line -> exit status."""
+    arguments = parse_arguments()
+    sys.stdout.reconfigure(errors="surrogateescape")  # a file's name as it is, also if no UTF-8
+
+    def body() -> int:
+        try:
+            with distributed.start(arguments.device) as world:
+                return 1 if predict(arguments, world.device) else 0
+        except BrokenPipeError:  # nobody reads on: | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+
+    return distributed.exit_status(body, MISTAKES, of_one_rank=())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""scripts/predict.py from the outside: timm's probabilities, streams, and what cannot be used."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import programs
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from test_folding import randomised
+
+from irv2 import imagenet_names, weights
+from irv2.model import inception_resnet_v2
+from scripts import predict
+
+VIEW = {"image_size": 75, "eval_crop": 0.8, "eval_interpolation": "bilinear"}
+VIEW |= {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+SYNSETS = ["n01440764", "n02123045", "n02504458"]
+WORDS = ["tench", "tabby", "African elephant"]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven photographs of several kinds, two of them in a folder below, and no image."""
+    root = tmp_path_factory.mktemp("photographs")
+    (root / "below").mkdir()
+    images = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    for k, name in enumerate(["a.jpg", "b.png", "c.JPEG", "d.webp", "e.jpg"]):
+        images[k % 2].crop((20 * k, 10 * k, 400, 300)).save(root / name)
+    images[0].crop((0, 0, 100, 400)).save(root / "below" / "f.jpg")
+    images[1].convert("L").save(root / "below" / "g.jpg")
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = randomised(inception_resnet_v2(3, blocks=(1, 1, 1)))
+    metadata = {"blocks": [1, 1, 1], "classes": SYNSETS, "data": VIEW}
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    weights.write(path, model.state_dict(), texts)
+    return path
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    """The script's main in this process -> (exit status, stdout, stderr)."""
+    # pytest's standard output is none that can be reconfigured
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda errors: None, raising=False)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["predict.py", *map(str, arguments)])
+        return predict.main(), *capsys.readouterr()
+
+    return run
+
+
+def start(*arguments: object, stdin: int | None = None) -> subprocess.Popen[bytes]:
+    command = [sys.executable, programs.ROOT / "scripts" / "predict.py", *arguments]
+    return subprocess.Popen(
+        [os.fspath(part) for part in command],
+        env=programs.environment(),
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_probabilities_are_those_of_timms_model_and_transform(photographs, tmp_path, call):
+    torch.manual_seed(0)
+    theirs = randomised(timm.create_model("inception_resnet_v2", num_classes=6))
+    path = tmp_path / "weights.safetensors"
+    weights.write(path, theirs.state_dict(), {"data": json.dumps(VIEW)})
+    transform = timm.data.create_transform(
+        (3, 75, 75),
+        interpolation="bilinear",
+        crop_pct=VIEW["eval_crop"],
+        mean=VIEW["mean"],
+        std=VIEW["std"],
+    )
+    files = ["a.jpg", "b.png", "c.JPEG", "d.webp", "e.jpg", "below/f.jpg", "below/g.jpg"]
+    images = [transform(Image.open(photographs / file).convert("RGB")) for file in files]
+    with torch.inference_mode():
+        expected = theirs(torch.stack(images)).softmax(1)
+    assert expected.std(0).max() > 1e-3
+
+    arguments = ("--weights", path, "--batch", 3, "--top", 6, "--json")
+    status, out, error = call(photographs, *arguments)
+    assert (status, error) == (0, "")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["image"] for line in lines] == [str(photographs / file) for file in files]
+    for line, row in zip(lines, expected):
+        found = {p["class"]: p["probability"] for p in line["predictions"]}
+        assert list(found) == [str(i) for i in row.argsort(descending=True).tolist()]
+        assert found == pytest.approx({str(i): row[i].item() for i in range(6)}, rel=1e-4)
+
+
+def test_one_line_a_picture_with_classes_in_words(photographs, small_weights, call):
+    files = [photographs / "a.jpg", photographs / "below"]
+    status, out, _ = call(*files, "--weights", small_weights, "--top", 2)
+    assert status == 0
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        str(photographs / file) for file in ("a.jpg", "below/f.jpg", "below/g.jpg")
+    ]
+    shown = [line[len(str(photographs / "below/f.jpg")) :] for line in lines]  # the longest path
+    assert all(text.startswith("  ") and text[2:].startswith(tuple(WORDS)) for text in shown)
+    assert all(text.count(" %") == 2 for text in shown)
+    _, out, _ = call(*files, "--weights", small_weights, "--json")
+    first = json.loads(out.splitlines()[0])["predictions"]
+    assert {(p["class"], p["name"]) for p in first} == set(zip(SYNSETS, WORDS))
+    assert sum(p["probability"] for p in first) == pytest.approx(1)
+    assert imagenet_names.in_words("n00000000") == "n00000000"  # a folder that is no synset
+
+
+def test_what_cannot_be_used_has_a_line_and_the_rest_goes_on(
+    photographs, small_weights, tmp_path, call
+):
+    odd = os.fsencode(tmp_path) + b"/\xff\xe9 odd.jpg"
+    shutil.copy(photographs / "a.jpg", odd)
+    (tmp_path / "damaged.jpg").write_bytes((photographs / "a.jpg").read_bytes()[:200])
+    (tmp_path / "empty").mkdir()
+    listed = [
+        os.fsencode(photographs / "a.jpg"),
+        os.fsencode(tmp_path / "missing.jpg"),
+        odd,
+        os.fsencode(tmp_path / "damaged.jpg"),
+        os.fsencode(tmp_path / "empty"),
+        os.fsencode(photographs / "b.png"),  # no end of line
+    ]
+    expected = {1: "cannot be read (No such file", 3: "cannot be decoded (", 4: "no images in it"}
+
+    def check_errors(error: str) -> None:
+        lines = error.splitlines()
+        assert len(lines) == len(expected)
+        for line, (place, reason) in zip(lines, expected.items()):
+            assert line.startswith(f"{os.fsdecode(listed[place])}: {reason}")
+
+    process = start("-", "--weights", small_weights, "--batch", "2", stdin=subprocess.PIPE)
+    out, error = process.communicate(b"\n".join(listed), timeout=300)
+    assert process.returncode == 1
+    check_errors(os.fsdecode(error))
+    shown = [line.partition(b"  ")[0].rstrip() for line in out.splitlines()]
+    assert shown == [listed[place] for place in (0, 2, 5)]
+
+    status, out, error = call(*map(os.fsdecode, listed), "--weights", small_weights, "--json")
+    assert status == 1
+    check_errors(error)
+    assert out.isascii()
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [os.fsencode(line["image"]) for line in lines] == listed
+    for place, line in enumerate(lines):
+        assert ("error" in line) == (place in expected) != ("predictions" in line)
+
+
+def test_a_stream_is_answered_line_by_line_and_ctrl_c_ends_it_quietly(photographs, small_weights):
+    process = start("-", "--weights", small_weights, "--batch", "1", stdin=subprocess.PIPE)
+    for name in ("a.jpg", "b.png"):
+        process.stdin.write(os.fsencode(photographs / name) + b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline().startswith(os.fsencode(photographs / name))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130  # though standard input stays open
+    assert process.stdout.read() == process.stderr.read() == b""
+    process.communicate()
+
+
+def test_a_reader_that_has_gone_ends_it_quietly(photographs, small_weights):
+    files = [photographs / "a.jpg"] * 50
+    process = start(*files, "--weights", small_weights, "--batch", "1")
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_weights_that_will_not_do_are_told_in_one_line(photographs, small_weights, tmp_path, call):
+    def written(name: str, model: torch.nn.Module, **metadata: object) -> Path:
+        texts = {key: json.dumps(value) for key, value in metadata.items()}
+        weights.write(tmp_path / name, model.state_dict(), texts)
+        return tmp_path / name
+
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(small_weights.read_bytes()[:100_000])
+    small = {"blocks": [1, 1, 1]}
+    grey = written("grey.safetensors", inception_resnet_v2(3, 1, blocks=(1, 1, 1)), **small)
+    named = inception_resnet_v2(3, blocks=(1, 1, 1))
+    other = written("other.safetensors", timm.create_model("resnet18"))
+    for arguments, message in (
+        (("--run", tmp_path / "nowhere"), "no checkpoint in it"),
+        (("--weights", tmp_path / "nowhere.pth"), "no such weights file"),
+        (("--weights", truncated), "damaged or not a safetensors file"),
+        (("--weights", other), "not an Inception-ResNet-v2"),
+        (("--weights", grey), "images of 1 channels"),
+        (
+            ("--weights", written("two.safetensors", named, classes=["a", "b"], **small)),
+            "3 outputs, but names for 2",
+        ),
+    ):
+        status, out, error = call(photographs, *arguments)
+        assert (status, out) == (1, "")
+        assert message in error and error.count("\n") == 1, error
