@@ -24,7 +24,7 @@ make_venv() {
 
 .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv
 installed=".venv/installed-$1"
-wanted="$(cat requirements.txt "$1")"
+wanted="$(cat requirements*.txt)" # of all files, as they include each other
 if [ "$(cat "$installed" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing $1 into .venv (PyTorch is large: some minutes)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"

@@ -19,13 +19,8 @@ import json
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from queue import Queue
 from typing import NamedTuple
 
 import numpy as np
@@ -35,23 +30,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import sources, transforms, workers
 from data.to_input import ToInput
 from irv2 import checkpoint, distributed, imagenet_names, weights
 from irv2.folding import fold_batch_norm
 from irv2.trained import Trained
-from scripts import subjects
+from scripts import pictures, subjects
 from scripts.arguments import positive
+from scripts.pictures import Picture
 
 MISTAKES = (checkpoint.CheckpointError, distributed.WorldError, weights.WeightsError, OSError)
-
-
-class Picture(NamedTuple):
-    """A picture as the network is to see it, or why it cannot be seen."""
-
-    path: str
-    pixels: np.ndarray | None  # uint8 [size, size, 3]
-    error: str = ""
 
 
 class Prediction(NamedTuple):
@@ -60,71 +47,6 @@ class Prediction(NamedTuple):
     label: str  # the class as the training data call it: a synset, a folder's name
     name: str  # the same in words
     probability: float
-
-
-# ------------------------------------------------------------------------- pictures
-
-
-def pictures_of(named: Iterable[str]) -> Iterator[Picture | str]:
-    """Paths on the command line -> those of files; a folder's are sorted, "-" reads more."""
-    for name in named:
-        if name == "-":
-            # Not sys.stdin, which Python cannot close at its end while a thread waits for a line.
-            with open(0, "rb", closefd=False) as lines:
-                paths = (os.fsdecode(line.removesuffix(b"\n")) for line in lines)
-                yield from pictures_of(path for path in paths if path)
-        elif os.path.isdir(name):
-            try:
-                yield from (os.path.join(name, path) for path in sources.images_below(name))
-            except sources.DataError as error:
-                yield Picture(name, None, str(error).removeprefix(f"{name}: "))
-        else:
-            yield name
-
-
-def see(path: Picture | str, view: transforms.EvalView) -> Picture:
-    """Read, decode and scale a picture, unless it is known to be unusable."""
-    if isinstance(path, Picture):
-        return path
-    try:
-        with open(path, "rb") as file:
-            pixels = transforms.decode(file.read())
-    except OSError as error:
-        return Picture(path, None, f"cannot be read ({error.strerror})")
-    except (transforms.DecodeError, ValueError) as error:  # a path may hold what none can
-        return Picture(path, None, " ".join(str(error).split()))
-    out = np.empty((view.size, view.size, 3), np.uint8)
-    view(pixels, 0, 0, out)
-    return Picture(path, out)
-
-
-@contextmanager
-def read_ahead(
-    paths: Iterable[Picture | str], view: transforms.EvalView, depth: int
-) -> Iterator[Iterator[Picture]]:
-    """The pictures in order, up to `depth` of them made ready by threads before they are asked for.
-
-    A thread of its own takes the paths, so that a slow list of them delays none that is known.
-    """
-    pool = ThreadPoolExecutor(workers.default_workers())
-    waiting: Queue[Future[Picture] | None] = Queue(depth)
-
-    def submit() -> None:
-        try:
-            with suppress(RuntimeError):  # of the pool, once it has been shut down
-                for path in paths:
-                    waiting.put(pool.submit(see, path, view))
-        finally:
-            waiting.put(None)
-
-    threading.Thread(target=submit, daemon=True).start()
-    try:
-        yield (future.result() for future in iter(waiting.get, None))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-# ------------------------------------------------------------------------- predictions
 
 
 class Predictor:
@@ -146,11 +68,11 @@ class Predictor:
         flips = torch.zeros(len(images), dtype=torch.bool, device=self.device)
         return self.model(self.to_input(images, flips, None))
 
-    def __call__(self, pictures: list[Picture]) -> list[list[Prediction]]:
+    def __call__(self, batch: list[Picture]) -> list[list[Prediction]]:
         """The predictions of each picture, the likeliest first; none where it cannot be seen."""
-        seen = [picture.pixels for picture in pictures if picture.pixels is not None]
+        seen = [picture.pixels for picture in batch if picture.pixels is not None]
         if not seen:
-            return [[] for _ in pictures]
+            return [[] for _ in batch]
         logits = self.logits(np.stack(seen))
         best = logits.sort(dim=1, descending=True, stable=True).indices[:, : self.top]
         shares = logits.softmax(1).gather(1, best)
@@ -159,27 +81,24 @@ class Predictor:
             [Prediction(self.labels[i], self.names[i], share) for i, share in zip(*next(rows))]
             if picture.pixels is not None
             else []
-            for picture in pictures
+            for picture in batch
         ]
 
 
 def predict(arguments: argparse.Namespace, device: torch.device) -> int:
     """Print what each picture shows; returns the number of those that could not be used."""
     subject = subjects.open_subject(arguments)
-    settings = subject.data
-    view = transforms.EvalView(
-        settings["image_size"], settings["eval_crop"], settings["eval_interpolation"]
-    )
+    view = pictures.view_of(subject.data)
     predictor = Predictor(subject, arguments.top, device)
     show = show_json if arguments.json else Table()
     failed = 0
-    paths = pictures_of(arguments.images)
+    paths = pictures.named(arguments.images)
     hidden = sys.stdout.isatty() or not sys.stderr.isatty()
     with (
-        read_ahead(paths, view, 2 * arguments.batch) as pictures,
+        pictures.read_ahead(paths, view, 2 * arguments.batch) as coming,
         tqdm(unit="image", leave=False, disable=hidden) as bar,
     ):
-        while batch := list(islice(pictures, arguments.batch)):
+        while batch := list(islice(coming, arguments.batch)):
             show(list(zip(batch, predictor(batch))))
             sys.stdout.flush()
             for picture in batch:

@@ -16,16 +16,12 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from small_weights import SYNSETS, VIEW, WORDS, write_small_weights
 from test_folding import randomised
 
 from irv2 import imagenet_names, weights
 from irv2.model import inception_resnet_v2
 from scripts import predict
-
-VIEW = {"image_size": 75, "eval_crop": 0.8, "eval_interpolation": "bilinear"}
-VIEW |= {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
-SYNSETS = ["n01440764", "n02123045", "n02504458"]
-WORDS = ["tench", "tabby", "African elephant"]
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +40,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model = randomised(inception_resnet_v2(3, blocks=(1, 1, 1)))
-    metadata = {"blocks": [1, 1, 1], "classes": SYNSETS, "data": VIEW}
-    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    texts = {key: json.dumps(value) for key, value in metadata.items()}
-    weights.write(path, model.state_dict(), texts)
-    return path
+    return write_small_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture

@@ -1,0 +1,94 @@
+"""Pictures that a command line names, as the network is to see them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from queue import Queue
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data import sources, transforms, workers
+
+
+class Picture(NamedTuple):
+    """A picture as the network is to see it, or why it cannot be seen."""
+
+    path: str
+    pixels: np.ndarray | None  # uint8 [size, size, 3]
+    error: str = ""
+
+
+def named(names: Iterable[str]) -> Iterator[Picture | str]:
+    """Paths on the command line -> those of files; a folder's are sorted, "-" reads more."""
+    for name in names:
+        if name == "-":
+            # Not sys.stdin, which Python cannot close at its end while a thread waits for a line.
+            with open(0, "rb", closefd=False) as lines:
+                paths = (os.fsdecode(line.removesuffix(b"\n")) for line in lines)
+                yield from named(path for path in paths if path)
+        elif os.path.isdir(name):
+            try:
+                yield from (os.path.join(name, path) for path in sources.images_below(name))
+            except sources.DataError as error:
+                yield Picture(name, None, str(error).removeprefix(f"{name}: "))
+        else:
+            yield name
+
+
+def see(path: Picture | str, view: transforms.EvalView) -> Picture:
+    """Read, decode and scale a picture, unless it is known to be unusable."""
+    if isinstance(path, Picture):
+        return path
+    try:
+        with open(path, "rb") as file:
+            pixels = transforms.decode(file.read())
+    except OSError as error:
+        return Picture(path, None, f"cannot be read ({error.strerror})")
+    except (transforms.DecodeError, ValueError) as error:  # a path may hold what none can
+        return Picture(path, None, " ".join(str(error).split()))
+    return Picture(path, scaled(pixels, view))
+
+
+def scaled(pixels: np.ndarray, view: transforms.EvalView) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [size, size, 3]."""
+    out = np.empty((view.size, view.size, 3), np.uint8)
+    view(pixels, 0, 0, out)
+    return out
+
+
+def view_of(settings: dict[str, Any]) -> transforms.EvalView:
+    """The view that the keys of a config's section "data" describe."""
+    return transforms.EvalView(
+        settings["image_size"], settings["eval_crop"], settings["eval_interpolation"]
+    )
+
+
+@contextmanager
+def read_ahead(
+    paths: Iterable[Picture | str], view: transforms.EvalView, depth: int
+) -> Iterator[Iterator[Picture]]:
+    """The pictures in order, up to `depth` of them made ready by threads before they are asked for.
+
+    A thread of its own takes the paths, so that a slow list of them delays none that is known.
+    """
+    pool = ThreadPoolExecutor(workers.default_workers())
+    waiting: Queue[Future[Picture] | None] = Queue(depth)
+
+    def submit() -> None:
+        try:
+            with suppress(RuntimeError):  # of the pool, once it has been shut down
+                for path in paths:
+                    waiting.put(pool.submit(see, path, view))
+        finally:
+            waiting.put(None)
+
+    threading.Thread(target=submit, daemon=True).start()
+    try:
+        yield (future.result() for future in iter(waiting.get, None))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
