@@ -83,6 +83,10 @@ class ShardSource:
         label = bisect_right(self._starts, index) - 1
         return range(self._starts[label], self._starts[label + 1])
 
+    def class_counts(self) -> list[int]:
+        """Number of images of each class."""
+        return np.diff(self._starts).tolist()
+
     @cached_property
     def storage_order(self) -> np.ndarray:
         """The images in the order in which they lie in the shards: int32 [N]."""

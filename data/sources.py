@@ -40,6 +40,9 @@ class Source(Protocol):
     def members(self, index: int) -> Sequence[int]:
         """All images of an image's class, itself among them, in ascending order."""
 
+    def class_counts(self) -> list[int]:
+        """Number of images of each class."""
+
 
 class FolderSource:
     """ImageFolder layout: root/<class>/.../<image>, classes and images in sorted order.
@@ -87,6 +90,9 @@ class FolderSource:
     def members(self, index: int) -> range:
         label = self._label(index)
         return range(self._starts[label], self._starts[label + 1])
+
+    def class_counts(self) -> list[int]:
+        return np.diff(self._starts).tolist()
 
     def _label(self, index: int) -> int:
         return bisect_right(self._starts, index) - 1
@@ -152,6 +158,9 @@ class SyntheticSource:
 
     def members(self, index: int) -> range:
         return range(index % len(self.classes), self.images, len(self.classes))
+
+    def class_counts(self) -> list[int]:
+        return [len(self.members(label)) for label in range(len(self.classes))]
 
 
 def open_source(spec: str) -> Source:

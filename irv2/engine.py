@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from irv2.distributed import World
+from irv2.loss import Loss
 from irv2.metrics import Collector, Predictions, Scored
 
 COUNTERS = ("step", "images_seen", "bad_images", "bad_steps", "bad_steps_in_a_row")
@@ -89,21 +89,6 @@ class DivergedError(ValueError):
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Cross-entropy with label smoothing; the auxiliary head's is added with its weight."""
-
-    label_smoothing: float = 0.1
-    aux_weight: float = 0.4
-
-    def __call__(self, output: Tensor | tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
-        """Logits [B, C], or (logits, auxiliary logits), and labels [B] -> mean loss, float32."""
-        if isinstance(output, tuple):
-            logits, aux_logits = output
-            return self(logits, labels) + self.aux_weight * self(aux_logits, labels)
-        return F.cross_entropy(output.float(), labels, label_smoothing=self.label_smoothing)
-
-
-@dataclass(frozen=True)
 class StepOptions:
     """How a step is carried out; the same for a whole run."""
 
@@ -116,12 +101,18 @@ class StepOptions:
 
 
 def train_mode(model: nn.Module, freeze_bn: bool) -> None:
-    """Training mode; frozen batch norm keeps using its running statistics."""
+    """Training mode; frozen batch norm keeps using its running statistics.
+
+    With `freeze_bn` all of it is frozen, else what has no parameter that is trained.
+    """
     model.train()
-    if freeze_bn:
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and (freeze_bn or not _is_trained(module)):
+            module.eval()
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def train_step(
@@ -141,9 +132,9 @@ def train_step(
     `before_update` is called when weights, average and optimizer are about to change.
     Nothing here waits for the device (fp16 apart, whose scaler looks for overflow).
     """
-    statistics = [] if options.freeze_bn else running_statistics(state.model)
-    statistics_before = torch._foreach_clone(statistics) if statistics else []
     train_mode(state.model, options.freeze_bn)
+    statistics = running_statistics(state.model)
+    statistics_before = torch._foreach_clone(statistics) if statistics else []
     total = torch.zeros((), device=world.device)
     for part in range(options.accumulation):
         x, labels = next(batches)
@@ -162,7 +153,7 @@ def train_step(
         good = good & torch.isfinite(norm)
     before_update()
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     update = _update_if if good.is_cpu else _update_where
     update(state, good, statistics, statistics_before)
     state.scaler.update()
@@ -262,9 +253,11 @@ def _gradients_exchanged(network: nn.Module, exchange: bool) -> Any:
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """What forward changes in every batch norm. Ranks see different images, so means and variances
-    differ until averaged; averaging at each step keeps every rank's model the same."""
-    return [b for name, b in model.named_buffers() if name.endswith(RUNNING)]
+    """What forward changes in every batch norm that is in training mode. Ranks see different
+    images, so means and variances differ until averaged; averaging at each step keeps every rank's
+    model the same."""
+    norms = (m for m in model.modules() if isinstance(m, _BatchNorm) and m.training)
+    return [getattr(norm, name) for norm in norms for name in RUNNING]
 
 
 def dropout_seed(seed: int, step: int, rank: int, part: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -99,22 +99,34 @@ class RMSpropTF(torch.optim.Optimizer):
         return state
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float] | None = None
+) -> list[dict]:
     """Two groups of trainable parameters: L2 on convolutions and linear layers, none on batch norm.
 
     TF-slim regularises weights and biases alike and leaves batch norm's beta free.
-    Raises ValueError for a parameter of any other kind of layer, rather than guessing.
+    `lr_scales`: share of the learning rate that each of the model's children gets, by name; two
+    groups for each share that occurs, which is the group's "lr_scale". Raises ValueError for a
+    parameter of any other kind of layer, or of a child without a share, rather than guessing.
     """
-    regularised, free = [], []
+    groups: dict[float, list[dict]] = {}
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            regularised += own
-        elif isinstance(module, _BatchNorm):
-            free += own
-        elif own:
+        if not own:
+            continue
+        is_regularised = isinstance(module, (nn.Conv2d, nn.Linear))
+        if not (is_regularised or isinstance(module, _BatchNorm)):
             raise ValueError(f"{name}: no weight decay is defined for {type(module).__name__}")
-    return [
-        {"params": regularised, "weight_decay": weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
+        child = name.partition(".")[0]
+        if lr_scales is not None and child not in lr_scales:
+            raise ValueError(f"{child}: no share of the learning rate is defined for it")
+        scale = 1.0 if lr_scales is None else lr_scales[child]
+        regularised, free = groups.setdefault(
+            scale,
+            [
+                {"params": [], "weight_decay": weight_decay, "lr_scale": scale},
+                {"params": [], "weight_decay": 0.0, "lr_scale": scale},
+            ],
+        )
+        (regularised if is_regularised else free)["params"] += own
+    return [group for pair in groups.values() for group in pair]

@@ -85,6 +85,13 @@ def test_members_of_a_folder_source_are_the_images_of_a_class(folder):
         assert list(source.members(i)) == [k for k, other in enumerate(labels) if other == label]
 
 
+def test_counts_of_a_folder_source_are_those_of_its_labels(folder):
+    source = FolderSource(folder)
+    labels = [source.read(i)[1] for i in range(len(source))]
+    assert source.class_counts() == np.bincount(labels).tolist()
+    assert len(set(source.class_counts())) > 1
+
+
 def test_a_folder_named_like_an_image_is_none(tmp_path):
     (tmp_path / "a" / "0.jpg").mkdir(parents=True)
     (tmp_path / "a" / "0.jpg" / "1.png").touch()
@@ -175,6 +182,10 @@ def test_members_of_a_synthetic_source_are_the_images_of_a_class():
     labels = [source.read(i)[1] for i in range(23)]
     for i, label in enumerate(labels):
         assert list(source.members(i)) == [k for k, other in enumerate(labels) if other == label]
+
+
+def test_counts_of_a_synthetic_source_are_those_of_its_labels():
+    assert SyntheticSource(10, 4).class_counts() == [3, 3, 2, 2]
 
 
 def test_synthetic_images_are_the_same_in_every_process_and_differ_from_each_other():
