@@ -7,8 +7,11 @@ What train.py and the programs that look at a run beforehand (scripts/doctor.py)
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from data import augment, loader, shards, sources, stream, transforms, workers
 from data.to_input import ToInput
@@ -120,3 +123,17 @@ def evaluation_batches(cfg: Config, source: sources.Source, world: World) -> Ite
         ToInput(data.mean, data.std, world.device, cfg.train.compile),
         workers.Workers(data.workers, cfg.run.timeout_s),
     )
+
+
+def pictures(cfg: Config, source: sources.Source, indices: Iterable[int]) -> dict[int, np.ndarray]:
+    """Images as an evaluation sees them, uint8 [size, size, 3], by number; one that cannot be read
+    is left out."""
+    data = cfg.data
+    view = transforms.EvalView(data.image_size, data.eval_crop, data.eval_interpolation)
+    seen = {}
+    for index in indices:
+        with suppress(sources.ImageError):
+            pixels, _ = loader.read_image(source, index)
+            seen[index] = np.empty((view.size, view.size, 3), np.uint8)
+            view(pixels, 0, index, seen[index])
+    return seen

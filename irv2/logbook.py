@@ -84,17 +84,21 @@ class Logbook:
             )
 
     def eval(self, line: dict[str, Any]) -> None:
-        """Record an evaluation: step, epoch, weights ("ema" or "raw"), top1, top5, loss, images."""
+        """Record an evaluation: step, epoch, weights ("ema" or "raw"), top1, top5, mean_per_class,
+        loss, images. The mean over classes is shown where it is not top-1 itself."""
         if not self.active:
             return
         line = {"kind": "eval", **line}
         self._lines.append(line)
         self.evals.append(line)
-        for key in ("top1", "top5", "loss"):
+        for key in ("top1", "top5", "mean_per_class", "loss"):
             self._draw("add_scalar", f"eval_{line['weights']}/{key}", line[key], line["step"])
+        top1, mean = f"{line['top1']:.2f} %", f"{line['mean_per_class']:.2f} %"
+        per_class = f"  mean of classes {mean}" if mean != top1 else ""
         self.say(
-            f"epoch {line['epoch']:.2f}  {line['weights']:>3}  top-1 {line['top1']:.2f} %  "
-            f"top-5 {line['top5']:.2f} %  loss {line['loss']:.3f}  ({line['images']} images)"
+            f"epoch {line['epoch']:.2f}  {line['weights']:>3}  top-1 {top1}  "
+            f"top-5 {line['top5']:.2f} %{per_class}  loss {line['loss']:.3f}  "
+            f"({line['images']} images)"
         )
 
     def bad_step(self, step: int, images: list[int]) -> None:
@@ -137,6 +141,11 @@ class Logbook:
         """A grid of images [B, 3, H, W] in [0, 1] with their class names, in TensorBoard."""
         if self.active:
             self._draw("add_image", tag, _grid(pixels, names), self._start_step, dataformats="HWC")
+
+    def figure(self, tag: str, pixels: np.ndarray, step: int) -> None:
+        """A figure uint8 [H, W, 3] in TensorBoard."""
+        if self.active:
+            self._draw("add_image", tag, pixels, step, dataformats="HWC")
 
     @contextmanager
     def progress(self, total: int, title: str) -> Iterator[tqdm]:

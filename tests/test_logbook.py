@@ -24,6 +24,7 @@ def train_line(step: int) -> dict:
 
 def eval_line(step: int, top1: float) -> dict:
     line = {"step": step, "epoch": step / 4, "weights": "ema", "top1": top1, "top5": 100.0}
+    line["mean_per_class"] = top1
     return {**line, "loss": 0.5, "images": 12}
 
 
@@ -34,6 +35,16 @@ def write_run(directory: Path) -> None:
         if step % 2 == 0:
             log.eval(eval_line(step, top1=90.0 - step))
     log.close()
+
+
+def test_the_mean_over_classes_is_said_where_it_is_not_top1(tmp_path: Path, capsys) -> None:
+    log = Logbook(tmp_path, step=0, total_steps=6)
+    log.eval(eval_line(2, top1=80.0))
+    log.eval({**eval_line(4, top1=80.0), "mean_per_class": 71.25})
+    log.close()
+    balanced, unbalanced = capsys.readouterr().out.splitlines()
+    assert "classes" not in balanced
+    assert "top-1 80.00 %  top-5 100.00 %  mean of classes 71.25 %" in unbalanced
 
 
 def test_going_on_drops_the_lines_of_lost_steps_and_keeps_the_best(tmp_path: Path) -> None:
