@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 import feed
 from data import loader, sources, stream, workers
-from irv2 import checkpoint, config, distributed, engine, optim, rundir
+from irv2 import checkpoint, config, distributed, engine, figures, finetune, optim, rundir, weights
 from irv2.config import Config
 from irv2.distributed import World
 from irv2.jsonl import JsonLines
 from irv2.logbook import Logbook
-from irv2.metrics import Pace
+from irv2.loss import Loss, balanced_weights
+from irv2.metrics import Pace, Predictions
 from irv2.model import inception_resnet_v2
 from irv2.preemption import Stopped, StopRequest, until_stopped
 from irv2.saving import BackgroundSaver
@@ -37,6 +38,7 @@ MISTAKES = (
     config.ConfigError,
     sources.DataError,
     checkpoint.CheckpointError,
+    weights.WeightsError,
     distributed.WorldError,
     engine.DivergedError,
     OSError,  # no permission, no space: its own words name the file
@@ -75,6 +77,8 @@ def train(
             f"{cfg.directory}: the ranks found different checkpoints in it; it must lie on a file "
             "system that all of them share"
         )
+    if state.step == 0 and cfg.model.init is not None:
+        finetune.begin(state, cfg.model.init, source.classes, world)
     is_saved = bool(rundir.checkpoints(cfg.directory))
     if world.is_main:
         if is_new:
@@ -86,14 +90,7 @@ def train(
     announce(cfg, division, state.model, world, len(source), len(val_source), total_steps)
 
     # Loop
-    options = engine.StepOptions(
-        loss=engine.Loss(**cfg.loss.model_dump()),
-        accumulation=division.accumulation,
-        clip_norm=cfg.optim.clip_norm,
-        precision=cfg.train.precision,
-        seed=cfg.run.seed,
-        freeze_bn=cfg.model.freeze_bn,
-    )
+    options = step_options(cfg, division.accumulation, source, world.device)
     network = distributed.parallel(state.model, cfg.train.compile, world)
     pace, taken = Pace(), feed.Taken()
     batches = feed.training_batches(
@@ -179,16 +176,38 @@ def train(
 def new_state(cfg: Config, num_classes: int, device: torch.device) -> engine.TrainState:
     """The network with its first weights, its average and its optimizer, on the device."""
     torch.manual_seed(cfg.run.seed)
-    model = inception_resnet_v2(num_classes, **cfg.model.model_dump(exclude={"freeze_bn"}))
+    not_of_the_network = {"freeze_bn", "init", "freeze"}
+    model = inception_resnet_v2(num_classes, **cfg.model.model_dump(exclude=not_of_the_network))
+    if cfg.model.freeze is not None:
+        finetune.freeze(model, cfg.model.freeze)
     model = model.to(device, memory_format=torch.channels_last)
     return engine.TrainState(
         model,
         engine.running_average(model, cfg.ema.decay),
         optim.RMSpropTF(
-            optim.parameter_groups(model, cfg.optim.weight_decay),
-            **cfg.optim.model_dump(exclude={"weight_decay", "clip_norm"}),
+            optim.parameter_groups(
+                model, cfg.optim.weight_decay, finetune.lr_scales(cfg.optim.layer_decay)
+            ),
+            **cfg.optim.model_dump(exclude={"weight_decay", "clip_norm", "layer_decay"}),
         ),
         torch.amp.GradScaler(device.type, enabled=cfg.train.precision == "fp16"),
+    )
+
+
+def step_options(
+    cfg: Config, accumulation: int, source: sources.Source, device: torch.device
+) -> engine.StepOptions:
+    """How steps are carried out."""
+    class_weights = None
+    if cfg.loss.class_weights == "balanced":
+        class_weights = balanced_weights(source.class_counts()).to(device)
+    return engine.StepOptions(
+        loss=Loss(cfg.loss.label_smoothing, cfg.loss.aux_weight, class_weights),
+        accumulation=accumulation,
+        clip_norm=cfg.optim.clip_norm,
+        precision=cfg.train.precision,
+        seed=cfg.run.seed,
+        freeze_bn=cfg.model.freeze_bn,
     )
 
 
@@ -215,6 +234,9 @@ def announce(
         f"{total_steps:,} steps of {cfg.train.global_batch} = "
         f"{ranks} x {division.accumulation} accumulated x {division.micro_batch}"
     )
+    if cfg.model.freeze is not None:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        world.say(f"frozen: the {cfg.model.freeze}; {trained:,} parameters are trained")
     world.say(f"run: {cfg.directory}    watch: tensorboard --logdir {cfg.directory}")
 
 
@@ -335,13 +357,28 @@ def evaluate(
             "weights": which,
             "top1": result.top1,
             "top5": result.top5,
+            "mean_per_class": result.mean_per_class,
             "loss": result.mean_loss,
             "images": result.images,
         }
         if world.is_main and result.top1 > log.best_top1():
             best.write(model.state_dict(), line)
+        if world.is_main and which == "ema" and state.step >= log.total_steps:
+            show_result(cfg, result, source, state.step, log)
         log.eval(line)
     return True
+
+
+def show_result(
+    cfg: Config, result: Predictions, source: sources.Source, step: int, log: Logbook
+) -> None:
+    """Show in TensorBoard which classes are taken for which, and the surest wrong answers."""
+    if len(source.classes) <= figures.MOST_CLASSES:
+        log.figure("confusion matrix", figures.confusion_matrix(result, source.classes), step)
+    pictures = feed.pictures(cfg, source, figures.most_confident_mistakes(result))
+    if pictures:
+        drawn = figures.mistakes(result, pictures, source.classes)
+        log.figure("most confident mistakes", drawn, step)
 
 
 def parse_arguments() -> argparse.Namespace:

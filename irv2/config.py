@@ -91,6 +91,16 @@ class Model(Section):
     )
     bn_scale: bool = Field(True, description="learn batch norm's gamma; false: 1, as TF-slim")
     freeze_bn: bool = Field(False, description="use and keep batch norm's running statistics")
+    init: Text | None = Field(
+        None,
+        description="weights that a new run begins with: a .safetensors or .pth file, or timm:NAME "
+        "from timm's hub; a classifier for other classes is made new",
+    )
+    freeze: Literal["stem", "backbone"] | None = Field(
+        None,
+        description="what keeps init's weights and statistics: stem, all before mixed_5b; "
+        "backbone, all but the classifier",
+    )
     blocks: Annotated[list[Positive], Field(min_length=3, max_length=3)] = Field(
         [10, 20, 9],
         description="repeats of block35, block17, block8; other values: another network",
@@ -177,6 +187,11 @@ class Optim(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(
         2.0, description="largest global gradient norm; null: no clipping"
     )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="learning rate of each of the network's nine stages as a share of the next "
+        "one's, the classifier's being lr; 1: one rate",
+    )
 
 
 class ScheduleSection(Section):
@@ -190,6 +205,11 @@ class ScheduleSection(Section):
 class Loss(Section):
     label_smoothing: Decay = Field(0.1, description="weight of the uniform distribution")
     aux_weight: NonNegative = Field(0.4, description="weight of the auxiliary head's loss")
+    class_weights: Literal["balanced"] | None = Field(
+        None,
+        description="balanced: an image's loss times N / (C n), of N images and C classes, n its "
+        "class's images; null: all alike",
+    )
 
 
 class Ema(Section):
@@ -237,6 +257,16 @@ class Config(Section):
             faults.append(
                 "model.aux_logits=true needs images of at least 299 px, "
                 f"not data.image_size={self.data.image_size}"
+            )
+        if self.model.freeze is not None and self.model.init is None:
+            faults.append(
+                f"model.freeze={self.model.freeze} keeps the weights of model.init, which must be "
+                "given, too"
+            )
+        if self.model.freeze == "backbone" and self.model.aux_logits:
+            faults.append(
+                "model.aux_logits=true has nothing to teach with model.freeze=backbone: leave out "
+                "one of them"
             )
         if self.train.compile and self.model.grad_checkpointing:
             faults.append("train.compile and model.grad_checkpointing do not go together")
@@ -370,7 +400,8 @@ def describe() -> str:
 def differences(before: dict, after: dict) -> list[str]:
     """Keys of the experiment whose values differ, as "key: before -> after".
 
-    A staircase does not depend on how long the run is, so it may be made longer or shorter.
+    A key that is absent, as `before` may be older than it, has its default. A staircase does not
+    depend on how long the run is, so it may be made longer or shorter.
     """
     free = set(MACHINE_KEYS)
     if before["schedule"]["kind"] == after["schedule"]["kind"] == "staircase":
@@ -379,6 +410,8 @@ def differences(before: dict, after: dict) -> list[str]:
         {f"{section}.{key}": value for section, part in tree.items() for key, value in part.items()}
         for tree in (before, after)
     )
+    defaults = {key: default for key, default, _ in fields()}
+    old, new = defaults | old, defaults | new
     return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in {**old, **new}

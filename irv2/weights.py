@@ -10,7 +10,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from irv2 import checkpoint
 from irv2.model import BLOCKS, InceptionResnetV2, inception_resnet_v2
@@ -77,8 +77,8 @@ def _from_timm(name: str) -> dict[str, Tensor]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise WeightsError(
-            f"timm:{name}: not available ({reason}); the hub needs a network, "
-            "or give the downloaded file as --weights FILE"
+            f"timm:{name}: not available ({reason}); the hub needs a network: "
+            "download the weights where there is one, and give the file's path instead"
         ) from None
 
 
@@ -103,9 +103,15 @@ def build_model(
     except KeyError as error:
         raise WeightsError(f"{source}: not an Inception-ResNet-v2 (no {error} in it)") from None
     model = inception_resnet_v2(num_classes, in_chans, blocks=blocks)
+    load_into(model, kept, source)
+    return model
+
+
+def load_into(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load a whole state dict. Raises WeightsError, naming `source` and a tensor, if it is
+    another network's."""
     try:
-        model.load_state_dict(kept, strict=True)
+        model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).splitlines()[1].split())[:200]
         raise WeightsError(f"{source}: does not fit this network: {reason}") from None
-    return model

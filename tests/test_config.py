@@ -342,6 +342,15 @@ def test_a_staircase_run_may_be_made_longer_but_a_cosine_one_may_not():
     assert changed("train.epochs", 300.0, before=cosine) == ["train.epochs: 200 -> 300.0"]
 
 
+def test_a_key_that_an_older_config_lacks_has_its_default():
+    before = config.build({"data": {"train": "a", "val": "b"}}).model_dump()
+    after = copy.deepcopy(before)
+    del before["optim"]["layer_decay"], before["loss"]["class_weights"], before["model"]["init"]
+    assert config.differences(before, after) == []
+    after["optim"]["layer_decay"] = 0.5
+    assert config.differences(before, after) == ["optim.layer_decay: 1.0 -> 0.5"]
+
+
 def test_equal_configs_do_not_differ():
     dumped = config.build({"data": {"train": "a", "val": "b"}}).model_dump()
     assert config.differences(dumped, copy.deepcopy(dumped)) == []

@@ -74,7 +74,8 @@ def test_log_has_a_line_per_step_and_evaluations_of_both_weights(project: Path) 
     assert [(e["step"], e["weights"]) for e in evals] == [
         (step, which) for step in (3, 6, 8) for which in ("ema", "raw")
     ]
-    assert set(evals[0]) == {"kind", "step", "epoch", "weights", "top1", "top5", "loss", "images"}
+    assert set(evals[0]) == {"kind", "step", "epoch", "weights", "top1", "top5", "mean_per_class",
+                             "loss", "images"}  # fmt: skip
     assert all(e["images"] == 12 and e["top5"] == 100 for e in evals)
 
 
@@ -105,8 +106,14 @@ def test_tensorboard_has_curves_images_and_config(project: Path) -> None:
     events.Reload()
     tags = events.Tags()
     assert {"train/loss", "train/lr", "train/grad_norm", "train/images_per_s", "train/data_wait",
-            "eval_ema/top1", "eval_raw/top5"} <= set(tags["scalars"])  # fmt: skip
-    assert tags["images"] == ["training images"]
+            "eval_ema/top1", "eval_raw/top5", "eval_raw/mean_per_class",
+            } <= set(tags["scalars"])  # fmt: skip
+    evals = programs.log_lines(project / "run", "eval")
+    (last,) = (e for e in evals if (e["step"], e["weights"]) == (8, "ema"))
+    shown = ["most confident mistakes"] if last["top1"] < 100 else []
+    assert sorted(tags["images"]) == ["confusion matrix", *shown, "training images"]
+    (matrix,) = events.Images("confusion matrix")
+    assert matrix.step == 8
     assert "config/text_summary" in tags["tensors"]
 
 

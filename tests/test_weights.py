@@ -236,7 +236,9 @@ def test_timm_source_without_a_network_gives_advice(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(timm, "create_model", create_model)
-    with pytest.raises(WeightsError, match=r"^timm:some_name: .*--weights FILE") as raised:
+    with pytest.raises(
+        WeightsError, match=r"^timm:some_name: .*give the file's path instead"
+    ) as raised:
         weights.read("timm:some_name")
     assert "\n" not in str(raised.value)
     assert "()" not in str(raised.value), "an error without a message is told by its name"
@@ -244,5 +246,7 @@ def test_timm_source_without_a_network_gives_advice(monkeypatch, error):
 
 def test_unknown_timm_name_gives_advice():
     """timm refuses the name before it would reach for the network."""
-    with pytest.raises(WeightsError, match=r"^timm:no_such_network: .*--weights FILE"):
+    with pytest.raises(
+        WeightsError, match=r"^timm:no_such_network: .*give the file's path instead"
+    ):
         weights.read("timm:no_such_network")

@@ -180,7 +180,7 @@ def model_rate(
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.arange(size, device=world.device) % num_classes
     options = engine.StepOptions(
-        loss=engine.Loss(**cfg.loss.model_dump()),
+        loss=engine.Loss(**cfg.loss.model_dump(exclude={"class_weights"})),
         clip_norm=cfg.optim.clip_norm,
         precision=cfg.train.precision,
         freeze_bn=cfg.model.freeze_bn,
