@@ -67,7 +67,7 @@ def mistakes(
     for place, (index, picture) in enumerate(pictures.items(), 1):
         row = np.searchsorted(result.index, index)
         true, predicted = classes[result.label[row]], classes[result.top[row, 0]]
-        percent = f"{100 * result.probability[row, 0]:.0f} %"
+        percent = f"({100 * result.probability[row, 0]:.0f} %)"
         caption = f"{_printable(true, 24)}\n→ {_printable(predicted, 17)} {percent}"
         axes = figure.add_subplot(rows, columns, place)
         axes.imshow(picture)

@@ -176,6 +176,11 @@ def test_a_name_from_another_program_leads_to_ours(bad, good):
             ["schedule.warmup_epochs", "train.epochs"],
         ),
         ({"schedule": {"min_lr": 0.2}, "optim": {"lr": 0.1}}, ["schedule.min_lr", "optim.lr"]),
+        ({"model": {"freeze": "stem"}}, ["model.freeze", "model.init"]),
+        (
+            {"model": {"freeze": "backbone", "init": "a.pth", "aux_logits": True}},
+            ["model.freeze", "model.aux_logits"],
+        ),
     ],
 )
 def test_keys_that_contradict_each_other_are_both_named(sections, keys):

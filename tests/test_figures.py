@@ -71,7 +71,7 @@ def test_a_mistake_is_shown_with_its_classes_and_probability(drawn):
     probability = np.exp(5) / (np.exp(5) + 2)
     picture = np.full((75, 75, 3), 7, np.uint8)
     figures.mistakes(found, {13: picture}, ["x", "y", "z"])
-    assert drawn["set_title"] == [(f"y\n→ z {100 * probability:.0f} %",)]
+    assert drawn["set_title"] == [(f"y\n→ z ({100 * probability:.0f} %)",)]
     assert drawn["imshow"] == [(picture,)]
 
 

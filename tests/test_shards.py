@@ -90,6 +90,12 @@ def test_indexed_again_by_others_means_the_index_is_the_same(made, tmp_path):
     assert (tmp_path / name).read_bytes() == (made / name).read_bytes()
 
 
+def test_counts_of_shards_are_those_of_their_labels(made):
+    source = ShardSource(made)
+    labels = [source.read(i)[1] for i in range(len(source))]
+    assert source.class_counts() == np.bincount(labels).tolist()
+
+
 def test_a_name_is_the_shards_path_and_the_members_name(made):
     source, members = ShardSource(made), members_of(made)
     for i in range(len(source)):
