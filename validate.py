@@ -207,9 +207,6 @@ def write_pages(
     exams: list[Exam], results: list[Result], sizes: np.ndarray, arguments: argparse.Namespace
 ) -> None:
     """The page of each result, in folders 1, 2, … where there are several."""
-    log = []
-    if arguments.run is not None and (arguments.run / "log.jsonl").exists():
-        log = jsonl.read(arguments.run / "log.jsonl")
     for number, each in enumerate(results):
         asked = exams[min(number, len(exams) - 1)]  # the ensemble comes last
         place = arguments.report if len(results) == 1 else arguments.report / str(number + 1)
@@ -222,10 +219,18 @@ def write_pages(
             image_name=asked.source.name,
             thumbnail=picture_of(asked.source),
             sizes=sizes,
-            log=log,
+            log=log_of(asked.network if each.step is not None else None),
         )
         evaluation.write(place, page)
         print(f"report   {place / 'index.html'}")
+
+
+def log_of(network: Trained | None) -> list[dict[str, Any]]:
+    """The log of the run that a network comes from, if it still lies in the run's directory."""
+    for folder in Path(network.name).parents[:2] if network is not None else ():
+        if (folder / "log.jsonl").exists():
+            return jsonl.read(folder / "log.jsonl")
+    return []
 
 
 def picture_of(source: sources.Source) -> Callable[[int], Image.Image]:
