@@ -219,15 +219,15 @@ def write_pages(
             image_name=asked.source.name,
             thumbnail=picture_of(asked.source),
             sizes=sizes,
-            log=log_of(asked.network if each.step is not None else None),
+            log=[] if each.step is None else log_of(asked.network.name),
         )
         evaluation.write(place, page)
         print(f"report   {place / 'index.html'}")
 
 
-def log_of(network: Trained | None) -> list[dict[str, Any]]:
-    """The log of the run that a network comes from, if it still lies in the run's directory."""
-    for folder in Path(network.name).parents[:2] if network is not None else ():
+def log_of(weights_path: str) -> list[dict[str, Any]]:
+    """The log of the run that weights come from, if they still lie in its directory."""
+    for folder in Path(weights_path).parents[:2]:
         if (folder / "log.jsonl").exists():
             return jsonl.read(folder / "log.jsonl")
     return []
