@@ -71,14 +71,12 @@ def export(arguments: argparse.Namespace) -> None:
         made = Path(folder) / out.name
         try:
             kind.write(subject, folded, made)
-        except RuntimeError as error:  # what PyTorch makes of a full disk
-            reason = " ".join(str(error).split())[:200]
-            raise ExportError(f"{out}: cannot be written ({reason})") from None
+        except OSError as error:
+            raise ExportError(f"{out}: cannot be written ({error.strerror})") from None
 
         difference = largest_difference(kind.run(made, subject), images, expected)
-        row(
-            "checked", f"by {kind.runtime}, on {where}, in batches of {BATCHES[0]} and {BATCHES[1]}"
-        )
+        batches = " and ".join(map(str, BATCHES))
+        row("checked", f"by {kind.runtime}, on {where}, in batches of {batches}")
         row("difference", f"{difference:.1e} of the largest logit; allowed: {kind.tolerance:g}")
         if not difference <= kind.tolerance:  # as written, also for what is no number
             raise ExportError(f"{out}: {kind.runtime} computes something else; nothing was kept")

@@ -219,7 +219,7 @@ def test_a_full_disk_leaves_nothing_behind(small_weights, tmp_path, call, kind, 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 1
-    assert "File too large" in error and error.count("\n") == 1, error
+    assert f"{name}: cannot be written (File too large)" in error and error.count("\n") == 1, error
     assert os.listdir(tmp_path) == []
 
 
