@@ -13,6 +13,7 @@ import torch
 from irv2 import checkpoint, config, imagenet_names, rundir, weights
 from irv2.checkpoint import Checkpoint, CheckpointError
 from irv2.model import BLOCKS, InceptionResnetV2
+from irv2.weights import WeightsError
 
 IMAGENET_CLASSES = 1000
 
@@ -73,7 +74,7 @@ def averaged(networks: list[Trained]) -> Trained:
     for name, value in states[-1].items():
         values = [state.get(name) for state in states]
         if any(v is None or v.shape != value.shape for v in values):
-            raise weights.WeightsError(f"{newest.name}: {name} is another in an older checkpoint")
+            raise WeightsError(f"{newest.name}: {name} is another in an older checkpoint")
         if value.is_floating_point():
             value = torch.stack([v.double() for v in values]).mean(0).to(value.dtype)
         mean[name] = value
@@ -93,14 +94,34 @@ def of_weights(source: str) -> Trained:
     What no metadata tells is as published: 299 px, crop 0.8975, bicubic, mean = std = 0.5, and of
     1,000 classes that they are ImageNet's.
     """
-    state, metadata = weights.read(source)
-    blocks = tuple(json.loads(metadata["blocks"])) if "blocks" in metadata else BLOCKS
+    state, texts = weights.read(source)
+    metadata = _parsed(texts, source)
+    blocks = tuple(metadata.get("blocks", BLOCKS))
     model = weights.build_model(state, source, blocks)
-    classes = json.loads(metadata["classes"]) if "classes" in metadata else None
-    if classes is None and model.classif.out_features == IMAGENET_CLASSES:
+    channels, outputs = model.conv2d_1a.conv.in_channels, model.classif.out_features
+    if channels != 3:
+        raise WeightsError(f"{source}: is for images of {channels} channels, not for RGB")
+    classes = metadata.get("classes")
+    if classes is None and outputs == IMAGENET_CLASSES:
         classes = imagenet_names.synsets()
+    if classes is not None and len(classes) != outputs:
+        raise WeightsError(f"{source}: has {outputs} outputs, but names for {len(classes)}")
     data = config.Data(train="unknown", val="unknown").model_dump() | {"val": None}
-    data |= json.loads(metadata.get("data", "{}"))
-    result = json.loads(metadata.get("result", "{}"))
+    data |= metadata.get("data", {})
+    result = metadata.get("result", {})
     which = result.get("weights", "as published")
     return Trained(model, source, which, result.get("step"), classes, data)
+
+
+def _parsed(metadata: dict[str, str], source: str) -> dict[str, Any]:
+    """The entries of a weights file's metadata that are this project's. Raises WeightsError."""
+    kinds = {"blocks": list, "classes": list, "data": dict, "result": dict}
+    found = {}
+    for key in kinds.keys() & metadata.keys():
+        try:
+            found[key] = json.loads(metadata[key])
+        except ValueError:
+            found[key] = None
+        if not isinstance(found[key], kinds[key]):
+            raise WeightsError(f"{source}: its metadata is damaged ({key})")
+    return found
