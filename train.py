@@ -20,15 +20,14 @@ import torch
 from torch import Tensor, nn
 
 import feed
+import recipe
 from data import loader, sources, stream, workers
-from irv2 import checkpoint, config, distributed, engine, figures, finetune, optim, rundir, weights
+from irv2 import checkpoint, config, distributed, engine, figures, finetune, rundir, weights
 from irv2.config import Config
 from irv2.distributed import World
 from irv2.jsonl import JsonLines
 from irv2.logbook import Logbook
-from irv2.loss import Loss, balanced_weights
 from irv2.metrics import Pace, Predictions
-from irv2.model import inception_resnet_v2
 from irv2.preemption import Stopped, StopRequest, until_stopped
 from irv2.saving import BackgroundSaver
 from irv2.schedule import Schedule, period_ended
@@ -57,7 +56,7 @@ def train(
     total_steps = min(total_steps, cfg.train.max_steps or total_steps)
 
     # Model, optimizer, running average, learning rate
-    state = new_state(cfg, len(source.classes), world.device)
+    state = recipe.new_state(cfg, len(source.classes), world.device)
     schedule = Schedule(
         base_lr=cfg.optim.lr,
         images_per_epoch=len(source),
@@ -90,7 +89,7 @@ def train(
     announce(cfg, division, state.model, world, len(source), len(val_source), total_steps)
 
     # Loop
-    options = step_options(cfg, division.accumulation, source, world.device)
+    options = recipe.step_options(cfg, division.accumulation, source, world.device)
     network = distributed.parallel(state.model, cfg.train.compile, world)
     pace, taken = Pace(), feed.Taken()
     batches = feed.training_batches(
@@ -171,44 +170,6 @@ def train(
     else:
         log.say(f"finished: step {state.step} of {total_steps}, in {cfg.directory}")
     return stop.exit_status if stopping else 0
-
-
-def new_state(cfg: Config, num_classes: int, device: torch.device) -> engine.TrainState:
-    """The network with its first weights, its average and its optimizer, on the device."""
-    torch.manual_seed(cfg.run.seed)
-    not_of_the_network = {"freeze_bn", "init", "freeze"}
-    model = inception_resnet_v2(num_classes, **cfg.model.model_dump(exclude=not_of_the_network))
-    if cfg.model.freeze is not None:
-        finetune.freeze(model, cfg.model.freeze)
-    model = model.to(device, memory_format=torch.channels_last)
-    return engine.TrainState(
-        model,
-        engine.running_average(model, cfg.ema.decay),
-        optim.RMSpropTF(
-            optim.parameter_groups(
-                model, cfg.optim.weight_decay, finetune.lr_scales(cfg.optim.layer_decay)
-            ),
-            **cfg.optim.model_dump(exclude={"weight_decay", "clip_norm", "layer_decay"}),
-        ),
-        torch.amp.GradScaler(device.type, enabled=cfg.train.precision == "fp16"),
-    )
-
-
-def step_options(
-    cfg: Config, accumulation: int, source: sources.Source, device: torch.device
-) -> engine.StepOptions:
-    """How steps are carried out."""
-    class_weights = None
-    if cfg.loss.class_weights == "balanced":
-        class_weights = balanced_weights(source.class_counts()).to(device)
-    return engine.StepOptions(
-        loss=Loss(cfg.loss.label_smoothing, cfg.loss.aux_weight, class_weights),
-        accumulation=accumulation,
-        clip_norm=cfg.optim.clip_norm,
-        precision=cfg.train.precision,
-        seed=cfg.run.seed,
-        freeze_bn=cfg.model.freeze_bn,
-    )
 
 
 def announce(

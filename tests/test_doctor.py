@@ -17,7 +17,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-import train
+import recipe
 from data import sources
 from data.prepare import checkup
 from data.prepare.checkup import BadImage
@@ -298,7 +298,7 @@ def test_a_checkpoints_size_is_that_of_its_tensors(project):
     for overrides in ((), ("model.bn_scale=false", "train.precision=bf16")):
         case = case_of(project, *overrides)
         with distributed.start("cpu") as world:
-            state = train.new_state(case.cfg, 3, world.device)
+            state = recipe.new_state(case.cfg, 3, world.device)
             batch = torch.rand(2, 3, 75, 75), torch.tensor([0, 1])
             engine.train_step(state, state.model, iter([batch]), 0.1, engine.StepOptions(), world)
         sizes = capacity.sizes(case.cfg, 3)
@@ -316,7 +316,7 @@ def test_the_full_networks_checkpoint_has_870_megabytes():
 def test_activations_are_those_that_autograd_keeps(project, precision):
     cfg = config.load(project, [f"train.precision={precision}"])
     sizes = capacity.sizes(cfg, 3)
-    model = train.new_state(cfg, 3, torch.device("cpu")).model.train()
+    model = recipe.new_state(cfg, 3, torch.device("cpu")).model.train()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
 

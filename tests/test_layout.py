@@ -114,7 +114,7 @@ def test_a_leaf_imports_nothing_of_the_project(name):
 
 @pytest.mark.parametrize("path", [*MODULES, *REPORT], ids=dotted)
 def test_no_module_imports_a_program(path):
-    programs = {"train", "validate", "feed", "exam", "scripts", "tests"}
+    programs = {"train", "validate", "feed", "exam", "recipe", "scripts", "tests"}
     assert not {name.split(".")[0] for name in imports(path)} & programs
 
 
@@ -126,7 +126,7 @@ def test_only_the_programs_import_both_packages():
     ]
     files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
     both = {path.relative_to(ROOT) for path in files if packages_of(path) == PACKAGES}
-    programs = {"train.py", "validate.py", "feed.py", "exam.py", "scripts"}
+    programs = {"train.py", "validate.py", "feed.py", "exam.py", "recipe.py", "scripts"}
     assert both == {path for path in both if path.parts[0] in programs}
     assert Path("train.py") in both
 
@@ -144,7 +144,9 @@ def test_a_program_does_nothing_unless_it_is_started(path):
 
 def test_importing_every_module_has_no_effects(tmp_path):
     modules = [*MODULES, *REPORT]
-    names = sorted([*map(dotted, modules), "feed", "exam", *(path.stem for path in STORIES)])
+    names = sorted(
+        [*map(dotted, modules), "feed", "exam", "recipe", *(path.stem for path in STORIES)]
+    )
     finished = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{PROBE}"],
         input=json.dumps(names),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import feed
-import train
+import recipe
 from data import sources
 from irv2 import config, distributed, engine
 from irv2.config import Config
@@ -39,7 +39,7 @@ def compare(cfg: Config, rounds: int) -> dict[str, Any]:
         batches = feed.training_batches(cfg, source, order, 0, size, world)
         with closing(batches):
             pairs = ((batch.images, batch.labels) for batch in batches)
-            state = train.new_state(cfg, len(source.classes), world.device)
+            state = recipe.new_state(cfg, len(source.classes), world.device)
             network = distributed.parallel(state.model, cfg.train.compile, world)
 
             def way(pairs: Iterator) -> Way:

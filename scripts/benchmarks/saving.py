@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import train
+import recipe
 from irv2 import checkpoint, config, distributed, engine, rundir
 from irv2.saving import BackgroundSaver
 
@@ -37,7 +37,7 @@ def measure(rounds: int) -> dict[str, Any]:
             Path(directory), cfg.checkpoint.keep, 0, tqdm.write, engine.RUNNING
         ) as saver,
     ):
-        state = train.new_state(cfg, 10, world.device)
+        state = recipe.new_state(cfg, 10, world.device)
         network = distributed.parallel(state.model, cfg.train.compile, world)
         size = (cfg.train.global_batch, 3, cfg.data.image_size, cfg.data.image_size)
         batch = torch.rand(size, device=world.device), torch.arange(size[0]) % 10

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import feed
-import train
+import recipe
 from data.sources import Source
 from irv2 import engine
 from irv2.config import Config
 from irv2.distributed import World
-from irv2.model import InceptionResnetV2, inception_resnet_v2
+from irv2.model import InceptionResnetV2
 
 MEMINFO = Path("/proc/meminfo")
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -55,9 +55,9 @@ class Sizes:
 
 def sizes(cfg: Config, num_classes: int) -> Sizes:
     """Of the config's network at its image size and precision; computes with shapes alone."""
-    options = cfg.model.model_dump(exclude={"freeze_bn", "grad_checkpointing"})
+    section = cfg.model.model_copy(update={"grad_checkpointing": False})
     with torch.device("meta"):
-        model = inception_resnet_v2(num_classes, **options)
+        model = recipe.network(section, num_classes)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     low_precision = engine.PRECISIONS[cfg.train.precision]
@@ -169,7 +169,7 @@ def model_rate(
 ) -> float:
     """Images a second of training steps on noise that lies in memory, without accumulation."""
     is_cpu = world.device.type == "cpu"
-    state = train.new_state(cfg, num_classes, world.device)
+    state = recipe.new_state(cfg, num_classes, world.device)
     network = state.model
     if cfg.train.compile:
         network.compile()
