@@ -44,6 +44,7 @@ class Exam:
     view: dict[str, Any]  # keys of the config's section "data", and "protocol"
     source: sources.Source
     labels: LabelSet
+    files: LabelFiles
 
     @property
     def classes(self) -> list[str]:
@@ -83,7 +84,7 @@ def prepare(
     if files.exclude is not None:
         labels = label_sets.without(labels, source, files.exclude)
     label_sets.check_not_empty(labels, where)
-    return Exam(network, view, source, labels)
+    return Exam(network, view, source, labels, files)
 
 
 def check_comparable(exams: list[Exam]) -> None:
@@ -138,6 +139,7 @@ def outcome(
         images_in_data=len(each.source),
         resized_to=getattr(each.source, "resized_to", None),
         labels=labels.name,
+        selection={option: str(path) for option, path in each.files._asdict().items() if path},
         view={key: each.view[key] for key in keys},
         precision=precision,
         predictions=predictions,
@@ -174,4 +176,5 @@ def published(
         protocol=each.view["protocol"],
         images=predictions.images,
         ensemble=networks,
+        **{key: each.view[key] for key in ("image_size", "eval_crop", "eval_interpolation")},
     )

@@ -15,7 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -42,7 +46,7 @@ from scripts.arguments import share, whole
 MISTAKES = (
     checkpoint.CheckpointError,
     distributed.WorldError,
-    reference.ReferenceError,
+    reference.PublishedError,
     sources.DataError,
     weights.WeightsError,
     OSError,  # no permission, no space: its own words name the file
@@ -61,35 +65,35 @@ def validate(arguments: argparse.Namespace, world: World) -> None:
     ]
     if arguments.ensemble or arguments.compare:
         exam.check_comparable(exams)
-    if world.is_main:
-        for path in (arguments.json and arguments.json.parent, arguments.report):
-            if path is not None:
-                path.mkdir(parents=True, exist_ok=True)
+    if arguments.fast:
+        check_compiler(world.device)
+    check_outputs(arguments.json, arguments.report)
 
     # Counts
     results = []
     precision = "fast" if arguments.fast else arguments.precision
-    sizes: dict[int, np.ndarray] = {}  # image -> width, height
+    sizes: list[np.ndarray] = []  # of the images of each exam
     sums: list[Scored] = []  # probabilities, added up over the networks
     for each in exams:
         started = time.perf_counter()
-        scored = scores(each, sizes, arguments, world)
+        seen: dict[int, np.ndarray] = {}
+        scored = scores(each, seen, arguments, world)
         if arguments.ensemble:
             scored = adding_up(scored, sums)
         predictions = counted(scored, each, world)
         seconds = time.perf_counter() - started
+        sizes.append(gathered(seen, world))
         results.append(exam.outcome(each, predictions, seconds, precision, references))
     if arguments.ensemble:
         predictions = engine.collect(mean_of(sums, len(exams)), world)
         seconds = sum(each.seconds for each in results)
         results.append(exam.ensemble_of(exams, predictions, seconds, precision, references))
-    all_sizes = gathered(sizes, world)
 
     # Report
     if world.is_main:
         tell(results, arguments)
         if arguments.report is not None:
-            write_pages(exams, results, all_sizes, arguments)
+            write_pages(exams, results, sizes, arguments)
 
 
 def open_networks(arguments: argparse.Namespace, world: World) -> list[Trained]:
@@ -107,6 +111,30 @@ def open_networks(arguments: argparse.Namespace, world: World) -> list[Trained]:
             f"{len(every)}; train with a larger checkpoint.keep"
         )
     return [trained.averaged(every[-arguments.average :])]
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise WorldError where torch.compile would find no compiler."""
+    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise distributed.WorldError(
+            "--fast compiles the network, and there is no C++ compiler (g++) here; "
+            "use --precision bf16"
+        )
+
+
+def check_outputs(json_path: Path | None, report_folder: Path | None) -> None:
+    """Make the folders that results go to. Raises OSError where they could not be written."""
+    if json_path is not None and json_path.is_dir():
+        raise IsADirectoryError(f"{json_path}: is a folder; --json wants the name of a file")
+    for folder in (json_path and json_path.parent, report_folder):
+        if folder is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise OSError(f"{folder}: cannot be written to ({error.strerror})") from None
 
 
 def stated(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -144,29 +172,31 @@ def counted(scored: Iterable[Scored], each: Exam, world: World) -> Predictions:
     """All ranks' answers, ranked, with a progress bar on a terminal."""
     hidden = not (world.is_main and sys.stderr.isatty())
     title = Path(each.network.name).name
-    total = len(each.labels.indices)
+    length = len(each.labels.indices)
+    total = length * (world.rank + 1) // world.size - length * world.rank // world.size
     with tqdm(total=total, desc=title, unit="image", leave=False, disable=hidden) as bar:
-        return engine.collect(scored, world, shown_on(bar, world))
+        return engine.collect(scored, world, shown_on(bar))
 
 
 def adding_up(batches: Iterable[Scored], sums: list[Scored]) -> Iterator[Scored]:
-    """The batches, whose probabilities are added to `sums`, batch by batch."""
+    """The batches, whose probabilities are added to `sums`, as logarithms, batch by batch."""
     for number, batch in enumerate(batches):
-        probabilities = batch.scores.float().softmax(1).cpu()
+        logarithms = batch.scores.float().log_softmax(1).cpu()
         if number == len(sums):
-            sums.append(Scored(probabilities, batch.answers.cpu(), batch.indices))
+            sums.append(Scored(logarithms, batch.answers.cpu(), batch.indices))
         else:
-            sums[number].scores.add_(probabilities)
+            total = torch.logaddexp(sums[number].scores, logarithms)
+            sums[number] = sums[number]._replace(scores=total)
         yield batch
 
 
 def mean_of(sums: list[Scored], networks: int) -> Iterator[Scored]:
-    """Sums of probabilities -> logarithms of their mean, which rank as scores."""
+    """Logarithms of sums of probabilities -> of their mean, which rank as scores."""
     for batch in sums:
-        yield batch._replace(scores=(batch.scores / networks).log())
+        yield batch._replace(scores=batch.scores - math.log(networks))
 
 
-def shown_on(bar: tqdm, world: World) -> Callable[[int, Collector], None]:
+def shown_on(bar: tqdm) -> Callable[[int, Collector], None]:
     """What moves the bar on, and shows this rank's top-1 at most once a second: it waits for the
     device."""
     last = [time.perf_counter()]
@@ -175,7 +205,7 @@ def shown_on(bar: tqdm, world: World) -> Callable[[int, Collector], None]:
         if not bar.disable and time.perf_counter() - last[0] > 1:
             bar.set_postfix_str(f"top-1 {collected.top1():.2f} %", refresh=False)
             last[0] = time.perf_counter()
-        bar.update(images * world.size)
+        bar.update(images)
 
     return show
 
@@ -187,28 +217,32 @@ def gathered(sizes: dict[int, np.ndarray], world: World) -> np.ndarray:
 
 
 def tell(results: list[Result], arguments: argparse.Namespace) -> None:
-    """Print the outcome, and write --json."""
-    if len(results) == 1:
-        print(result.in_lines(result.rows(results[0])))
-    else:
-        shared = [row for row in result.rows(results[0]) if row[0] in ("images", "labels", "view")]
-        print(result.in_lines(shared), result.table(results), sep="\n\n")
+    """Write --json, and print the outcome."""
     compared = result.comparisons(results) if arguments.compare else []
-    for comparison in compared:
-        print(result.in_words(comparison))
     if arguments.json is not None:
         content = [result.as_json(each, rundir.software()) for each in results]
         several = {"results": content, "comparisons": compared}
-        text = json.dumps(content[0] if len(content) == 1 else several, indent=2) + "\n"
+        written = content[0] if len(content) == 1 else several
+        text = json.dumps(written, indent=2, allow_nan=False) + "\n"
         checkpoint.write_atomically(arguments.json, lambda file: file.write(text.encode()))
+    if len(results) == 1:
+        print(result.in_lines(result.rows(results[0])))
+    else:
+        print(result.side_by_side(results))
+    for comparison in compared:
+        print(result.in_words(comparison))
 
 
 def write_pages(
-    exams: list[Exam], results: list[Result], sizes: np.ndarray, arguments: argparse.Namespace
+    exams: list[Exam],
+    results: list[Result],
+    sizes: list[np.ndarray],
+    arguments: argparse.Namespace,
 ) -> None:
     """The page of each result, in folders 1, 2, … where there are several."""
     for number, each in enumerate(results):
-        asked = exams[min(number, len(exams) - 1)]  # the ensemble comes last
+        place_of_exam = min(number, len(exams) - 1)  # the ensemble, of the same images, comes last
+        asked = exams[place_of_exam]
         place = arguments.report if len(results) == 1 else arguments.report / str(number + 1)
         page = evaluation.Evaluation(
             title=f"{each.name} ({each.which})",
@@ -218,7 +252,7 @@ def write_pages(
             names=[imagenet_names.in_words(name) for name in asked.classes],
             image_name=asked.source.name,
             thumbnail=picture_of(asked.source),
-            sizes=sizes,
+            sizes=sizes[place_of_exam],
             log=[] if each.step is None else log_of(asked.network.name),
         )
         evaluation.write(place, page)
@@ -255,7 +289,7 @@ def parse_arguments() -> argparse.Namespace:
         help=".pth, .pt or .safetensors files with timm's names, or weights from timm's hub",
     )
     add.add_argument(
-        "--which", choices=["ema", "raw"], default="ema", help="of a run: averaged (default) or raw"
+        "--which", choices=["ema", "raw"], help="of a run: averaged weights (default) or raw"
     )
     add.add_argument("--all", action="store_true", help="of a run: each of its checkpoints")
     add.add_argument(
@@ -332,6 +366,9 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
     """End with a message where options do not go together."""
     if arguments.run is None and (arguments.all or arguments.average):
         parser.error("--all and --average are of a run: --run DIR")
+    if arguments.run is None and arguments.which:
+        parser.error("--which is of a run: --run DIR")
+    arguments.which = arguments.which or "ema"
     if arguments.all and arguments.average:
         parser.error("--all and --average: one of them")
     is_several = arguments.all or (arguments.weights is not None and len(arguments.weights) > 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.sources import DataError, Source, check_same_classes
 
@@ -144,7 +146,7 @@ def with_real_labels(labels: LabelSet, source: Source, path: Path) -> LabelSet:
     is_list_of_lists = isinstance(listed, list) and all(isinstance(entry, list) for entry in listed)
     if not is_list_of_lists or not all(type(o) is int for entry in listed for o in entry):
         raise DataError(f"{path}: should be a list of lists of outputs, one for each image")
-    if max((o for entry in listed for o in entry), default=-1) >= len(labels.outputs):
+    if not all(0 <= o < len(labels.outputs) for entry in listed for o in entry):
         raise DataError(f"{path}: has outputs that the network lacks")
     most = max(map(len, listed), default=0)
     several = np.zeros((len(source), max(1, most)), np.int64)
@@ -177,33 +179,42 @@ def without(labels: LabelSet, source: Source, path: Path) -> LabelSet:
 
 
 def _listed(labels: LabelSet, source: Source, path: Path) -> np.ndarray:
-    """bool [n]: which images a file names, one a line: by file name, with or without its suffix or
-    folder; or by number, as the ImageNet devkit's blacklist its validation images.
+    """bool [n]: which of the images that count a file names, one a line: by file name, with or
+    without its suffix or folder, or what the line begins with; or by number, as the ImageNet
+    devkit's blacklist its validation images.
 
-    Raises DataError for a line that is no image of the source.
+    Raises DataError for a line that names no image of the source, or several.
     """
-    lines = [line.split()[0] for line in _read_text(path).splitlines() if line.strip()]
-    wanted = {f"ILSVRC2012_val_{int(line):08d}" if line.isdecimal() else _stem(line): line
-              for line in lines}  # fmt: skip
-    stems = [_stem(source.name(index)) for index in labels.indices]
-    everywhere = set(stems)
-    if len(everywhere) < len(labels.indices):  # same names in several folders: tell them apart
-        stems = [_stem(source.name(index), folders=1) for index in labels.indices]
-        wanted = {_stem(line, folders=1): line for line in lines}
-        everywhere = set(stems)
-    unknown = [line for stem, line in wanted.items() if stem not in everywhere]
+    lines = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+    places: dict[str, list[int]] = {}
+    for index in range(len(source)):
+        for key in _names(source.name(index).rpartition(": ")[2]):  # of shards, the member's
+            places.setdefault(key, []).append(index)
+    listed, unknown = np.zeros(len(source), bool), []
+    for line in lines:
+        word = line.split()[0]
+        tried = [*_names(line), *_names(word)]
+        if word.isdecimal():
+            tried.append(f"ILSVRC2012_val_{int(word):08d}")
+        found = next((places[key] for key in tried if len(places.get(key, ())) == 1), None)
+        if found is None:
+            unknown.append(line)
+        else:
+            listed[found] = True
     if unknown:
         raise DataError(
-            f"{path}: {len(unknown):,} of its {len(wanted):,} lines name no image here, such as "
-            f"{unknown[0]}"
+            f"{path}: {len(unknown):,} of its {len(lines):,} lines name no image here, or several, "
+            f"such as {unknown[0]}"
         )
-    return np.array([stem in wanted for stem in stems])
+    return listed[labels.indices]
 
 
-def _stem(name: str, folders: int = 0) -> str:
-    """File name without suffix, below as many of its folders; of shards, the member's."""
-    path = PurePath(name.rpartition(": ")[2]).with_suffix("")
-    return "/".join(path.parts[-1 - folders :])
+def _names(path: str) -> list[str]:
+    """What an image may be called: with its folder and without, with its suffix and without."""
+    folder, name = PurePath(path).parent.name, PurePath(path).name
+    stem, suffix = os.path.splitext(name)
+    names = [name, stem] if suffix.lower() in IMG_EXTENSIONS else [name]
+    return [f"{folder}/{n}" for n in names] + names if folder else names
 
 
 def _read_text(path: Path) -> str:

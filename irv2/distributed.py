@@ -109,9 +109,7 @@ def choose_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and available == 0):
         return torch.device("cpu")
     if available == 0:
-        raise WorldError(
-            "run.device=cuda: this machine has no usable GPU; use run.device=cpu or auto"
-        )
+        raise WorldError("device cuda: this machine has no usable GPU; use cpu or auto")
     if local_ranks > available:
         raise WorldError(
             f"{local_ranks} ranks were started, but this machine has {available} GPUs: "

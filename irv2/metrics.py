@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -115,7 +116,7 @@ class Collector:
 
     def add(self, batch: Scored) -> None:
         """Rank a batch's answers."""
-        scores = batch.scores.float()
+        scores = batch.scores.float().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
         labels = batch.answers
         labels = best_answers(scores, labels) if labels.ndim == 2 else labels
         top = scores.sort(dim=1, descending=True, stable=True).indices[:, :TOP]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,22 +107,44 @@ def of_weights(source: str) -> Trained:
         classes = imagenet_names.synsets()
     if classes is not None and len(classes) != outputs:
         raise WeightsError(f"{source}: has {outputs} outputs, but names for {len(classes)}")
-    data = config.Data(train="unknown", val="unknown").model_dump() | {"val": None}
-    data |= metadata.get("data", {})
+    data = _data(metadata.get("data", {}), source)
     result = metadata.get("result", {})
     which = result.get("weights", "as published")
     return Trained(model, source, which, result.get("step"), classes, data)
 
 
+def _data(told: dict[str, Any], source: str) -> dict[str, Any]:
+    """The keys of section "data", those that are not told by default; "val" may be None."""
+    known = {key: value for key, value in told.items() if key in config.Data.model_fields}
+    try:
+        data = config.Data(**{"train": "unknown", "val": "unknown"} | known).model_dump()
+    except ValueError:
+        raise WeightsError(f"{source}: its metadata is damaged (data)") from None
+    return data | {"val": told.get("val")}
+
+
 def _parsed(metadata: dict[str, str], source: str) -> dict[str, Any]:
     """The entries of a weights file's metadata that are this project's. Raises WeightsError."""
-    kinds = {"blocks": list, "classes": list, "data": dict, "result": dict}
+    is_sound: dict[str, Callable[[Any], bool]] = {
+        "blocks": lambda value: _is_list_of(int, value) and len(value) == 3 and min(value) > 0,
+        "classes": lambda value: _is_list_of(str, value),
+        "data": lambda value: isinstance(value, dict),
+        "result": lambda value: (
+            isinstance(value, dict)
+            and isinstance(value.get("weights", ""), str)
+            and isinstance(value.get("step"), int | None)
+        ),
+    }
     found = {}
-    for key in kinds.keys() & metadata.keys():
+    for key in is_sound.keys() & metadata.keys():
         try:
             found[key] = json.loads(metadata[key])
         except ValueError:
-            found[key] = None
-        if not isinstance(found[key], kinds[key]):
+            found[key] = math.nan
+        if not is_sound[key](found[key]):
             raise WeightsError(f"{source}: its metadata is damaged ({key})")
     return found
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)

@@ -100,7 +100,7 @@ def build_model(
     try:
         num_classes = kept["classif.weight"].shape[0]
         in_chans = kept["conv2d_1a.conv.weight"].shape[1]
-    except KeyError as error:
+    except (KeyError, IndexError) as error:
         raise WeightsError(f"{source}: not an Inception-ResNet-v2 (no {error} in it)") from None
     model = inception_resnet_v2(num_classes, in_chans, blocks=blocks)
     load_into(model, kept, source)

@@ -10,7 +10,7 @@ import yaml
 from irv2.statistics import Interval
 
 
-class ReferenceError(ValueError):
+class PublishedError(ValueError):
     """A file of published results that cannot be used."""
 
 
@@ -24,6 +24,9 @@ class Reference(NamedTuple):
     top1: float
     top5: float
     source: str
+    image_size: int | None = None  # px; None: not part of the protocol
+    eval_crop: float | None = None
+    eval_interpolation: str | None = None
     ensemble: int = 1  # networks whose probabilities were averaged
 
 
@@ -35,20 +38,21 @@ class Distance(NamedTuple):
 
 
 def read(path: Path) -> list[Reference]:
-    """Raises ReferenceError."""
+    """Raises PublishedError."""
     try:
-        return [Reference(**entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
+        found = [Reference(**entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))]
+        return [each._replace(top1=float(each.top1), top5=float(each.top5)) for each in found]
+    except (OSError, ValueError, yaml.YAMLError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ReferenceError(f"{path}: no list of published results ({reason})") from None
+        raise PublishedError(f"{path}: no list of published results ({reason})") from None
 
 
 def matching(references: list[Reference], **facts: Any) -> list[Reference]:
-    """Those of the same labels, protocol, images and ensemble."""
+    """Those of which no field that is not None differs from `facts`."""
     return [
         reference
         for reference in references
-        if all(getattr(reference, key) == value for key, value in facts.items())
+        if all(getattr(reference, key) in (value, None) for key, value in facts.items())
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -22,7 +23,8 @@ class Result:
     data: str  # where the images are
     images_in_data: int
     resized_to: int | None  # px of the shorter side, if they were made smaller
-    labels: str  # kind of the labels, as in configs/reference.yaml
+    labels: str  # kind of the labels: "folders", "numbered", "class index" or "real"
+    selection: dict[str, str]  # files that say which images count or what is right, by option
     view: dict[str, Any]  # protocol, image_size, eval_crop, eval_interpolation
     precision: str
     predictions: Any  # irv2.metrics.Predictions
@@ -51,7 +53,7 @@ def rows(result: Result) -> Rows:
     return [
         ("weights", f"{result.name} ({result.which})"),
         ("images", images),
-        *([("labels", "ReaL")] if result.labels == "real" else []),
+        ("labels", _labels(result)),
         ("view", _view(result)),
         ("top-1", _rate(found.top1, found.top1_correct, result.top1_interval)),
         ("top-5", _rate(found.top5, found.top5_correct, result.top5_interval)),
@@ -60,6 +62,18 @@ def rows(result: Result) -> Rows:
         ("time", f"{result.seconds:.1f} s, {found.images / result.seconds:.0f} images/s"),
         *[("compare", line) for line in _beside_published(result)],
     ]
+
+
+def _labels(result: Result) -> str:
+    """Their kind, and the files that had a say."""
+    kinds = {
+        "folders": "class folders",
+        "numbered": "class folders, numbers of outputs",
+        "class index": "class folders, among whose classes alone it chooses",
+        "real": "ReaL, any of several",
+    }
+    files = [f"--{option.replace('_', '-')} {path}" for option, path in result.selection.items()]
+    return "; ".join([kinds[result.labels], *files])
 
 
 def _view(result: Result) -> str:
@@ -94,6 +108,20 @@ def _beside_published(result: Result) -> list[str]:
 def in_lines(pairs: Rows) -> str:
     """(name, value) rows as text."""
     return "\n".join(f"{name:<8} {value}" for name, value in pairs)
+
+
+def side_by_side(results: list[Result]) -> str:
+    """Several evaluations: what they share, a line each, and what else there is to say of each."""
+    every = [rows(result) for result in results]
+    said_once = [row for row in every[0] if all(row in each for each in every)]
+    shared = [row for row in said_once if row[0] in ("images", "labels", "view", "compare")]
+    own = [
+        (name, f"{result.name}: {value}")
+        for result, each in zip(results, every)
+        for name, value in each
+        if name in ("images", "labels", "view", "compare") and (name, value) not in shared
+    ]
+    return "\n\n".join(part for part in (in_lines(shared), table(results), in_lines(own)) if part)
 
 
 def table(results: list[Result]) -> str:
@@ -137,10 +165,14 @@ def as_json(result: Result, software: dict[str, str]) -> dict[str, Any]:
     found = result.predictions
     published = []
     for reference in result.references:
-        here = distance(found.top1_correct, found.images, result.top1_interval, reference.top1)
-        published.append(
-            {**reference._asdict(), "top1_difference": here.images, "top1_within": here.within}
-        )
+        entry = reference._asdict()
+        for name, correct, interval in (
+            ("top1", found.top1_correct, result.top1_interval),
+            ("top5", found.top5_correct, result.top5_interval),
+        ):
+            here = distance(correct, found.images, interval, entry[name])
+            entry |= {f"{name}_difference": here.images, f"{name}_within": here.within}
+        published.append(entry)
     return {
         "top1": found.top1,
         "top5": found.top5,
@@ -150,12 +182,13 @@ def as_json(result: Result, software: dict[str, str]) -> dict[str, Any]:
         "top5_correct": found.top5_correct,
         "images": found.images,
         "mean_per_class": found.mean_per_class,
-        "loss": found.mean_loss,
+        "loss": found.mean_loss if math.isfinite(found.mean_loss) else None,
         "weights": result.which,
         "step": result.step,
         "source": result.name,
         "data": result.data,
         "labels": result.labels,
+        "selection": result.selection,
         "resized_to": result.resized_to,
         **result.view,
         "precision": result.precision,

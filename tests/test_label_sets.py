@@ -128,6 +128,7 @@ def test_real_labels_follow_the_images_numbers_and_leave_out_those_without(valid
     [
         ("[[0], [1]]", "not one of the 2 images"),
         ("[[0], [1], [2], [3], [0], [0]]", "outputs that the network lacks"),
+        ("[[0], [1], [2], [-1], [0], [0]]", "outputs that the network lacks"),
         ('{"a": 1}', "list of lists"),
         ("[[0], [1.5], [2], [2], [0], [0]]", "list of lists"),
         ("[[0]", "not JSON"),
@@ -152,7 +153,7 @@ def test_lists_name_images_by_number_or_file(validation, tmp_path, lines):
     assert sorted(numbers(kept, validation)) == [2, 5]
     assert sorted(numbers(left, validation)) == [1, 3, 4, 6]
     (tmp_path / "list").write_text(lines + "77\n")
-    with pytest.raises(DataError, match="1 of its 3 lines name no image here, such as 77"):
+    with pytest.raises(DataError, match=r"1 of its 3 lines name no image here.* such as 77"):
         label_sets.only(labels, validation, tmp_path / "list")
 
 
@@ -165,6 +166,27 @@ def test_where_folders_hold_files_of_the_same_name_lists_need_the_folder(tmp_pat
     (tmp_path / "list").write_text("1.png\n")
     with pytest.raises(DataError, match="name no image"):
         label_sets.only(labels, source, tmp_path / "list")
+
+
+@pytest.mark.parametrize("line", ["my photo.png", "my photo", "a.1", "a.1.png", "12", "x/12.png"])
+def test_lists_name_files_whatever_they_are_called(tmp_path, line):
+    source = folders(tmp_path / "x", {"a": ["my photo.png"], "x": ["12.png", "a.1.png"]})
+    labels = label_sets.of_folders(source, "x", ["a", "x"], 2, "net")
+    (tmp_path / "list").write_text(f"{line}\n")
+    (index,) = label_sets.only(labels, source, tmp_path / "list").indices
+    name = Path(source.name(index)).name
+    assert Path(line).name in (name, name.removesuffix(".png"))
+
+
+def test_lists_may_name_images_that_do_not_count_any_more(validation, tmp_path):
+    (tmp_path / "real.json").write_text(json.dumps([[2], [], [0], [1], [2], [1]]))
+    (tmp_path / "list").write_text("2\n5\n")
+    labels = label_sets.with_real_labels(plain(validation), validation, tmp_path / "real.json")
+    left = label_sets.without(labels, validation, tmp_path / "list")
+    assert sorted(numbers(left, validation)) == [1, 3, 4, 6]
+    (tmp_path / "few").write_text("1\n5\n")
+    few = label_sets.only(plain(validation), validation, tmp_path / "few")
+    assert numbers(label_sets.without(few, validation, tmp_path / "list"), validation) == [1]
 
 
 def test_nothing_left_is_an_error(validation):

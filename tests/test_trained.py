@@ -14,7 +14,7 @@ from irv2.weights import WeightsError
 
 def written(path: Path, outputs: int, in_chans: int = 3, **metadata: str) -> str:
     model = inception_resnet_v2(outputs, in_chans, blocks=(1, 1, 1))
-    weights.write(path, model.state_dict(), {"blocks": "[1, 1, 1]", **metadata})
+    weights.write(path, model.state_dict(), {"blocks": "[1, 1, 1]"} | metadata)
     return str(path)
 
 
@@ -48,6 +48,11 @@ def test_metadata_go_before_that(tmp_path) -> None:
         ({"classes": '["a"]'}, "has 2 outputs, but names for 1"),
         ({"classes": '["a", '}, r"metadata is damaged \(classes\)"),
         ({"data": "[1]"}, r"metadata is damaged \(data\)"),
+        ({"data": '{"image_size": "x"}'}, r"metadata is damaged \(data\)"),
+        ({"data": '{"eval_crop": 0}'}, r"metadata is damaged \(data\)"),
+        ({"classes": "[0, 1]"}, r"metadata is damaged \(classes\)"),
+        ({"blocks": "[1, 1]"}, r"metadata is damaged \(blocks\)"),
+        ({"result": '{"weights": 3}'}, r"metadata is damaged \(result\)"),
     ],
 )
 def test_files_that_contradict_themselves_are_refused(tmp_path, options, message) -> None:

@@ -146,18 +146,16 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_is_evaluated_as_train_did(run_directory, tmp_path) -> None:
     last = {e["weights"]: e for e in programs.log_lines(run_directory, "eval")}
     results = {}
-    for which, ranks in (("ema", 1), ("raw", 1)):
-        out = tmp_path / f"{which}{ranks}.json"
-        done = programs.run(
-            "validate.py", "--run", run_directory, "--which", which, "--json", out, ranks=ranks
-        )
+    for which in ("ema", "raw"):
+        out = tmp_path / f"{which}.json"
+        done = programs.run("validate.py", "--run", run_directory, "--which", which, "--json", out)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("top-1 ") == 1
-        results[which, ranks] = json.loads(out.read_text())
-    one = results["ema", 1]
+        results[which] = json.loads(out.read_text())
+    one = results["ema"]
     assert one["images"] == 12 and one["weights"] == "ema"
     assert one["loss"] == pytest.approx(last["ema"]["loss"], rel=1e-6)
-    assert results["raw", 1]["loss"] == pytest.approx(last["raw"]["loss"], rel=1e-6)
+    assert results["raw"]["loss"] == pytest.approx(last["raw"]["loss"], rel=1e-6)
 
 
 def test_best_weights_know_their_classes_and_view(run_directory, capsys, monkeypatch) -> None:
@@ -263,17 +261,69 @@ def test_several_networks_their_ensemble_and_comparisons(
     assert [(pages / str(n) / "index.html").exists() for n in (1, 2, 3, 4)] == [True] * 4
 
 
-def test_views_are_averaged_by_protocol(photographs, small, tmp_path, capsys, monkeypatch) -> None:
-    losses = {}
-    for protocol in PROTOCOLS:
-        out = tmp_path / f"{protocol}.json"
-        place = ("--weights", small[0], "--data", photographs, "--json", out)
-        status, _, stderr = call(capsys, monkeypatch, *place, "--protocol", protocol)
+@pytest.mark.parametrize("protocol", ["flip", "paper-12"])
+def test_the_softmax_is_averaged_over_views(
+    photographs, small, protocol, tmp_path, capsys, monkeypatch
+) -> None:
+    network = trained.of_weights(str(small[1])).model.eval()
+    view = PROTOCOLS[protocol].view(75, 1.0, "bicubic")
+    source = FolderSource(photographs)
+    losses = []
+    for index in range(len(source)):
+        encoded, label = source.read(index)
+        out = np.empty(view.shape, np.uint8)
+        view(decode(encoded), 0, index, out)
+        views = torch.from_numpy(out.reshape(-1, 75, 75, 3)).permute(0, 3, 1, 2) / 127.5 - 1
+        with torch.no_grad():
+            shares = network(torch.cat([views, views.flip(3)])).softmax(1)
+        losses.append(-shares.mean(0)[label].log().item())
+    for batch in (5, 64):
+        out = tmp_path / "result.json"
+        place = ("--weights", small[1], "--data", photographs, "--json", out)
+        options = ("--protocol", protocol, "--batch", batch)
+        status, _, stderr = call(capsys, monkeypatch, *place, *options)
         assert status == 0, stderr
-        result = json.loads(out.read_text())
-        assert (result["images"], result["protocol"]) == (17, protocol)
-        losses[protocol] = result["loss"]
-    assert len(set(losses.values())) == len(PROTOCOLS)
+        assert json.loads(out.read_text())["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_networks_may_have_images_and_views_of_their_own(
+    photographs, small, tmp_path, capsys, monkeypatch
+) -> None:
+    few = tmp_path / "few"
+    for k, folder in enumerate(sorted(photographs.iterdir())):
+        (few / folder.name).mkdir(parents=True)
+        shutil.copy(sorted(folder.iterdir())[0], few / folder.name / f"{k}.jpg")
+    state, metadata = weights.read(str(small[0]))
+    paths = []
+    for name, val, size in (("a", photographs, 75), ("b", few, 79)):
+        data = json.dumps({"val": str(val), "image_size": size, "eval_crop": 1.0})
+        paths.append(tmp_path / f"{name}.safetensors")
+        weights.write(paths[-1], state, {**metadata, "data": data})
+    pages, out = tmp_path / "pages", tmp_path / "out.json"
+    arguments = ("--weights", *paths, "--report", pages, "--json", out)
+    status, stdout, stderr = call(capsys, monkeypatch, *arguments)
+    assert status == 0, stderr
+    assert [r["images"] for r in json.loads(out.read_text())["results"]] == [17, 8]
+    assert f"{paths[1]}: 8 of {few}" in stdout and f"{paths[1]}: timm, 79 px" in stdout
+    assert (pages / "2" / "index.html").exists()
+    status, _, stderr = call(capsys, monkeypatch, "--weights", *paths, "--compare")
+    assert status == 1 and "have other images or classes" in stderr
+
+
+def test_where_results_cannot_go_is_told_before_the_first_image(
+    photographs, small, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(exam, "batches", None)  # would fail
+    file = tmp_path / "file"
+    file.touch()
+    for options, message in (
+        (("--json", tmp_path), "is a folder; --json wants the name of a file"),
+        (("--report", file), "cannot be written to"),
+        (("--json", file / "out.json"), "cannot be written to"),
+    ):
+        place = ("--weights", small[0], "--data", photographs)
+        status, _, stderr = call(capsys, monkeypatch, *place, *options)
+        assert status == 1 and message in stderr and stderr.count("\n") == 1, stderr
 
 
 def test_all_checkpoints_of_a_run_and_their_average(
@@ -374,6 +424,7 @@ def test_fast_is_close(photographs, small, tmp_path, capsys, monkeypatch) -> Non
         results[speed] = json.loads(out.read_text())
     record, fast = results.values()
     assert (record["precision"], fast["precision"]) == ("fp32", "fast")
+    assert abs(fast["top1_correct"] - record["top1_correct"]) <= 1
     assert fast["loss"] == pytest.approx(record["loss"], rel=0.05)
     assert fast["loss"] != record["loss"]
 
@@ -383,6 +434,7 @@ def test_fast_is_close(photographs, small, tmp_path, capsys, monkeypatch) -> Non
     [
         (("--run", "r", "--all", "--average", "2"), "one of them"),
         (("--weights", "w", "--all"), "--run DIR"),
+        (("--weights", "w", "--which", "raw"), "--run DIR"),
         (("--weights", "w", "--ensemble"), "want several networks"),
         (("--weights", "w", "--protocol", "slim", "--crop", "0.9"), "not of --protocol slim"),
         (("--run", "r", "--average", "1"), "at least 2"),

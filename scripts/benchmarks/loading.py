@@ -238,7 +238,7 @@ class As:
 class DecodeOnly:
     """A view that shows nothing: what is left is reading and decoding."""
 
-    size = 1
+    shape = (1, 1, 3)
 
     def __call__(self, pixels: np.ndarray, epoch: int, index: int, out: np.ndarray) -> tuple:
         return False, None
