@@ -58,8 +58,6 @@ def summary(run: Run) -> list[tuple[str, str]]:
         images = [page.count(result["images"], "image")] if "images" in result else []
         weights = [f"{result['weights']} weights"] if "weights" in result else []
         rows += [("top-1", share(result, "top1")), ("top-5", share(result, "top5"))]
-        if "mean_per_class" in result:
-            rows.append(("per class", f"{share(result, 'mean_per_class')} on average"))
         rows.append(("evaluated", ", ".join(images + weights) or UNKNOWN))
     else:
         rows.append(("evaluated", "no evaluation yet"))

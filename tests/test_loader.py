@@ -225,7 +225,7 @@ def test_replacements_depend_on_neither_workers_nor_batches(zoo):
         batches = [keys[first : first + size] for first in range(0, len(keys), size)]
         loaded = loaded_keys(source, batches, workers)
         images = torch.cat([batch.images for batch in loaded])
-        rest = [[x for batch in loaded for x in batch[field]] for field in (2, 3, 4)]
+        rest = [[x for batch in loaded for x in batch[field]] for field in (3, 4, 5)]
         return images, rest, torch.cat([batch.labels for batch in loaded])
 
     images, rest, labels = result(len(keys), 0)

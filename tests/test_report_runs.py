@@ -80,10 +80,9 @@ def test_a_run_is_summed_up_and_drawn(study, tmp_path):
 
 def test_what_validate_measured_of_the_last_step_counts(report, study):
     result = {"top1": 50.0, "top5": 75.0, "images": 40, "weights": "ema", "step": 6}
-    (study / "validate.json").write_text(json.dumps({**result, "mean_per_class": 43.21}))
+    (study / "validate.json").write_text(json.dumps(result))
     rows = dict(line.split(maxsplit=1) for line in report(study)[1].splitlines())
     assert rows["top-1"] == "50.00 %" and rows["evaluated"].startswith("40 images")
-    assert "43.21 %" in rows["per"]
     (study / "validate.json").write_text('{"top1": 50.0, "step": 6}')
     rows = dict(line.split(maxsplit=1) for line in report(study)[1].splitlines())
     assert (rows["top-1"], rows["top-5"], rows["evaluated"]) == ("50.00 %", "\u2013", "\u2013")
