@@ -134,6 +134,5 @@ def pictures(cfg: Config, source: sources.Source, indices: Iterable[int]) -> dic
     for index in indices:
         with suppress(sources.ImageError):
             pixels, _ = loader.read_image(source, index)
-            seen[index] = np.empty((view.size, view.size, 3), np.uint8)
-            view(pixels, 0, index, seen[index])
+            seen[index] = transforms.shown(pixels, view)
     return seen

@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import exam
-from data import loader, sources, workers
+from data import loader, sources, stream, workers
 from data.protocols import PROTOCOLS
 from exam import Exam, LabelFiles
 from irv2 import checkpoint, distributed, engine, imagenet_names, jsonl, rundir, trained, weights
@@ -102,15 +102,15 @@ def open_networks(arguments: argparse.Namespace, world: World) -> list[Trained]:
         return [trained.of_weights(source) for source in arguments.weights]
     if not (arguments.all or arguments.average):
         return [trained.of_run(arguments.run, arguments.which, world.say)]
-    every = trained.every_of_run(arguments.run, arguments.which, world.say)
+    found = trained.of_checkpoints(arguments.run, arguments.which, world.say, arguments.average)
     if arguments.all:
-        return every
-    if len(every) < arguments.average:
+        return found
+    if len(found) < arguments.average:
         raise checkpoint.CheckpointError(
             f"{arguments.run}: --average {arguments.average} needs as many checkpoints, and it has "
-            f"{len(every)}; train with a larger checkpoint.keep"
+            f"{len(found)}; train with a larger checkpoint.keep"
         )
-    return [trained.averaged(every[-arguments.average :])]
+    return [trained.averaged(found)]
 
 
 def check_compiler(device: torch.device) -> None:
@@ -172,9 +172,8 @@ def counted(scored: Iterable[Scored], each: Exam, world: World) -> Predictions:
     """All ranks' answers, ranked, with a progress bar on a terminal."""
     hidden = not (world.is_main and sys.stderr.isatty())
     title = Path(each.network.name).name
-    length = len(each.labels.indices)
-    total = length * (world.rank + 1) // world.size - length * world.rank // world.size
-    with tqdm(total=total, desc=title, unit="image", leave=False, disable=hidden) as bar:
+    share = stream.evaluation_share(len(each.labels.indices), world.rank, world.size)
+    with tqdm(total=len(share), desc=title, unit="image", leave=False, disable=hidden) as bar:
         return engine.collect(scored, world, shown_on(bar))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from data.loader import View
 from data.native import native
 from data.resample import Box, resize
-from data.transforms import EvalView
+from data.transforms import EvalView, SquareView
 
 REFERENCE_SIDE = 224  # px, of the networks for which the crops were described
 SHORTER_SIDES = (256, 288, 320, 352)  # px, at REFERENCE_SIDE
@@ -26,18 +26,12 @@ SLIM_CENTRAL_FRACTION = 0.875  # TF-slim, inception_preprocessing.py, preprocess
 
 
 @dataclass(frozen=True)
-class SlimView:
+class SlimView(SquareView):
     """TF-slim's evaluation view: the central 87.5 % of each side, squashed to a square.
 
     Resized as TensorFlow 1's `resize_bilinear` does it, without antialiasing and from pixels'
     corners; TensorFlow keeps fractions, here they are rounded to 8 bits.
     """
-
-    size: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.size, self.size, 3
 
     def __call__(
         self, pixels: np.ndarray, epoch: int, index: int, out: np.ndarray

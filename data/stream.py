@@ -88,12 +88,17 @@ def read_ahead(
         yield batch
 
 
+def evaluation_share(length: int, rank: int, world_size: int) -> range:
+    """One rank's images of an evaluation: all ranks together, every image once and none twice."""
+    return range(length * rank // world_size, length * (rank + 1) // world_size)
+
+
 def evaluation_batches(length: int, batch: int, rank: int, world_size: int) -> list[list[Key]]:
-    """One rank's batches of an evaluation: all ranks together, every image once and none twice."""
-    start, stop = length * rank // world_size, length * (rank + 1) // world_size
+    """The batches of a rank's `evaluation_share`."""
+    share = evaluation_share(length, rank, world_size)
     return [
-        [(0, index) for index in range(first, min(first + batch, stop))]
-        for first in range(start, stop, batch)
+        [(0, index) for index in share[first : first + batch]]
+        for first in range(0, len(share), batch)
     ]
 
 

@@ -106,21 +106,27 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class TrainView:
-    """TF-slim's training view: distorted crop, resize to a square, flip, colour."""
+class SquareView:
+    """What shows an image as one square of `size` px."""
 
     size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what it makes of an image."""
+        return self.size, self.size, 3
+
+
+@dataclass(frozen=True)
+class TrainView(SquareView):
+    """TF-slim's training view: distorted crop, resize to a square, flip, colour."""
+
     seed: int
     area_range: tuple[float, float] = (0.05, 1.0)
     aspect_range: tuple[float, float] = (0.75, 1.33)
     hflip: float = 0.5
     colour: bool = True
     augment: Callable[[np.ndarray, tuple[int, int, int]], None] | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of what it makes of an image."""
-        return self.size, self.size, 3
 
     def __call__(
         self, pixels: np.ndarray, epoch: int, index: int, out: np.ndarray
@@ -195,21 +201,15 @@ def draw_colour(rng: np.random.Generator) -> Colour:
 
 
 @dataclass(frozen=True)
-class EvalView:
+class EvalView(SquareView):
     """timm's evaluation view: shorter side to size / crop, centre crop. Pixels are timm's own.
 
     Source: timm/data/transforms_factory.py, transforms_imagenet_eval, and what it calls of
     torchvision (Resize, CenterCrop).
     """
 
-    size: int
     crop: float
     interpolation: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of what it makes of an image."""
-        return self.size, self.size, 3
 
     def __call__(
         self, pixels: np.ndarray, epoch: int, index: int, out: np.ndarray
@@ -231,6 +231,13 @@ class EvalView:
             whole = Box(0, 0, width, height)
             resize(pixels, out, box=whole, size=resized, corner=corner, bicubic=bicubic)
         return False, None
+
+
+def shown(pixels: np.ndarray, view: EvalView) -> np.ndarray:
+    """An image by itself as an evaluation sees it: uint8 [H, W, 3] -> uint8 [size, size, 3]."""
+    out = np.empty(view.shape, np.uint8)
+    view(pixels, 0, 0, out)
+    return out
 
 
 def _order_of_passes_varies(size: tuple[int, int], resized: tuple[int, int]) -> bool:

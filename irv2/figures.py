@@ -21,8 +21,7 @@ DPI = 100
 def confusion_matrix(result: Predictions, classes: Sequence[str]) -> np.ndarray:
     """Which class is taken for which, one row a true class: uint8 [H, W, 3]."""
     count = len(classes)
-    cells = np.bincount(result.label * count + result.top[:, 0], minlength=count**2)
-    cells = cells.reshape(count, count)
+    cells = result.confusion_matrix(count)
     shares = cells / np.maximum(cells.sum(1, keepdims=True), 1)
     side = 2.5 + max(3.0, 0.26 * count if count > MOST_NUMBERED else 0.42 * count)
     figure = Figure((side + 0.8, side), dpi=DPI, layout="constrained")
@@ -46,9 +45,7 @@ def confusion_matrix(result: Predictions, classes: Sequence[str]) -> np.ndarray:
 
 def most_confident_mistakes(result: Predictions, count: int = 24) -> list[int]:
     """Numbers of the images with the surest wrong answers, the surest first."""
-    wrong = np.flatnonzero(result.rank >= 1)
-    order = np.argsort(-result.probability[wrong, 0], kind="stable")
-    return result.index[wrong[order][:count]].tolist()
+    return result.index[result.mistakes()[:count]].tolist()
 
 
 def mistakes(

@@ -73,6 +73,17 @@ class Predictions:
         correct = np.bincount(inverse, weights=self.rank < 1, minlength=len(labels))
         return float(100.0 * (correct / counts).mean())
 
+    def confusion_matrix(self, classes: int) -> np.ndarray:
+        """Images by label (row) and first answer (column): int64 [C, C]."""
+        cells = self.label * classes + self.top[:, 0]
+        return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+
+    def mistakes(self) -> np.ndarray:
+        """Rows whose first answer is wrong, the most confident first: int64 [M]."""
+        wrong = np.flatnonzero(self.rank >= 1)
+        confidence = np.nan_to_num(self.probability[wrong, 0])
+        return wrong[np.argsort(-confidence, kind="stable")]
+
     @property
     def mean_loss(self) -> float:
         """Mean of `loss`."""

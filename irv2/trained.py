@@ -48,26 +48,28 @@ def of_checkpoint(found: Checkpoint, which: str) -> Trained:
     return Trained(model, str(found.path), which, meta["step"], meta["classes"], cfg["data"])
 
 
-def every_of_run(directory: Path, which: str, say: Callable[[str], None]) -> list[Trained]:
-    """All usable checkpoints of a run, oldest first; says which it passes over.
-
-    Raises CheckpointError if there is none.
-    """
-    found = []
-    for path in rundir.checkpoints(directory):
+def of_checkpoints(
+    directory: Path, which: str, say: Callable[[str], None], most: int | None = None
+) -> list[Trained]:
+    """A run's usable checkpoints, its newest `most` or all, oldest first; says which it passes
+    over. Raises CheckpointError if there is none."""
+    found: list[Trained] = []
+    for path in reversed(rundir.checkpoints(directory)):
+        if len(found) == most:
+            break
         try:
             found.append(of_checkpoint(checkpoint.load(path, [part(which)]), which))
         except CheckpointError as error:
             say(f"passed over: {error}")
     if not found:
         raise CheckpointError(f"{directory}: no checkpoint in it that can be read")
-    return found
+    return found[::-1]
 
 
 def averaged(networks: list[Trained]) -> Trained:
     """The mean of several checkpoints' weights and batch-norm statistics, oldest first.
 
-    Raises WeightsError if they are of different networks.
+    The newest network takes it on. Raises WeightsError if they are of different networks.
     """
     newest = networks[-1]
     states = [network.model.state_dict() for network in networks]

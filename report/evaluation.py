@@ -141,7 +141,7 @@ def render(evaluation: Evaluation, rows: list[ClassRow]) -> str:
         size=only_size(evaluation.sizes),
         sizes=(sizes := size_rows(evaluation)),
         sizes_floor=floor(row.top1 for row in sizes),
-        matrix=confusion_matrix(found, len(evaluation.classes)).tolist() if few else None,
+        matrix=found.confusion_matrix(len(evaluation.classes)).tolist() if few else None,
         names=evaluation.names,
         panels=plots.curve_panels([evaluation.log]) if evaluation.log else [],
     )
@@ -162,12 +162,6 @@ def confusions(found: Any) -> list[tuple[int, int, int]]:
     pairs, images = np.unique(pairs, axis=0, return_counts=True)
     order = np.argsort(-images, kind="stable")
     return [(*map(int, pairs[i]), int(images[i])) for i in order]
-
-
-def confusion_matrix(found: Any, classes: int) -> np.ndarray:
-    """Images by right class (row) and answer (column): int64 [C, C]."""
-    cells = found.label * classes + found.top[:, 0]
-    return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
 def class_rows(evaluation: Evaluation) -> list[ClassRow]:
@@ -196,13 +190,12 @@ def confused_pairs(evaluation: Evaluation) -> list[Pair]:
     """The commonest confusions, with the images whose wrong answer was the most confident."""
     found, names = evaluation.predictions, evaluation.names
     gallery = Gallery(evaluation.thumbnail, evaluation.image_name)
+    wrong = found.mistakes()
     pairs = []
     for true, predicted, images in confusions(found)[:PAIRS]:
-        of_class = found.label == true
-        rows = np.flatnonzero(of_class & (found.rank >= 1) & (found.top[:, 0] == predicted))
-        rows = rows[np.argsort(-confidence(found)[rows], kind="stable")][:PAIR_PICTURES]
-        pictures = [gallery.picture(int(found.index[row])) for row in rows]
-        share = 100.0 * images / int(of_class.sum())
+        rows = wrong[(found.label[wrong] == true) & (found.top[wrong, 0] == predicted)]
+        pictures = [gallery.picture(int(found.index[row])) for row in rows[:PAIR_PICTURES]]
+        share = 100.0 * images / int((found.label == true).sum())
         pairs.append(Pair(names[true], names[predicted], images, share, pictures))
     return pairs
 
@@ -211,7 +204,6 @@ def confident_mistakes(evaluation: Evaluation) -> list[Mistake]:
     """Wrong answers, the most confident first."""
     found, names = evaluation.predictions, evaluation.names
     gallery = Gallery(evaluation.thumbnail, evaluation.image_name)
-    wrong = np.flatnonzero(found.rank >= 1)
     sure = confidence(found)
     return [
         Mistake(
@@ -221,7 +213,7 @@ def confident_mistakes(evaluation: Evaluation) -> list[Mistake]:
             names[found.top[row, 0]],
             100.0 * float(sure[row]),
         )
-        for row in wrong[np.argsort(-sure[wrong], kind="stable")][:MISTAKES]
+        for row in found.mistakes()[:MISTAKES]
     ]
 
 

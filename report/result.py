@@ -11,6 +11,7 @@ from irv2.statistics import Interval, mcnemar, wilson
 from report.reference import Reference, distance
 
 Rows = list[tuple[str, str]]
+BESIDE_TABLE = ("images", "labels", "view", "compare")  # rows that its columns do not hold
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Result:
     """What was evaluated, how, and what came out."""
 
     name: str  # of the weights
-    which: str  # "ema", "raw", "as published", "ensemble"
+    which: str  # "ema", "raw", "as published"; "mean softmax" of an ensemble
     step: int | None
     data: str  # where the images are
     images_in_data: int
@@ -112,14 +113,13 @@ def in_lines(pairs: Rows) -> str:
 
 def side_by_side(results: list[Result]) -> str:
     """Several evaluations: what they share, a line each, and what else there is to say of each."""
-    every = [rows(result) for result in results]
-    said_once = [row for row in every[0] if all(row in each for each in every)]
-    shared = [row for row in said_once if row[0] in ("images", "labels", "view", "compare")]
+    every = [[row for row in rows(result) if row[0] in BESIDE_TABLE] for result in results]
+    shared = [row for row in every[0] if all(row in each for each in every)]
     own = [
-        (name, f"{result.name}: {value}")
+        (row[0], f"{result.name}: {row[1]}")
         for result, each in zip(results, every)
-        for name, value in each
-        if name in ("images", "labels", "view", "compare") and (name, value) not in shared
+        for row in each
+        if row not in shared
     ]
     return "\n\n".join(part for part in (in_lines(shared), table(results), in_lines(own)) if part)
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import sources, transforms
+from data import loader, sources, transforms
 from data.to_input import ToInput
 from irv2 import checkpoint, distributed, weights
 from irv2.trained import Trained
@@ -153,13 +153,8 @@ def of_files(named: list[str], view: transforms.EvalView) -> list[np.ndarray]:
 def of_source(val: str, view: transforms.EvalView) -> list[np.ndarray]:
     """Images from all over a data set. Raises DataError for one that cannot be used."""
     source = sources.open_source(val)
-    found = []
-    for index in range(0, len(source), max(1, len(source) // sum(BATCHES))):
-        try:
-            found.append(pictures.scaled(transforms.decode(source.read(index)[0]), view))
-        except transforms.DecodeError as error:
-            raise sources.DataError(f"{source.name(index)}: {error}") from None
-    return found[: sum(BATCHES)]
+    spread = range(0, len(source), max(1, len(source) // sum(BATCHES)))[: sum(BATCHES)]
+    return [transforms.shown(loader.read_image(source, index)[0], view) for index in spread]
 
 
 def of_scikit_learn(view: transforms.EvalView) -> list[np.ndarray]:
@@ -167,7 +162,7 @@ def of_scikit_learn(view: transforms.EvalView) -> list[np.ndarray]:
     from sklearn.datasets import load_sample_images
 
     halves = [half for image in load_sample_images().images for half in np.hsplit(image, 2)]
-    return [pictures.scaled(np.ascontiguousarray(half), view) for half in halves]
+    return [transforms.shown(np.ascontiguousarray(half), view) for half in halves]
 
 
 def parse_arguments() -> argparse.Namespace:

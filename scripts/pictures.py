@@ -51,14 +51,7 @@ def see(path: Picture | str, view: transforms.EvalView) -> Picture:
         return Picture(path, None, f"cannot be read ({error.strerror})")
     except (transforms.DecodeError, ValueError) as error:  # a path may hold what none can
         return Picture(path, None, " ".join(str(error).split()))
-    return Picture(path, scaled(pixels, view))
-
-
-def scaled(pixels: np.ndarray, view: transforms.EvalView) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [size, size, 3]."""
-    out = np.empty((view.size, view.size, 3), np.uint8)
-    view(pixels, 0, 0, out)
-    return out
+    return Picture(path, transforms.shown(pixels, view))
 
 
 def view_of(settings: dict[str, Any]) -> transforms.EvalView:

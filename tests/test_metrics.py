@@ -154,6 +154,18 @@ def test_first_places_and_their_probabilities_are_a_stable_sorts():
     assert ((found.top[:, 0] == found.label) == (found.rank == 0)).all()
 
 
+def test_confusions_and_mistakes_are_scikit_learns_and_a_plain_sorts():
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(200, 6, generator=generator)
+    labels = torch.randint(6, (200,), generator=generator)
+    found = collected(logits, labels)
+    theirs = sklearn.metrics.confusion_matrix(labels, logits.argmax(1), labels=range(6))
+    assert np.array_equal(found.confusion_matrix(6), theirs)
+    wrong = [i for i in range(200) if logits[i].argmax() != labels[i]]
+    sure = logits.softmax(1).amax(1).tolist()
+    assert found.mistakes().tolist() == sorted(wrong, key=lambda i: -sure[i])
+
+
 def test_of_several_right_answers_the_best_placed_counts():
     generator = torch.Generator().manual_seed(5)
     scores = torch.randint(4, (200, 9), generator=generator).float()

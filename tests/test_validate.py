@@ -342,7 +342,7 @@ def test_all_checkpoints_of_a_run_and_their_average(
     assert status == 0, stderr
     results = json.loads(out.read_text())["results"]
     assert [r["step"] for r in results] == [2, 4]
-    networks = trained.every_of_run(other, "ema", print)
+    networks = trained.of_checkpoints(other, "ema", print)
     mean = trained.averaged(networks)
     expected = (state.parts["ema"]["classif.bias"] + moved["ema"]["classif.bias"]) / 2
     assert torch.equal(mean.model.state_dict()["classif.bias"], expected)
