@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from irv2 import fused
+
 # ---------------------------------------------------------------------------------- the table
 
 
@@ -115,6 +117,11 @@ class BatchNorm(nn.BatchNorm2d):
 
     recomputing = False
 
+    @property
+    def moving(self) -> float:
+        """Share of a new batch in the running statistics, in the next forward."""
+        return 0.0 if self.recomputing else self.momentum
+
     def forward(self, x: Tensor) -> Tensor:
         if not (self.recomputing and self.training):
             return super().forward(x)
@@ -142,7 +149,10 @@ class ConvNormAct(nn.Module):
         for weight in self.conv.weight.data.split(self.parts):
             nn.init.xavier_uniform_(weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, place: Tensor | None = None) -> Tensor:
+        """place: where in memory the result shall lie, from `fused.slots`."""
+        if fused.usable(x, [self.bn]):
+            return fused.norm_relu(self.conv(x), self.bn, self.bn.moving, (), (place,))[0]
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
@@ -176,6 +186,7 @@ class Block(nn.Module):
 
         self.num_branches = len(spec.branches)
         self.out_channels = 0
+        widths = []
         for i, branch in enumerate(spec.branches):
             layers, channels = OrderedDict(), spec.in_channels
             for depth, layer in enumerate(branch):
@@ -183,6 +194,7 @@ class Block(nn.Module):
                     layers[str(depth)] = _layer(channels, layer, norm)
                 channels = layer.out_channels if isinstance(layer, Conv) else channels
             self.out_channels += channels
+            widths.append(channels)
             is_single = len(branch) == 1 and i not in self.merged
             self.add_module(f"branch{i}", layers["0"] if is_single else nn.Sequential(layers))
         # timm's name of each merged convolution: "branch0" alone in its branch, else "branch1.0"
@@ -190,6 +202,8 @@ class Block(nn.Module):
             f"branch{i}" if len(spec.branches[i]) == 1 else f"branch{i}.0" for i in self.merged
         )
 
+        self.widths = tuple(widths)
+        self.norms = [m for m in self.modules() if isinstance(m, BatchNorm)]
         if self.scale is not None:
             self.conv2d = nn.Conv2d(self.out_channels, spec.in_channels, 1)
             self.out_channels = spec.in_channels
@@ -200,6 +214,8 @@ class Block(nn.Module):
             self.register_load_state_dict_pre_hook(_join_heads)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.scale is not None and fused.usable(x, self.norms):
+            return self._forward_fused(x)
         inputs = [x] * self.num_branches
         if self.merged:
             for i, head in zip(self.merged, self.heads(x).split(self.heads.parts, dim=1)):
@@ -210,6 +226,24 @@ class Block(nn.Module):
             return out
         out = torch.add(x, self.conv2d(out), alpha=self.scale)
         return F.relu(out, inplace=True) if self.relu else out
+
+
+    def _forward_fused(self, x: Tensor) -> Tensor:
+        """`forward` of a residual block, all of whose branches begin with a merged head."""
+        whole, places = fused.slots(x, self.widths)
+        is_head = [len(branch) == 0 for branch in self.branches()]
+        x, heads = fused.fork(x, self.heads.conv.weight)
+        bn = self.heads.bn
+        wanted = tuple(p if is_end else None for p, is_end in zip(places, is_head))
+        outputs = list(fused.norm_relu(heads, bn, bn.moving, self.heads.parts, wanted))
+        for i, branch in enumerate(self.branches()):
+            for layer in branch:
+                is_last = layer is branch[-1]
+                outputs[i] = layer(outputs[i], places[i] if is_last else None)
+        return fused.add_conv(x, fused.join(whole, outputs), self.conv2d, self.scale, self.relu)
+
+    def branches(self) -> list[nn.Sequential]:
+        return [getattr(self, f"branch{i}") for i in range(self.num_branches)]
 
 
 def _head_pieces(block: Block, value: Tensor) -> tuple[Tensor, ...]:

@@ -1,0 +1,218 @@
+"""What a training step on a CPU does with fewer passes over memory than PyTorch's operations.
+
+The same mathematics as the plain modules in blocks.py, with hand-written gradients:
+
+    norm_relu   batch norm and ReLU in one, straight into the place where a concatenation wants it
+    fork        x for the residual and a 1x1 convolution of x; backward adds the two gradients as
+                part of the matrix product
+    join        a concatenation whose parts have been written in place
+    add_conv    relu(x + conv(y)) in one
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from irv2 import native_norm
+from irv2.native_norm import Part
+
+
+def usable(x: Tensor, norms: list[nn.BatchNorm2d]) -> bool:
+    """Whether these functions can stand in for the plain modules in this forward."""
+    return (
+        x.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and _dtype(x) in native_norm.DTYPES
+        and all(norm.training for norm in norms)
+        and not torch.compiler.is_compiling()
+        and native_norm.available()
+    )
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """What convolutions compute in."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """x itself, or a copy in channels-last memory if its channels do not lie side by side."""
+    if native_norm.row_stride(x) is not None:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """[B, C, H, W] in channels-last memory, seen as [B * H * W, C]."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
+
+
+# ------------------------------------------------------------------------- batch norm with ReLU
+
+
+def norm_relu(
+    x: Tensor,
+    norm: nn.BatchNorm2d,
+    momentum: float,
+    widths: tuple[int, ...] = (),
+    places: tuple[Tensor | None, ...] = (None,),
+) -> tuple[Tensor, ...]:
+    """relu(norm(x)) in training mode, cut into parts of `widths` channels (none: one part).
+
+    momentum: of the running statistics in this forward. places: where to write each part, from
+    `slots`; None: new memory.
+    """
+    if momentum and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    running = norm.running_mean, norm.running_var
+    widths = widths or (x.shape[1],)
+    return _NormRelu.apply(
+        x, norm.weight, norm.bias, running, momentum, norm.eps, widths, places
+    )
+
+
+class _NormRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, running, momentum, eps, widths, places):
+        x = in_rows(x)
+        batch, _, height, width = x.shape
+        parts, first = [], 0
+        for channels, place in zip(widths, places):
+            if place is None:
+                place = torch.empty(
+                    (batch, channels, height, width),
+                    dtype=x.dtype,
+                    memory_format=torch.channels_last,
+                )
+            parts.append(Part(first, first + channels, place))
+            first += channels
+        saved = native_norm.forward(x, (weight, bias), running, momentum, eps, parts)
+        ctx.save_for_backward(x, weight, bias, saved)
+        return tuple(part.tensor for part in parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        x, weight, bias, saved = ctx.saved_tensors
+        parts, first = [], 0
+        for grad in grads:
+            parts.append(Part(first, first + grad.shape[1], in_rows(grad)))
+            first += grad.shape[1]
+        gradients = native_norm.backward(x, (weight, bias), saved, parts)
+        needed = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad))
+        return (*needed, None, None, None, None, None)
+
+
+# --------------------------------------------------------------------------------- concatenation
+
+
+def slots(x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+    """Memory for a concatenation of `widths` channels over x's positions, and for each part."""
+    batch, _, height, width = x.shape
+    shape = (batch, sum(widths), height, width)
+    whole = torch.empty(shape, dtype=_dtype(x), memory_format=torch.channels_last)
+    parts, first = [], 0
+    for channels in widths:
+        # Not a view of `whole` in autograd's eyes: its gradient comes through `join`.
+        part = torch.empty(0, dtype=whole.dtype)
+        part.set_(
+            whole.untyped_storage(), first, (batch, channels, height, width), whole.stride()
+        )
+        parts.append(part)
+        first += channels
+    return whole, parts
+
+
+def join(whole: Tensor, parts: list[Tensor]) -> Tensor:
+    """`whole`, all of whose slots hold `parts`."""
+    return _Join.apply([whole], *parts)
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, whole, *parts):
+        ctx.widths = [part.shape[1] for part in parts]
+        return whole[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return (None, *grad.split(ctx.widths, dim=1))
+
+
+# -------------------------------------------------------------------------------------- residuals
+
+
+def fork(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x, and its 1x1 convolution with weight [N, C, 1, 1]."""
+    dtype = _dtype(x)
+    return _Fork.apply(in_rows(x.to(dtype)), weight.to(dtype))
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        batch, _, height, width = x.shape
+        product = _matrix(x) @ weight.flatten(1).t()
+        return x.view_as(x), product.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_x, grad_y):
+        x, weight = ctx.saved_tensors
+        grad = _matrix(grad_y)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.t() @ _matrix(x)).view_as(weight)
+        if ctx.needs_input_grad[0]:
+            # In place: grad_x was made by _AddConv, and nobody else holds it.
+            total = _matrix(grad_x)
+            torch.addmm(total, grad, weight.flatten(1), out=total)
+        return grad_x, grad_weight
+
+
+def add_conv(x: Tensor, y: Tensor, conv: nn.Conv2d, scale: float, relu: bool) -> Tensor:
+    """relu(x + scale * conv(y)) for a 1x1 convolution with bias, and x from `fork`."""
+    weight, bias = (p.mul(scale).to(y.dtype) for p in (conv.weight, conv.bias))
+    return _AddConv.apply(x, y, weight, bias, relu)
+
+
+class _AddConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, weight, bias, relu):
+        if _fuses(y.dtype):
+            once = [1, 1]
+            result = torch.ops.mkldnn._convolution_pointwise.binary(
+                y, x, weight, bias, [0, 0], once, once, 1, "add", 1.0,
+                "relu" if relu else None, [], None,
+            )  # fmt: skip
+        else:
+            with torch.autocast("cpu", enabled=False):
+                result = F.conv2d(y, weight, bias).add_(x)
+            result = result.relu_() if relu else result
+        ctx.save_for_backward(y, weight, result if relu else None)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        y, weight, result = ctx.saved_tensors
+        # A tensor of our own, to which _Fork may add.
+        grad, grad_bias = native_norm.relu_backward(in_rows(grad), result)
+        flat, grad_y, grad_weight = _matrix(grad), None, None
+        if ctx.needs_input_grad[1]:
+            grad_y = torch.empty_like(y)
+            torch.mm(flat, weight.flatten(1), out=_matrix(grad_y))
+        if ctx.needs_input_grad[2]:
+            grad_weight = (flat.t() @ _matrix(y)).view_as(weight)
+        return grad, grad_y, grad_weight, grad_bias.to(y.dtype), None
+
+
+def _fuses(dtype: torch.dtype) -> bool:
+    """Whether oneDNN convolves numbers of this type here, with what follows in the same pass."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
