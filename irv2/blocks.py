@@ -227,7 +227,6 @@ class Block(nn.Module):
         out = torch.add(x, self.conv2d(out), alpha=self.scale)
         return F.relu(out, inplace=True) if self.relu else out
 
-
     def _forward_fused(self, x: Tensor) -> Tensor:
         """`forward` of a residual block, all of whose branches begin with a merged head."""
         whole, places = fused.slots(x, self.widths)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from irv2 import update
 from irv2.distributed import World
 from irv2.loss import Loss
 from irv2.metrics import Collector, Predictions, Scored
@@ -144,8 +145,7 @@ def train_step(
             total += _forward_backward(state, network, x, labels, options)
 
     state.scaler.unscale_(state.optimizer)
-    max_norm = float("inf") if options.clip_norm is None else options.clip_norm
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), max_norm, foreach=True)
+    norm = update.gradient_norm(state.model.parameters())
     world.average_([total, *(s for s in statistics if s.is_floating_point())])
     # Gradients are averages over ranks, so one rank's bad number is seen by all of them.
     good = torch.isfinite(total)
@@ -154,8 +154,7 @@ def train_step(
     before_update()
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-    update = _update_if if good.is_cpu else _update_where
-    update(state, good, statistics, statistics_before)
+    update.apply(state, good, norm, options.clip_norm, statistics, statistics_before)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
@@ -190,42 +189,6 @@ def settle(state: TrainState, network: nn.Module, x: Tensor, options: StepOption
     with torch.no_grad():
         for buffer, value in before:
             buffer.copy_(value)
-
-
-def _update_if(
-    state: TrainState, good: Tensor, statistics: list[Tensor], before: list[Tensor]
-) -> None:
-    """Apply the gradients if the step was `good`, a bool; else undo what forward changed."""
-    if good:
-        state.scaler.step(state.optimizer)
-        state.ema.update(state.model, step=state.step + 2)
-    elif statistics:
-        torch._foreach_copy_(statistics, before)
-
-
-def _update_where(
-    state: TrainState, good: Tensor, statistics: list[Tensor], before: list[Tensor]
-) -> None:
-    """The same decided on the device by masks, so that the host need not wait for `good`."""
-    for now, then in zip(statistics, before):
-        torch.where(good, now, then, out=now)
-    state.scaler.step(state.optimizer, where=good)
-    _update_average(state.ema, state.model, state.step + 2, good)
-
-
-@torch.no_grad()
-def _update_average(ema: ModelEmaV3, model: nn.Module, step: int, where: Tensor) -> None:
-    """ModelEmaV3's update where the bool on the device is true, no change where it is false."""
-    averages, values = [], []
-    for average, value in zip(ema.module.state_dict().values(), model.state_dict().values()):
-        if average.is_floating_point():
-            averages.append(average)
-            values.append(value)
-        else:
-            average.copy_(value)
-    changes = torch._foreach_sub(values, averages)
-    torch._foreach_mul_(changes, (1 - ema.get_decay(step)) * where)
-    torch._foreach_add_(averages, changes)
 
 
 def read_bad_steps(state: TrainState) -> tuple[list[int], int]:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from irv2 import native_norm
-from irv2.native_norm import Part
+from irv2.native import norm as native
+from irv2.native import threads
+from irv2.native.norm import Part
 
 
 def usable(x: Tensor, norms: list[nn.BatchNorm2d]) -> bool:
@@ -25,10 +26,10 @@ def usable(x: Tensor, norms: list[nn.BatchNorm2d]) -> bool:
     return (
         x.device.type == "cpu"
         and torch.is_grad_enabled()
-        and _dtype(x) in native_norm.DTYPES
+        and _dtype(x) in native.DTYPES
         and all(norm.training for norm in norms)
         and not torch.compiler.is_compiling()
-        and native_norm.available()
+        and threads.available()
     )
 
 
@@ -39,7 +40,7 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 def in_rows(x: Tensor) -> Tensor:
     """x itself, or a copy in channels-last memory if its channels do not lie side by side."""
-    if native_norm.row_stride(x) is not None:
+    if native.row_stride(x) is not None:
         return x
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -68,9 +69,7 @@ def norm_relu(
         norm.num_batches_tracked.add_(1)
     running = norm.running_mean, norm.running_var
     widths = widths or (x.shape[1],)
-    return _NormRelu.apply(
-        x, norm.weight, norm.bias, running, momentum, norm.eps, widths, places
-    )
+    return _NormRelu.apply(x, norm.weight, norm.bias, running, momentum, norm.eps, widths, places)
 
 
 class _NormRelu(torch.autograd.Function):
@@ -88,7 +87,7 @@ class _NormRelu(torch.autograd.Function):
                 )
             parts.append(Part(first, first + channels, place))
             first += channels
-        saved = native_norm.forward(x, (weight, bias), running, momentum, eps, parts)
+        saved = native.forward(x, (weight, bias), running, momentum, eps, parts)
         ctx.save_for_backward(x, weight, bias, saved)
         return tuple(part.tensor for part in parts)
 
@@ -100,7 +99,7 @@ class _NormRelu(torch.autograd.Function):
         for grad in grads:
             parts.append(Part(first, first + grad.shape[1], in_rows(grad)))
             first += grad.shape[1]
-        gradients = native_norm.backward(x, (weight, bias), saved, parts)
+        gradients = native.backward(x, (weight, bias), saved, parts)
         needed = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad))
         return (*needed, None, None, None, None, None)
 
@@ -117,9 +116,7 @@ def slots(x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
     for channels in widths:
         # Not a view of `whole` in autograd's eyes: its gradient comes through `join`.
         part = torch.empty(0, dtype=whole.dtype)
-        part.set_(
-            whole.untyped_storage(), first, (batch, channels, height, width), whole.stride()
-        )
+        part.set_(whole.untyped_storage(), first, (batch, channels, height, width), whole.stride())
         parts.append(part)
         first += channels
     return whole, parts
@@ -193,15 +190,20 @@ class _AddConv(torch.autograd.Function):
             with torch.autocast("cpu", enabled=False):
                 result = F.conv2d(y, weight, bias).add_(x)
             result = result.relu_() if relu else result
-        ctx.save_for_backward(y, weight, result if relu else None)
+        ctx.relu = relu
+        ctx.save_for_backward(y, weight, result)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         y, weight, result = ctx.saved_tensors
-        # A tensor of our own, to which _Fork may add.
-        grad, grad_bias = native_norm.relu_backward(in_rows(grad), result)
+        # Either way a tensor of our own, to which _Fork may add.
+        if ctx.relu:
+            grad, grad_bias = native.relu_backward(in_rows(grad), result)
+        else:
+            grad = grad.contiguous(memory_format=torch.channels_last).clone()
+            grad_bias = grad.sum((0, 2, 3))
         flat, grad_y, grad_weight = _matrix(grad), None, None
         if ctx.needs_input_grad[1]:
             grad_y = torch.empty_like(y)

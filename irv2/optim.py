@@ -70,7 +70,7 @@ class RMSpropTF(torch.optim.Optimizer):
         return loss
 
     def _update(self, params: list[Tensor], group: dict, where: Tensor | None) -> None:
-        states = [self._state_of(p) for p in params]
+        states = [self.slots_of(p) for p in params]
         mean_squares = [state["square_avg"] for state in states]
         momenta = [state["momentum_buffer"] for state in states]
         grads = [p.grad for p in params]
@@ -91,7 +91,8 @@ class RMSpropTF(torch.optim.Optimizer):
         change = momenta if where is None else torch._foreach_mul(momenta, where.float())
         torch._foreach_sub_(params, change)
 
-    def _state_of(self, p: Tensor) -> dict:
+    def slots_of(self, p: Tensor) -> dict[str, Tensor]:
+        """A parameter's mean square and momentum, which begin at 1 and 0."""
         state = self.state[p]
         if not state:
             state["square_avg"] = torch.ones_like(p)

@@ -133,9 +133,16 @@ def gradients(model):
         (torch.float32, False, (2, 3, 75, 75)),
     ],
 )
-def test_gradients_equal_timm(pair, dtype, training, shape):
-    """In float64 where float32 cannot tell: rounding that moves one ReLU across zero moves
-    gradients by more than the tolerance, for timm against itself too (docs/experiments.md)."""
+def test_gradients_equal_timm(pair, dtype, training, shape, monkeypatch):
+    """In float32 with smooth functions in place of ReLU and maximum: rounding that moves one ReLU
+    across zero moves gradients by more than the tolerance, for timm against itself too
+    (docs/experiments.md)."""
+    if dtype == torch.float32:
+        monkeypatch.setattr(F, "relu", lambda x, inplace=False: F.softplus(x))
+        for layer in modules_of(pair[1], nn.ReLU):
+            monkeypatch.setattr(layer, "forward", F.softplus)
+        for layer in [*modules_of(pair[0], nn.MaxPool2d), *modules_of(pair[1], nn.MaxPool2d)]:
+            monkeypatch.setattr(layer, "forward", lambda x: F.avg_pool2d(x, 3, stride=2))
     cotangent = images(shape[0], 1000, seed=2, dtype=dtype)
     for model in pair:
         logits = model.to(dtype).train(training)(images(*shape, dtype=dtype))
@@ -530,12 +537,14 @@ def test_gradient_checkpointing_runs_residual_blocks_again_in_training_only():
     x = images(4, 3, 75, 75)
     model = small(grad_checkpointing=True)
     blocks = (model.repeat[0], model.repeat_1[0], model.repeat_2[0])
-    runs = [record_outputs(block.heads) for block in blocks]
+    runs = Counter()
+    for name, block in zip(("35", "17", "8"), blocks):
+        block.register_forward_pre_hook(lambda *_, name=name: runs.update([name]))
     training_pass(model, x)
-    assert [len(outputs) for outputs in runs] == [2, 2, 2]
+    assert runs == {"35": 2, "17": 2, "8": 2}
     assert not any(norm.recomputing for norm in modules_of(model, nn.BatchNorm2d))
     model.eval()(x).sum().backward()
-    assert [len(outputs) for outputs in runs] == [3, 3, 3]
+    assert runs == {"35": 3, "17": 3, "8": 3}
 
 
 @torch.no_grad()

@@ -1,0 +1,136 @@
+"""Compiled loops over tensors' memory, run on the threads of PyTorch's own OpenMP pool.
+
+A second pool, as Numba's own threads are, would fight with PyTorch's for the cores: threads that
+wait for the next operation do so without giving up theirs. So a loop is compiled to a C function
+and handed to the OpenMP library that PyTorch has loaded. It gets an array of int64: addresses and
+numbers, as `run` was given them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+
+import numba
+import numpy as np
+import torch
+from llvmlite import binding, ir
+from numba import carray, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+LIBRARIES = ("libgomp", "libiomp5", "libomp.")  # all of them offer GNU's GOMP_parallel
+_THREAD_NUMBER = "irv2_thread_number"
+_SIGNATURE = types.void(types.CPointer(types.int64))
+
+inlined = numba.njit(nogil=True, error_model="numpy", inline="always")
+
+
+@functools.cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library whose threads PyTorch uses; None where it is none of the known ones."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8") as file:
+            paths = sorted({line.split()[-1] for line in file if "/" in line})
+    except OSError:  # not Linux
+        return None
+    for path in paths:
+        if path.rpartition("/")[2].startswith(LIBRARIES):
+            library = ctypes.CDLL(path)
+            if hasattr(library, "GOMP_parallel") and hasattr(library, "omp_get_thread_num"):
+                address = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value
+                binding.add_symbol(_THREAD_NUMBER, address)
+                return library
+    return None
+
+
+def available() -> bool:
+    """Whether loops can run here."""
+    return _openmp() is not None
+
+
+def compiled(loop: Callable) -> int:
+    """Address of a loop's machine code, which the next process takes from the disk."""
+    if not available():
+        raise RuntimeError("PyTorch's threads were not found: ask available() first")
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        function = numba.cfunc(_SIGNATURE, cache=True, **options)(loop)
+    except RuntimeError:  # neither the source's folder nor the user's cache can be written
+        function = numba.cfunc(_SIGNATURE, **options)(loop)
+    _kept.append(function)
+    return function.address
+
+
+_kept: list = []  # machine code lives as long as these do
+
+
+def run(loop: int, words: Sequence[int | Tensor]) -> None:
+    """Run a compiled loop once on each of PyTorch's threads; a tensor stands for its address."""
+    values = [word.data_ptr() if isinstance(word, Tensor) else word for word in words]
+    arguments = (ctypes.c_int64 * len(values))(*values)
+    _openmp().GOMP_parallel(ctypes.c_void_p(loop), arguments, torch.get_num_threads(), 0)
+
+
+# ------------------------------------------------------------------- what compiled loops may call
+
+_thread_number = types.ExternalFunction(_THREAD_NUMBER, types.int32())
+_INT16, _INT32 = ir.IntType(16), ir.IntType(32)
+
+
+@inlined
+def share(count, threads):
+    """This thread's number, and the range of `count` things that is its own."""
+    number = _thread_number()
+    return number, count * number // threads, count * (number + 1) // threads
+
+
+@intrinsic
+def elements(_context, _address, _index, kept):
+    """Pointer to number `index` of those of type `kept` that begin at an address."""
+    kind = kept.instance_type
+
+    def generate(context, builder, _, arguments):
+        first = builder.inttoptr(arguments[0], context.get_value_type(types.CPointer(kind)))
+        return builder.gep(first, [arguments[1]])
+
+    return types.CPointer(kind)(types.int64, types.int64, kept), generate
+
+
+@inlined
+def float32(address, shape):
+    return carray(elements(address, 0, np.float32), shape)
+
+
+@inlined
+def float64(address, shape):
+    return carray(elements(address, 0, np.float64), shape)
+
+
+@intrinsic
+def loaded(_context, kept):
+    """A number as it is kept, float32 or bfloat16 (as uint16) -> float32."""
+
+    def widen(_, builder, __, arguments):
+        upper = builder.shl(builder.zext(arguments[0], _INT32), ir.Constant(_INT32, 16))
+        return builder.bitcast(upper, ir.FloatType())
+
+    return types.float32(kept), widen if kept == types.uint16 else lambda _, b, s, given: given[0]
+
+
+@intrinsic
+def stored(_context, _value, kept):
+    """float32 -> how it is kept: as it is, or for uint16 the nearest bfloat16 (ties to even)."""
+
+    def narrow(_, builder, __, arguments):
+        bits = builder.bitcast(arguments[0], _INT32)
+        sixteen = ir.Constant(_INT32, 16)
+        odd = builder.and_(builder.lshr(bits, sixteen), ir.Constant(_INT32, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(_INT32, 0x7FFF)))
+        result = builder.trunc(builder.lshr(rounded, sixteen), _INT16)
+        is_nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
+        return builder.select(is_nan, ir.Constant(_INT16, 0x7FC0), result)
+
+    kind = kept.instance_type
+    return kind(types.float32, kept), narrow if kind == types.uint16 else lambda _, b, s, a: a[0]

@@ -1,0 +1,195 @@
+"""The CPU's fused functions and compiled loops against PyTorch's plain operations in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from irv2 import fused
+from irv2.blocks import BLOCK8, BLOCK17, BLOCK35, MIXED_6A, Block, Conv, ConvNormAct, NormOptions
+from irv2.model import inception_resnet_v2
+from irv2.native import norm as native
+from irv2.native import threads
+
+NORM = NormOptions(momentum=0.1, eps=1e-3, scale=True)
+RESIDUAL = [BLOCK35, BLOCK17, BLOCK8, BLOCK8._replace(scale=1.0, relu=False)]
+
+pytestmark = pytest.mark.skipif(not threads.available(), reason="PyTorch's threads: none we know")
+
+
+def images(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+    return module.to(memory_format=torch.channels_last).train()
+
+
+def results(module: nn.Module, x: Tensor, autocast: bool = False) -> dict[str, Tensor]:
+    """Output, gradients and running statistics of one forward and backward, in float64."""
+    module = copy.deepcopy(module)
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = module(x)
+    y.backward(images(*y.shape, seed=2).to(y.dtype))
+    found = {"output": y, "input": x.grad}
+    found |= {f"gradient of {name}": p.grad for name, p in module.named_parameters()}
+    found |= {name: b for name, b in module.named_buffers() if b.ndim}
+    return {name: value.detach().double() for name, value in found.items()}
+
+
+def errors(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    assert ours.keys() == expected.keys()
+    return {n: ((ours[n] - e).norm() / e.norm()).item() for n, e in expected.items()}
+
+
+def count_calls(monkeypatch, owner: object, name: str) -> list[int]:
+    calls, function = [], getattr(owner, name)
+
+    def counted(*arguments):
+        calls.append(1)
+        return function(*arguments)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("spec", [*RESIDUAL, MIXED_6A], ids=lambda s: f"{s.in_channels}-{s.relu}")
+def test_a_block_equals_plain_operations_in_float64(monkeypatch, spec):
+    module = randomised(Block(spec, NORM))
+    x = images(3, spec.in_channels, 5, 7)
+    calls = count_calls(monkeypatch, native, "backward")
+    ours = results(module, x)
+    assert calls, "the fused way was not taken"
+    found = errors(ours, results(module.double(), x.double()))
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 on this processor"
+)
+@pytest.mark.parametrize("spec", RESIDUAL, ids=lambda s: f"{s.in_channels}-{s.relu}")
+def test_in_bfloat16_a_block_is_as_near_to_float64_as_plain_operations_are(monkeypatch, spec):
+    module = randomised(Block(spec, NORM))
+    x = images(3, spec.in_channels, 5, 7).bfloat16()
+    expected = results(copy.deepcopy(module).double(), x.double())
+    found = errors(results(module, x, autocast=True), expected)
+    monkeypatch.setattr(fused, "usable", lambda x, norms: False)
+    plain = errors(results(module, x, autocast=True), expected)
+    assert all(found[name] < 1.2 * plain[name] + 1e-4 for name in found), (found, plain)
+
+
+@pytest.mark.parametrize("shape", [(2, 20, 5, 7), (1, 3, 1, 200), (300, 5, 1, 1), (1, 33, 9, 8)])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_a_layer_equals_plain_operations_in_float64(shape, offset):
+    """Also where the mean is far from 0, so that sums of squares would cancel."""
+    norm = randomised(ConvNormAct(shape[1], Conv(shape[1]), NORM)).bn
+    layer = nn.Sequential(Apply(norm))
+    plain = nn.Sequential(copy.deepcopy(norm), nn.ReLU()).double()
+    x = images(*shape) + offset
+    ours, expected = results(layer, x), results(plain, x.double())
+    found = errors(ours, dict(zip(ours, expected.values())))
+    assert max(found.values()) < (1e-5 if offset == 0 else 1e-3), found
+
+
+class Apply(nn.Module):
+    """Batch norm and ReLU as `fused` does them."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.norm_relu(x, self.norm, self.norm.momentum)[0]
+
+
+def test_what_is_not_a_number_stays_so():
+    x = images(2, 4, 3, 3)
+    x[0, 1, 0, 0] = float("nan")
+    y = Apply(randomised(ConvNormAct(4, Conv(4), NORM)).bn)(x)
+    assert y[:, 1].isnan().all() and not y[:, [0, 2, 3]].isnan().any()
+    grad, total = native.relu_backward(x, images(2, 4, 3, 3))
+    assert grad.isnan().sum() <= 1 and total.isfinite().sum() >= 3
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_relu_backward_is_threshold_backward_with_its_sum(dtype):
+    grad, y = images(3, 70, 4, 5).to(dtype), images(3, 70, 4, 5, seed=1).to(dtype)
+    masked, total = native.relu_backward(grad, y)
+    assert torch.equal(masked, torch.ops.aten.threshold_backward(grad, y, 0))
+    torch.testing.assert_close(total, masked.float().sum((0, 2, 3)), rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_is_rounded_as_pytorch_does():
+    """Every upper half of a float32, with lower halves at and beside the ties."""
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        values = (upper | low).view(torch.float32).view(1, 256, 16, 16)
+        values = values.contiguous(memory_format=torch.channels_last)
+        kept = values.bfloat16()
+        # Gradients of 1 where y > 0 pass unchanged, so what is stored is what was loaded.
+        through, _ = native.relu_backward(kept, torch.ones_like(kept))
+        same = (through == kept) | (through.isnan() & kept.isnan())
+        assert same.all()
+
+
+@pytest.mark.parametrize(
+    ("make", "stride"),
+    [
+        (lambda x: x, 12),
+        (lambda x: x[:, 3:7], 12),
+        (lambda x: x.contiguous(), None),
+        (lambda x: x[:, :, 1:], None),
+        (lambda x: x[:1, :, :1, :1], 12),
+        (lambda x: x[:, ::2], None),
+    ],
+)
+def test_rows_are_told_from_other_layouts(make, stride):
+    x = make(images(2, 12, 3, 4))
+    found = native.row_stride(x)
+    assert found == stride or (x.shape[2:] == (1, 1) and found >= x.shape[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.eval(),
+        lambda model: model.double(),
+        lambda model: [m.eval() for m in model.modules() if isinstance(m, nn.BatchNorm2d)],
+    ],
+    ids=["evaluation", "float64", "frozen"],
+)
+def test_where_it_does_not_fit_plain_modules_run(monkeypatch, change):
+    model = inception_resnet_v2(3, blocks=(1, 1, 1))
+    change(model)
+    calls = count_calls(monkeypatch, native, "forward")
+    dtype = next(model.parameters()).dtype
+    model(images(2, 3, 75, 75).to(dtype)).sum().backward()
+    assert not calls
+
+
+def test_frozen_weights_get_no_gradient_and_let_it_through():
+    module, x = randomised(Block(BLOCK35, NORM)), images(2, 320, 5, 5)
+    expected = results(module, x)["input"]
+    x.requires_grad_()
+    y = module.requires_grad_(False)(x)
+    y.backward(images(*y.shape, seed=2))
+    assert all(p.grad is None for p in module.parameters())
+    assert torch.equal(x.grad.double(), expected)
+
+
+def test_an_image_size_of_one_position_works():
+    module = randomised(Block(BLOCK8, NORM))
+    x = images(6, 2080, 1, 1)
+    found = errors(results(module, x), results(module.double(), x.double()))
+    assert max(found.values()) < 1e-4, found
