@@ -151,7 +151,9 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor, place: Tensor | None = None) -> Tensor:
         """place: where in memory the result shall lie, from `fused.slots`."""
-        if fused.usable(x, [self.bn]):
+        if isinstance(self.bn, nn.Identity) and fused.infers(x):  # folded
+            return fused.conv_relu(x, self.conv)
+        if isinstance(self.bn, BatchNorm) and fused.trains(x, [self.bn]):
             return fused.norm_relu(self.conv(x), self.bn, self.bn.moving, (), (place,))[0]
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
@@ -214,7 +216,7 @@ class Block(nn.Module):
             self.register_load_state_dict_pre_hook(_join_heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.scale is not None and fused.usable(x, self.norms):
+        if self.scale is not None and fused.trains(x, self.norms):
             return self._forward_fused(x)
         inputs = [x] * self.num_branches
         if self.merged:
@@ -224,6 +226,8 @@ class Block(nn.Module):
         out = torch.cat(outputs, dim=1)
         if self.scale is None:
             return out
+        if isinstance(self.heads.bn, nn.Identity) and fused.infers(x):  # folded
+            return fused.add_conv_relu(x, out, self.conv2d, self.scale, self.relu)
         out = torch.add(x, self.conv2d(out), alpha=self.scale)
         return F.relu(out, inplace=True) if self.relu else out
 

@@ -1,15 +1,20 @@
-"""What a training step on a CPU does with fewer passes over memory than PyTorch's operations.
+"""What a CPU does with fewer passes over memory than PyTorch's operations take.
 
-The same mathematics as the plain modules in blocks.py, with hand-written gradients:
+The same mathematics as the plain modules in blocks.py. In training, with hand-written gradients:
 
     norm_relu   batch norm and ReLU in one, straight into the place where a concatenation wants it
     fork        x for the residual and a 1x1 convolution of x; backward adds the two gradients as
                 part of the matrix product
     join        a concatenation whose parts have been written in place
     add_conv    relu(x + conv(y)) in one
+
+In inference conv_relu and add_conv_relu, which also keep weights in the order that oneDNN wants.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +26,8 @@ from irv2.native import threads
 from irv2.native.norm import Part
 
 
-def usable(x: Tensor, norms: list[nn.BatchNorm2d]) -> bool:
-    """Whether these functions can stand in for the plain modules in this forward."""
+def trains(x: Tensor, norms: list[nn.BatchNorm2d]) -> bool:
+    """Whether the functions for training can stand in for the plain modules in this forward."""
     return (
         x.device.type == "cpu"
         and torch.is_grad_enabled()
@@ -30,6 +35,17 @@ def usable(x: Tensor, norms: list[nn.BatchNorm2d]) -> bool:
         and all(norm.training for norm in norms)
         and not torch.compiler.is_compiling()
         and threads.available()
+    )
+
+
+def infers(x: Tensor) -> bool:
+    """Whether the functions for inference can stand in for the plain modules in this forward."""
+    return (
+        x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and _fuses(_dtype(x))
     )
 
 
@@ -181,11 +197,7 @@ class _AddConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, weight, bias, relu):
         if _fuses(y.dtype):
-            once = [1, 1]
-            result = torch.ops.mkldnn._convolution_pointwise.binary(
-                y, x, weight, bias, [0, 0], once, once, 1, "add", 1.0,
-                "relu" if relu else None, [], None,
-            )  # fmt: skip
+            result = _conv_add(x, y, weight, bias, relu)
         else:
             with torch.autocast("cpu", enabled=False):
                 result = F.conv2d(y, weight, bias).add_(x)
@@ -213,8 +225,65 @@ class _AddConv(torch.autograd.Function):
         return grad, grad_y, grad_weight, grad_bias.to(y.dtype), None
 
 
+def _conv_add(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    """x + conv(y) for a 1x1 convolution by oneDNN, and ReLU, in one pass."""
+    once = [1, 1]
+    return torch.ops.mkldnn._convolution_pointwise.binary(
+        y, x, weight, bias, [0, 0], once, once, 1, "add", 1.0, "relu" if relu else None, [], None
+    )
+
+
+# ------------------------------------------------------------------------------------- inference
+
+
+class _Packed(NamedTuple):
+    """Weights in oneDNN's own order, and what they were made from."""
+
+    source: tuple
+    weight: Tensor
+    bias: Tensor
+
+
+_packed: WeakKeyDictionary[nn.Conv2d, _Packed] = WeakKeyDictionary()
+
+
+def conv_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """relu(conv(x)) in one, for a convolution with bias."""
+    x = in_rows(x.to(_dtype(x)))
+    packed = _pack(conv, x, 1.0)
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, packed.weight, packed.bias, conv.padding, conv.stride, conv.dilation, 1,
+        "relu", [], None,
+    )  # fmt: skip
+
+
+def add_conv_relu(x: Tensor, y: Tensor, conv: nn.Conv2d, scale: float, relu: bool) -> Tensor:
+    """relu(x + scale * conv(y)) in one, for a 1x1 convolution with bias."""
+    y = in_rows(y.to(_dtype(y)))
+    packed = _pack(conv, y, scale)
+    return _conv_add(in_rows(x.to(y.dtype)), y, packed.weight, packed.bias, relu)
+
+
+def _pack(conv: nn.Conv2d, x: Tensor, scale: float) -> _Packed:
+    """The convolution's weight and bias times scale; made anew when they or x's size change."""
+    weight, bias = conv.weight, conv.bias
+    if weight.is_inference():  # PyTorch does not count its changes, so nothing can be kept
+        return _Packed((), (weight * scale).to(x.dtype), (bias * scale).to(x.dtype))
+    versions = weight._version, bias._version
+    source = (weight.data_ptr(), bias.data_ptr(), *versions, x.shape[1:], x.dtype, scale)
+    packed = _packed.get(conv)
+    if packed is None or packed.source != source:
+        ordered = torch.ops.mkldnn._reorder_convolution_weight(
+            (weight * scale).to(x.dtype), conv.padding, conv.stride, conv.dilation, 1, list(x.shape)
+        )
+        packed = _packed[conv] = _Packed(source, ordered, (bias * scale).to(x.dtype))
+    return packed
+
+
 def _fuses(dtype: torch.dtype) -> bool:
     """Whether oneDNN convolves numbers of this type here, with what follows in the same pass."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from irv2 import fused
 from irv2.blocks import BLOCK8, BLOCK17, BLOCK35, MIXED_6A, Block, Conv, ConvNormAct, NormOptions
+from irv2.folding import fold_batch_norm
 from irv2.model import inception_resnet_v2
 from irv2.native import norm as native
 from irv2.native import threads
@@ -84,7 +85,7 @@ def test_in_bfloat16_a_block_is_as_near_to_float64_as_plain_operations_are(monke
     x = images(3, spec.in_channels, 5, 7).bfloat16()
     expected = results(copy.deepcopy(module).double(), x.double())
     found = errors(results(module, x, autocast=True), expected)
-    monkeypatch.setattr(fused, "usable", lambda x, norms: False)
+    monkeypatch.setattr(fused, "trains", lambda x, norms: False)
     plain = errors(results(module, x, autocast=True), expected)
     assert all(found[name] < 1.2 * plain[name] + 1e-4 for name in found), (found, plain)
 
@@ -193,3 +194,41 @@ def test_an_image_size_of_one_position_works():
     x = images(6, 2080, 1, 1)
     found = errors(results(module, x), results(module.double(), x.double()))
     assert max(found.values()) < 1e-4, found
+
+
+# ------------------------------------------------------------------------------------- inference
+
+
+@pytest.fixture
+def folded():
+    return fold_batch_norm(randomised(inception_resnet_v2(7, blocks=(1, 1, 1))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_folded_network_equals_itself_in_float64(monkeypatch, folded, batch):
+    calls = count_calls(monkeypatch, fused, "conv_relu")
+    x = images(batch, 3, 75, 83)
+    ours = folded(x)
+    assert len(calls) == sum(isinstance(m, ConvNormAct) for m in folded.modules())
+    expected = copy.deepcopy(folded).double()(x.double())
+    assert ((ours - expected).norm() / expected.norm()).item() < 1e-5
+    assert torch.equal(folded(x.contiguous()), ours)
+
+
+@torch.no_grad()
+def test_weights_that_change_are_packed_again(folded):
+    x = images(2, 3, 75, 75)
+    before = folded(x)
+    folded.conv2d_4a.conv.weight.mul_(2)
+    folded.block8.conv2d.bias.add_(1)
+    after = folded(x)
+    expected = copy.deepcopy(folded).double()(x.double())
+    assert not torch.allclose(before, after, rtol=1e-3)
+    assert ((after - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def test_with_gradients_wanted_a_folded_network_has_them(folded):
+    x = images(1, 3, 75, 75).requires_grad_()
+    folded(x).sum().backward()
+    assert x.grad.abs().sum() > 0

@@ -75,6 +75,15 @@ def test_five_steps_equal_timms(monkeypatch, clip_norm, one_pass):
     assert distances(ours, network())["2.weight"] > 1e-3
 
 
+def test_pytorch_learns_of_the_changes():
+    """Else a graph that was recorded before would compute with other numbers than it was given."""
+    p, weight = torch.ones(5), torch.ones(5, requires_grad=True)
+    loss = (weight * p).sum()
+    native.rmsprop(slots(p, *torch.ones(4, 5)), native.Rates(1, 0, 0.9, 1, 0.9, 0.1, 0.5))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_norm_tells_of_one_number_that_is_not_finite(value):
     tensors = [torch.ones(5), torch.ones(10_000)]

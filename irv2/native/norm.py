@@ -68,6 +68,7 @@ def forward(
     numbers = torch.tensor([momentum, eps], dtype=torch.float64)
     omp.run(loops.statistics, [*words, partial])
     omp.run(loops.normalise, [*words, partial, saved, *affine, *running, numbers, *_table(parts)])
+    torch.autograd.graph.increment_version(running)
     return saved
 
 

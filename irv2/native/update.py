@@ -73,6 +73,8 @@ def rmsprop(slots: Sequence[Slots], rates: Rates) -> None:
     for own in slots:
         words += [own.parameter.numel(), *own]
     omp.run(_update(), words)
+    for own in slots:
+        torch.autograd.graph.increment_version([t for t in own if t is not own.grad])
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
