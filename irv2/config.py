@@ -167,7 +167,7 @@ class Train(Section):
     global_batch: Positive = Field(640, description="images of one update, over all ranks")
     micro_batch: Positive = Field(32, description="most images one device takes at once")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type")
-    compile: bool = Field(False, description="torch.compile the network")
+    compile: bool = Field(False, description="torch.compile the network, block by block: for GPUs")
     max_steps: Positive | None = Field(
         None, description="stop after this many updates; null: never"
     )

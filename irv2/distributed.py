@@ -152,7 +152,7 @@ def divide_batch(global_batch: int, micro_batch: int, world_size: int) -> Divisi
 def parallel(model: nn.Module, compiled: bool, world: World) -> nn.Module:
     """The model as a step calls it: compiled if asked, gradients averaged over ranks."""
     if compiled:
-        model.compile()
+        model.compile_regions()
     if world.size == 1:
         return model
     # Running statistics are averaged by the step itself, so none are broadcast. The option has a

@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
 """Measure what this repository promises about speed, as ratios within one run.
 
+  python scripts/benchmark.py train               training steps, beside timm and the limits
+  python scripts/benchmark.py infer               inference, beside timm and the limits
+  python scripts/benchmark.py optimizer           clipping, RMSProp and average, beside timm's
+  python scripts/benchmark.py start               from starting train.py to its first step
   python scripts/benchmark.py data                getting images in, beside timm's transforms
   python scripts/benchmark.py data --end-to-end   training from JPEGs, beside training from memory;
                                                   wants a GPU
   python scripts/benchmark.py checkpoint          what saving costs training, on the quickstart
+  python scripts/benchmark.py all                 one after the other
 
 Prints a table with the machine and versions it belongs to. docs/benchmarks.md is written by
-`python scripts/benchmark.py WHAT --page docs/benchmarks.md`.
+`python scripts/benchmark.py WHAT --page docs/benchmarks.md`. The GPU is taken if there is one.
 """
 
 from __future__ import annotations
@@ -17,17 +22,84 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from irv2 import checkpoint, rundir
-from scripts.benchmarks import end_to_end, loading, saving
+from irv2 import checkpoint, distributed, rundir
+from scripts.arguments import positive
+from scripts.benchmarks import end_to_end, loading, network, saving, starting, updating
+from scripts.benchmarks.network import Case
 from scripts.pages import replace_section
 
-BENCHMARKS = {"data": loading, "data-end-to-end": end_to_end, "checkpoint": saving}
+WHAT = ("train", "infer", "optimizer", "start", "data", "checkpoint")
+Found = dict[str, Any]
+
+
+class Benchmark(NamedTuple):
+    """Something to measure, and how to show it; `name` is its section of the page."""
+
+    name: str
+    measure: Callable[[], Found]
+    table: Callable[[Found], str]
+    check: Callable[[], None] = lambda: None
+
+
+def benchmarks(arguments: argparse.Namespace, device: torch.device) -> Iterator[Benchmark]:
+    """What the command line asks for."""
+    wanted = WHAT if arguments.what == "all" else (arguments.what,)
+    rounds, compiled = arguments.rounds, arguments.compile
+    suffix = f"{'-gpu' if device.type == 'cuda' else ''}{'-compiled' if compiled else ''}"
+    for what in wanted:
+        if what in ("train", "infer"):
+            cases = list(network_cases(arguments, device))
+            yield network_benchmark(what, suffix, cases, rounds, compiled)
+        elif what == "optimizer":
+            yield Benchmark(
+                f"optimizer{suffix}",
+                lambda: updating.measure(device, rounds),
+                updating.table,
+                lambda: updating.check(device),
+            )
+        elif what == "start":
+            yield Benchmark(
+                f"start{suffix}", lambda: starting.measure(rounds, compiled), starting.table
+            )
+        elif what == "data" and arguments.end_to_end:
+            yield Benchmark("data-end-to-end", lambda: end_to_end.measure(rounds), end_to_end.table)
+        else:
+            module = {"data": loading, "checkpoint": saving}[what]
+            yield Benchmark(what, lambda module=module: module.measure(rounds), module.table)
+
+
+def network_cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    """The precisions that are asked for or, if none is, that the device is fast in."""
+    batch = arguments.batch or (128 if device.type == "cuda" else 8)
+    precisions = [arguments.precision] if arguments.precision else ["bf16"]
+    if not arguments.precision and device.type == "cpu":
+        has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        precisions = ["bf16", "fp32"] if has_bf16 else ["fp32"]
+    for precision in precisions:
+        yield Case(batch, arguments.image_size, precision, device)
+
+
+def network_benchmark(
+    what: str, suffix: str, cases: list[Case], rounds: int, compiled: bool
+) -> Benchmark:
+    measure, check = {
+        "train": (network.measure_training, network.check_training),
+        "infer": (network.measure_inference, network.check_inference),
+    }[what]
+    return Benchmark(
+        f"{what}{suffix}",
+        lambda: {"cases": [measure(case, rounds, compiled) for case in cases]},
+        lambda found: "\n\n".join(network.table(case) for case in found["cases"]),
+        lambda: [check(case) for case in cases] and None,
+    )
 
 
 def machine() -> str:
@@ -37,19 +109,34 @@ def machine() -> str:
 
 
 def cpu_name() -> str:
+    """The processor, and whether it computes in bfloat16."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    units = next((unit for unit in ("amx_bf16", "avx512_bf16", "avx512f") if unit in flags), "")
+    return f"{names[0] if names else platform.processor()}{f' ({units})' if units else ''}"
 
 
-def main() -> int:
-    """Command line -> exit status."""
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["data", "checkpoint"])
+    parser.add_argument("what", choices=[*WHAT, "all"])
+    parser.add_argument("--rounds", type=positive, default=5, help="pairs of turns (default: 5)")
+    network_options = parser.add_argument_group("with train, infer, optimizer and start")
+    network_options.add_argument("--batch", type=positive, help="images (default: 8; GPU: 128)")
+    network_options.add_argument("--image-size", type=positive, default=299, help="px (299)")
+    network_options.add_argument("--precision", choices=["fp32", "bf16", "fp16"])
+    network_options.add_argument(
+        "--compile", action="store_true", help="torch.compile on both sides; for GPUs"
+    )
+    network_options.add_argument(
+        "--check", action="store_true", help="first compare the results; status 1 if they differ"
+    )
+    network_options.add_argument(
+        "--profile", action="store_true", help="only show which operations take our time"
+    )
     parser.add_argument("--end-to-end", action="store_true", help="with data: on a GPU, see above")
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of windows (default: 5)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures here")
     parser.add_argument("--page", type=Path, metavar="FILE", help="put the table into this page")
     arguments = parser.parse_args()
@@ -57,17 +144,46 @@ def main() -> int:
         parser.error("--end-to-end goes with data")
     if arguments.end_to_end and not torch.cuda.is_available():
         parser.error("--end-to-end needs a GPU")
-    name = f"{arguments.what}{'-end-to-end' if arguments.end_to_end else ''}"
-    benchmark = BENCHMARKS[name]
-    found = benchmark.measure(arguments.rounds)
-    text = f"{benchmark.table(found)}\n\n{machine()}"
-    print(text)
-    if arguments.page is not None:
-        replace_section(arguments.page, name, text)
+    if arguments.profile and arguments.what not in ("train", "infer"):
+        parser.error("--profile goes with train and infer")
+    return arguments
+
+
+def main() -> int:
+    """Command line -> exit status."""
+    arguments = parse_arguments()
+    device = distributed.choose_device("auto")
+    if device.type == "cpu":
+        distributed.keep_freed_memory()
+    if arguments.profile:
+        for case in network_cases(arguments, device):
+            print(f"{case}\n{network.profile(case, arguments.what == 'train')}")
+        return 0
+    results: dict[str, Found] = {}
+    for benchmark in benchmarks(arguments, device):
+        if arguments.check:
+            try:
+                benchmark.check()
+            except network.DisagreementError as error:
+                print(f"benchmark.py: {error}", file=sys.stderr)
+                return 1
+            print(f"{benchmark.name}: results agree", flush=True)
+        found = benchmark.measure()
+        text = f"{benchmark.table(found)}\n\n{machine()}"
+        print(f"{text}\n", flush=True)
+        results[benchmark.name] = found
+        if arguments.page is not None:
+            replace_section(arguments.page, benchmark.name, text)
     if arguments.json is not None:
-        content = json.dumps({**found, "machine": machine()}, indent=2) + "\n"
-        checkpoint.write_atomically(arguments.json, lambda file: file.write(content.encode()))
+        write_figures(arguments.json, results)
     return 0
+
+
+def write_figures(path: Path, results: dict[str, Found]) -> None:
+    """One benchmark's figures, or several by name, with the machine."""
+    only = next(iter(results.values())) if len(results) == 1 else results
+    content = json.dumps({**only, "machine": machine()}, indent=2) + "\n"
+    checkpoint.write_atomically(path, lambda file: file.write(content.encode()))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from data import sources
 from irv2 import config, distributed, engine
 from irv2.config import Config
 from irv2.distributed import World
-from scripts.benchmarks.loading import Way, alternate, rate, write_photographs
+from scripts.benchmarks.alternation import Way, alternate, rate
+from scripts.benchmarks.loading import write_photographs
 
 ROOT = Path(__file__).resolve().parents[2]
 QUALITY = 98

@@ -8,7 +8,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
@@ -31,6 +30,7 @@ from data.prepare import shard_writer
 from data.to_input import ToInput
 from data.workers import Workers
 from irv2.distributed import keep_freed_memory
+from scripts.benchmarks.alternation import Way, alternate, rate
 
 CPU = torch.device("cpu")
 SIZE, BATCH = 299, 32
@@ -40,8 +40,6 @@ FILES, CLASSES = 192, 4
 IMAGENET, SHARDS = 1_281_167, 1024  # images, and shards of them
 MEAN = STD = [0.5] * 3
 EVAL_CROP = 0.8975
-
-Way = Callable[[], float]  # does some work; returns images per second
 
 
 def measure(rounds: int) -> dict[str, Any]:
@@ -88,19 +86,6 @@ def measure(rounds: int) -> dict[str, Any]:
         rows["index_mib"] = (memory[large] - memory[shards]) / 2**20
         bar.update(2)
     return rows
-
-
-def alternate(ours: Way, peer: Way, rounds: int) -> dict[str, Any]:
-    """Median rates of both ways and of their ratio, with its extremes; the first round is lost."""
-    ours(), peer()
-    pairs = [(ours(), peer()) for _ in range(rounds)]
-    ratios = sorted(a / b for a, b in pairs)
-    rates = (statistics.median(rates) for rates in zip(*pairs))
-    return {
-        **dict(zip(("ours_per_s", "peer_per_s"), rates)),
-        "ratio": statistics.median(ratios),
-        "ratio_range": [ratios[0], ratios[-1]],
-    }
 
 
 @contextmanager
@@ -157,17 +142,6 @@ def transform_rows(source: sources.Source, of: str) -> dict[str, tuple[Way, Way]
 def training(source: sources.Source) -> Way:
     """The paper's view of training images."""
     return pipeline(source, transforms.TrainView(SIZE, 0))
-
-
-def rate(images: int, work: Callable[[], object]) -> Way:
-    """A way that does some work on so many images."""
-
-    def way() -> float:
-        started = time.perf_counter()
-        work()
-        return images / (time.perf_counter() - started)
-
-    return way
 
 
 def pipeline(source: sources.Source, view: loader.View) -> Way:

@@ -172,7 +172,7 @@ def model_rate(
     state = recipe.new_state(cfg, num_classes, world.device)
     network = state.model
     if cfg.train.compile:
-        network.compile()
+        network.compile_regions()
     size = micro_batch
     if is_cpu:  # at least two: batch norm wants more than one value a channel
         size = max(2, min(micro_batch, CPU_PIXELS // cfg.data.image_size**2))

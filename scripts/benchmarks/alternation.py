@@ -1,0 +1,53 @@
+"""Two ways of doing the same, timed in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Way = Callable[[], float]  # does some work; returns how many things it did a second
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def rate(count: int, work: Callable[[], object], device: torch.device | None = None) -> Way:
+    """A way that does some work on so many things."""
+
+    def way() -> float:
+        started = time.perf_counter()
+        work()
+        if device is not None:
+            wait_for(device)
+        return count / (time.perf_counter() - started)
+
+    return way
+
+
+def alternate(ours: Way, peer: Way, rounds: int) -> dict[str, Any]:
+    """Median rates of both ways and of their ratio, with its extremes; the first round is lost."""
+    ours(), peer()
+    return compared([(ours(), peer()) for _ in range(rounds)])
+
+
+def compared(pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    """Medians of both rates, and of the ratios of each pair with their extremes."""
+    ratios = sorted(a / b for a, b in pairs)
+    rates = (statistics.median(rates) for rates in zip(*pairs))
+    return {
+        **dict(zip(("ours_per_s", "peer_per_s"), rates)),
+        "ratio": statistics.median(ratios),
+        "ratio_range": [ratios[0], ratios[-1]],
+    }
+
+
+def best_time(work: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+    """The shortest time of several, after one that is lost, in seconds."""
+    return 1 / max([rate(1, work, device)() for _ in range(repeats + 1)][1:])

@@ -1,0 +1,303 @@
+"""Training steps and inference beside timm's network, and beside the limits of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import RMSpropTF
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from irv2 import distributed, engine, optim
+from irv2.folding import fold_batch_norm
+from irv2.loss import Loss
+from irv2.model import inception_resnet_v2
+from scripts.benchmarks import limits
+from scripts.benchmarks.alternation import alternate, best_time, rate
+
+CLASSES = 1000
+MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune")  # torch.compile's
+RECIPE = {"lr": 0.045, "alpha": 0.9, "eps": 1.0, "momentum": 0.9}
+DECAY, CLIP, SMOOTHING, WEIGHT_DECAY = 0.9999, 2.0, 0.1, 4e-5
+# Relative to the norm of what is compared; bfloat16 keeps 8 bits, and there are 245 layers.
+TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
+INFERENCE_TOLERANCES = {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.02}
+
+
+class Case(NamedTuple):
+    """What is measured: images of one size, in one precision, on one device."""
+
+    batch: int
+    image_size: int
+    precision: str
+    device: torch.device
+
+    def images(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand(self.batch, 3, self.image_size, self.image_size, generator=generator) * 2 - 1
+        return x.to(self.device).contiguous(memory_format=torch.channels_last)
+
+    def labels(self) -> Tensor:
+        return (torch.arange(self.batch) % CLASSES).to(self.device)
+
+
+class DisagreementError(ValueError):
+    """Our output differs from the peer's."""
+
+
+def networks(device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Ours and timm's, with the same weights, in channels-last memory."""
+    torch.manual_seed(0)
+    peer = timm.create_model("inception_resnet_v2", drop_rate=0.2)
+    ours = inception_resnet_v2()
+    ours.load_state_dict(peer.state_dict())
+    ours, peer = (m.to(device, memory_format=torch.channels_last) for m in (ours, peer))
+    return ours, peer
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """The recipe's groups for timm's optimizer."""
+    groups = optim.parameter_groups(model, WEIGHT_DECAY)
+    return [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
+
+
+class Trainer(NamedTuple):
+    """A network in training: the whole step, and only forward and backward."""
+
+    step: Callable[[], Tensor]
+    forward_backward: Callable[[], Tensor]
+
+
+def our_trainer(model: nn.Module, case: Case) -> Trainer:
+    """Steps of irv2.engine, which train.py makes."""
+    state = engine.TrainState(
+        model,
+        engine.running_average(model, DECAY),
+        optim.RMSpropTF(optim.parameter_groups(model, WEIGHT_DECAY), **RECIPE),
+        torch.amp.GradScaler(case.device.type, enabled=case.precision == "fp16"),
+    )
+    options = engine.StepOptions(Loss(SMOOTHING), clip_norm=CLIP, precision=case.precision)
+    world = distributed.World(0, 1, case.device)
+    batch = case.images(), case.labels()
+
+    def step() -> Tensor:
+        loss, _ = engine.train_step(state, model, iter([batch]), 0.045, options, world)
+        state.unread.clear()
+        return loss
+
+    return Trainer(step, _forward_backward(model, case))
+
+
+def timms_trainer(model: nn.Module, case: Case) -> Trainer:
+    """The step of a loop that takes everything from timm and PyTorch."""
+    optimizer = RMSpropTF(parameter_groups(model), **RECIPE)
+    average = ModelEmaV3(model, DECAY, use_warmup=True)
+    forward_backward = _forward_backward(model, case, keep=True)
+
+    def step() -> Tensor:
+        loss = forward_backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        average.update(model, step=1)
+        optimizer.zero_grad()
+        return loss
+
+    return Trainer(step, _forward_backward(model, case))
+
+
+def _forward_backward(model: nn.Module, case: Case, keep: bool = False) -> Callable[[], Tensor]:
+    """Forward, loss and backward; gradients are dropped unless told to `keep` them."""
+    x, labels = case.images(), case.labels()
+    dtype = engine.PRECISIONS[case.precision]
+
+    def work() -> Tensor:
+        model.train()
+        with torch.autocast(case.device.type, dtype, enabled=dtype is not None):
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=SMOOTHING)
+        loss.backward()
+        if not keep:
+            model.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return work
+
+
+def measure_training(case: Case, rounds: int, compiled: bool) -> dict[str, Any]:
+    """Whole steps, forward and backward alone, and the limits. `compiled`: both by the compiler."""
+    ours, peer = networks(case.device)
+    own = our_trainer(ours, case)
+    if compiled:
+        ours.compile_regions()
+        peer = fastest_compiled(peer, lambda model: _forward_backward(model, case))
+    other = timms_trainer(peer, case)
+    rows = {}
+    for name in Trainer._fields:
+        ways = (rate(case.batch, getattr(way, name), case.device) for way in (own, other))
+        rows[name] = alternate(*ways, rounds)
+    found = {"rows": rows, "memory": peak_memory(own, other, case)}
+    return found | {"limits": _limits(case), **_described(case, rounds, compiled)}
+
+
+def measure_inference(case: Case, rounds: int, compiled: bool) -> dict[str, Any]:
+    """Forward in evaluation mode, batch norm of ours folded, and the limits."""
+    ours, peer = networks(case.device)
+    ours, peer = fold_batch_norm(ours), peer.eval()
+    if compiled:
+        ours, peer = (fastest_compiled(m, lambda m: _inference(m, case)) for m in (ours, peer))
+    ways = (rate(case.batch, _inference(m, case), case.device) for m in (ours, peer))
+    rows = {"inference": alternate(*ways, rounds)}
+    return {"rows": rows, "limits": _limits(case), **_described(case, rounds, compiled)}
+
+
+def fastest_compiled(
+    model: nn.Module, work: Callable[[nn.Module], Callable[[], Tensor]]
+) -> nn.Module:
+    """The model compiled by torch.compile in that of its modes in which `work` takes least time."""
+    device = next(model.parameters()).device
+    times = {}
+    for mode in MODES if device.type == "cuda" else MODES[:1]:
+        compiled = torch.compile(model, mode=mode)
+        times[mode] = best_time(work(compiled), device, 3), compiled
+    return min(times.values(), key=lambda pair: pair[0])[1]
+
+
+def _inference(model: nn.Module, case: Case) -> Callable[[], Tensor]:
+    x, dtype = case.images(), engine.PRECISIONS[case.precision]
+
+    def work() -> Tensor:
+        with (
+            torch.inference_mode(),
+            torch.autocast(case.device.type, dtype, enabled=dtype is not None),
+        ):
+            return model(x)
+
+    return work
+
+
+def peak_memory(own: Trainer, other: Trainer, case: Case) -> dict[str, int]:
+    """Most bytes allocated on a GPU during a step of each; nothing on a CPU."""
+    if case.device.type != "cuda":
+        return {}
+    found = {}
+    for name, trainer in (("ours", own), ("peer", other)):
+        torch.cuda.reset_peak_memory_stats(case.device)
+        trainer.step()
+        found[name] = torch.cuda.max_memory_allocated(case.device)
+    return found
+
+
+def _limits(case: Case) -> dict[str, float]:
+    dtype = engine.PRECISIONS[case.precision] or torch.float32
+    return limits.measure(case.batch, case.image_size, dtype, case.device)
+
+
+def _described(case: Case, rounds: int, compiled: bool) -> dict[str, Any]:
+    shape = {"batch": case.batch, "image_size": case.image_size, "precision": case.precision}
+    return {**shape, "device_type": case.device.type, "compiled": compiled, "rounds": rounds}
+
+
+# ----------------------------------------------------------------------------- the same results
+
+
+def check_training(case: Case) -> None:
+    """Raises DisagreementError unless one step finds timm's loss and gradients."""
+    found = []
+    for model in networks(case.device):
+        for layer in model.modules():  # dropout differs by its seed, not by its mathematics
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0
+        model.drop_rate = 0.0
+        loss = _forward_backward(model, case, keep=True)()
+        grads = [p.grad.flatten() for p in model.parameters()]
+        found.append((loss, torch.stack([g.norm() for g in grads]).norm()))
+    for what, ours, peer in zip(("loss", "gradient norm"), *found):
+        agree(f"{what} of a training step", ours, peer, TOLERANCES[case.precision])
+
+
+def check_inference(case: Case) -> None:
+    """Raises DisagreementError unless logits are timm's."""
+    ours, peer = networks(case.device)
+    ours, peer = fold_batch_norm(ours), peer.eval()
+    logits = (_inference(model, case)().float() for model in (ours, peer))
+    agree("logits", *logits, INFERENCE_TOLERANCES[case.precision])
+
+
+def agree(what: str, ours: Tensor, peer: Tensor, tolerance: float) -> None:
+    """Raises DisagreementError where the two differ by more than a share of the peer's norm."""
+    difference = ((ours - peer).norm() / peer.norm()).item()
+    if not difference <= tolerance:
+        raise DisagreementError(
+            f"{what}: ours differ from timm's by {difference:.2g} of them, more than {tolerance:g}"
+        )
+
+
+# --------------------------------------------------------------------------------------- tables
+
+NAMES = {
+    "step": "training step",
+    "forward_backward": "of it, forward and backward",
+    "inference": "inference",
+}
+# Peer -> what is promised: on a CPU, on a GPU, on a GPU with the compiler on both sides.
+GOALS = {
+    ("step", "cpu", False): "≥ 1.15",
+    ("forward_backward", "cpu", False): "≥ 1.15",
+    ("inference", "cpu", False): "≥ 1.25",
+    ("step", "cuda", False): "≥ 2.0",
+    ("step", "cuda", True): "≥ 1.3",
+    ("inference", "cuda", True): "≥ 1.3",
+}
+LIMIT_GOALS = {("train", "cpu"): "≥ 0.87", ("train", "cuda"): "≥ 0.6", ("forward", "cpu"): "≥ 0.95"}
+
+
+def table(found: dict[str, Any]) -> str:
+    """A row for each comparison, and for the share of each limit that is reached."""
+    device, compiled = found["device_type"], found["compiled"]
+    peer = "timm, compiled" if compiled else "timm"
+    shape = f"{found['precision']}, {found['image_size']} px, batch {found['batch']}"
+    lines = [
+        f"| {shape} | ours, images/s | {peer} | ratio (range) | goal |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in found["rows"].items():
+        low, high = row["ratio_range"]
+        lines.append(
+            f"| {NAMES[name]} | {row['ours_per_s']:.4g} | {row['peer_per_s']:.4g} | "
+            f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f}) | "
+            f"{GOALS.get((name, device, compiled), '-')} |"
+        )
+    what, of = ("forward", "inference")
+    if "forward_backward" in found["rows"]:
+        what, of = ("train", "forward_backward")
+    reached = found["rows"][of]["ours_per_s"]
+    bounds = limits.images_per_s(found["limits"], found["batch"], what)
+    for letter, name in (("a", "matrix rate"), ("b", "convolutions alone")):
+        goal = LIMIT_GOALS.get((what, device), "-") if letter == "b" else "-"
+        share = reached / bounds[letter]
+        lines.append(
+            f"| limit ({letter}), {name} | {reached:.4g} | {bounds[letter]:.4g} | "
+            f"**{share:.2f}** | {goal} |"
+        )
+    if found.get("memory"):
+        ours, other = (found["memory"][side] / 2**30 for side in ("ours", "peer"))
+        goal = "≤ 0.8" if compiled else "-"
+        lines.append(
+            f"| most memory, GiB | {ours:.2f} | {other:.2f} | **{ours / other:.2f}** | {goal} |"
+        )
+    return "\n".join(lines)
+
+
+def profile(case: Case, training: bool) -> str:
+    """Where the time of our step or forward goes, by operation, after one that is lost."""
+    ours, _ = networks(case.device)
+    work = our_trainer(ours, case).step if training else _inference(fold_batch_norm(ours), case)
+    work()
+    with torch.profiler.profile() as profiler:
+        work()
+    by = "self_cuda_time_total" if case.device.type == "cuda" else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=40)
