@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +115,27 @@ class Apply(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return fused.norm_relu(x, self.norm, self.norm.momentum)[0]
+
+
+def test_loops_run_on_pytorchs_own_threads_whatever_else_is_loaded():
+    """scikit-learn brings an OpenMP library of its own; two pools would fight for the cores."""
+    import sklearn.cluster._k_means_lloyd  # noqa: F401
+
+    torch.mm(*torch.ones(2, 500, 500))  # PyTorch's threads exist from here on
+    layer, x = Apply(randomised(ConvNormAct(64, Conv(64), NORM)).bn), images(4, 64, 40, 40)
+    layer(x)
+    before = len(os.listdir("/proc/self/task"))
+    layer(x)
+    assert len(os.listdir("/proc/self/task")) == before
+    mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert len({line.split()[-1] for line in mapped.splitlines() if "gomp" in line}) > 1
+    address = ctypes.cast(threads._openmp().omp_get_thread_num, ctypes.c_void_p).value
+    owner = next(
+        line.split()[-1]
+        for line in mapped.splitlines()
+        if int(line.split("-")[0], 16) <= address < int(line.split()[0].split("-")[1], 16)
+    )
+    assert "torch" in owner
 
 
 def test_what_is_not_a_number_stays_so():

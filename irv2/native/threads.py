@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -20,7 +21,6 @@ from numba import carray, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-LIBRARIES = ("libgomp", "libiomp5", "libomp.")  # all of them offer GNU's GOMP_parallel
 _THREAD_NUMBER = "irv2_thread_number"
 _SIGNATURE = types.void(types.CPointer(types.int64))
 
@@ -29,20 +29,18 @@ inlined = numba.njit(nogil=True, error_model="numpy", inline="always")
 
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP library whose threads PyTorch uses; None where it is none of the known ones."""
+    """The OpenMP library that PyTorch calls; None where it has no GNU interface.
+
+    Other packages may have loaded another one, so it is looked up through PyTorch's own library.
+    """
     try:
-        with open("/proc/self/maps", encoding="utf-8") as file:
-            paths = sorted({line.split()[-1] for line in file if "/" in line})
-    except OSError:  # not Linux
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        number = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value
+        library.GOMP_parallel  # noqa: B018 - LLVM's and Intel's libraries have it, too
+    except (OSError, AttributeError):  # not Linux, or PyTorch without OpenMP
         return None
-    for path in paths:
-        if path.rpartition("/")[2].startswith(LIBRARIES):
-            library = ctypes.CDLL(path)
-            if hasattr(library, "GOMP_parallel") and hasattr(library, "omp_get_thread_num"):
-                address = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value
-                binding.add_symbol(_THREAD_NUMBER, address)
-                return library
-    return None
+    binding.add_symbol(_THREAD_NUMBER, number)
+    return library
 
 
 def available() -> bool:
