@@ -15,6 +15,7 @@ import numpy as np
 
 from data import augment, loader, shards, sources, stream, transforms, workers
 from data.to_input import ToInput
+from irv2 import distributed
 from irv2.config import Config, ConfigError
 from irv2.distributed import World
 
@@ -47,6 +48,15 @@ def check_pairs(cfg: Config, micro_batch: int) -> None:
             f"data.mixup and data.cutmix mix pairs, and micro-batches of {micro_batch} images "
             "cannot be paired: choose another train.micro_batch"
         )
+
+
+def check_division(cfg: Config, ranks: int) -> None:
+    """Raise WorldError or ConfigError where a global batch cannot be divided as the config says."""
+    if cfg.train.micro_batch == "auto":  # found later, when the device is known
+        distributed.divide_batch(cfg.train.global_batch, cfg.train.global_batch, ranks)
+        return
+    division = distributed.divide_batch(cfg.train.global_batch, cfg.train.micro_batch, ranks)
+    check_pairs(cfg, division.micro_batch)
 
 
 def training_order(cfg: Config, source: sources.Source) -> stream.Stream:

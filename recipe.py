@@ -6,13 +6,18 @@ What train.py and the programs that look at a run beforehand (scripts/doctor.py)
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from data import sources
-from irv2 import engine, finetune, optim
+from irv2 import engine, finetune, memory, optim
 from irv2.config import Config, Model
+from irv2.distributed import WorldError, divide_batch
 from irv2.loss import Loss, balanced_weights
 from irv2.model import InceptionResnetV2, inception_resnet_v2
+
+MEMORY_SHARE = 0.85  # of what a device has, for train.micro_batch=auto: the sizes are estimates
 
 
 def network(section: Model, num_classes: int) -> InceptionResnetV2:
@@ -57,3 +62,43 @@ def step_options(
         seed=cfg.run.seed,
         freeze_bn=cfg.model.freeze_bn,
     )
+
+
+def memory_sizes(cfg: Config, num_classes: int) -> memory.Sizes:
+    """Of the config's network at its image size and precision; computes with shapes alone."""
+    section = cfg.model.model_copy(update={"grad_checkpointing": False})
+    with torch.device("meta"):
+        model = network(section, num_classes)
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    low_precision = engine.PRECISIONS[cfg.train.precision]
+    activations, largest = memory.activation_bytes(
+        model.to(low_precision or torch.float32), cfg.data.image_size, cfg.model.grad_checkpointing
+    )
+    cast_weights = trainable // 2 if low_precision else 0
+    return memory.Sizes(weights, trainable, activations, largest, cast_weights)
+
+
+def micro_batch(cfg: Config, num_classes: int, ranks: int, device: torch.device) -> int:
+    """Most images the device shall take at once: what `train.micro_batch` says.
+
+    "auto": the largest equal part of a rank's share that should fit into its memory. Raises
+    WorldError where there is none.
+    """
+    train = cfg.train
+    if train.micro_batch != "auto":
+        return train.micro_batch
+    share = divide_batch(train.global_batch, train.global_batch, ranks).micro_batch
+    sizes = memory_sizes(cfg, num_classes)
+    neighbours = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    room = MEMORY_SHARE * memory.device_memory(device) / neighbours
+    least = 2 if cfg.data.mixup > 0 or cfg.data.cutmix > 0 else 1  # those mix pairs
+    parts = (n for n in range(share, 0, -1) if share % n == 0 and n % least == 0)
+    fitting = next((n for n in parts if sizes.training(n) <= room), None)
+    if fitting is None:
+        raise WorldError(
+            f"train.micro_batch=auto: a step of {least} images needs about "
+            f"{sizes.training(least) / 2**30:.1f} GiB, and there are {room / 2**30:.1f}: set "
+            "model.grad_checkpointing=true or a smaller data.image_size"
+        )
+    return fitting

@@ -44,9 +44,7 @@ MISTAKES = (
 )
 
 
-def train(
-    cfg: Config, division: distributed.Division, resume: str, world: World, stop: StopRequest
-) -> int:
+def train(cfg: Config, resume: str, world: World, stop: StopRequest) -> int:
     """A run from its data to its last evaluation; returns the exit status."""
     # Data
     global_batch = cfg.train.global_batch
@@ -54,6 +52,9 @@ def train(
     order = feed.training_order(cfg, source)
     total_steps = math.ceil(cfg.train.epochs * len(source) / global_batch)
     total_steps = min(total_steps, cfg.train.max_steps or total_steps)
+
+    micro_batch = recipe.micro_batch(cfg, len(source.classes), world.size, world.device)
+    division = distributed.divide_batch(global_batch, world.smallest(micro_batch), world.size)
 
     # Model, optimizer, running average, learning rate
     state = recipe.new_state(cfg, len(source.classes), world.device)
@@ -368,16 +369,13 @@ def main() -> int:
 
     def body() -> int:
         cfg = config.load(arguments.config, arguments.overrides)
-        division = distributed.divide_batch(
-            cfg.train.global_batch, cfg.train.micro_batch, distributed.world_size()
-        )
-        feed.check_pairs(cfg, division.micro_batch)
+        feed.check_division(cfg, distributed.world_size())
         with (
             StopRequest() as stop,
             distributed.start(cfg.run.device, cfg.run.timeout_s) as world,
             workers.worker_errors(),
         ):
-            return train(cfg, division, arguments.resume, world, stop)
+            return train(cfg, arguments.resume, world, stop)
 
     return distributed.exit_status(
         body, MISTAKES, of_one_rank=(sources.ImageError, workers.WorkerError)

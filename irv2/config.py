@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
@@ -165,7 +166,9 @@ class Train(Section):
         200, description="passes over the training images"
     )
     global_batch: Positive = Field(640, description="images of one update, over all ranks")
-    micro_batch: Positive = Field(32, description="most images one device takes at once")
+    micro_batch: Positive | Literal["auto"] = Field(
+        32, description="most images one device takes at once; auto: what its memory holds"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type")
     compile: bool = Field(False, description="torch.compile the network, block by block: for GPUs")
     max_steps: Positive | None = Field(
@@ -176,6 +179,14 @@ class Train(Section):
         description="end the run after more than this many steps in a row that were left out "
         "because the loss or the gradient was not finite",
     )
+
+    @field_validator("micro_batch", mode="wrap")
+    @classmethod
+    def _whole_or_auto(cls, value: Any, check: ValidatorFunctionWrapHandler) -> int | str:
+        try:
+            return check(value)
+        except ValidationError:  # which names every type that could have been meant
+            raise ValueError("must be a whole number of at least 1, or auto") from None
 
 
 class Optim(Section):

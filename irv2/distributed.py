@@ -63,6 +63,14 @@ class World:
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.control)
         return bool(bounds[0] == -bounds[1])
 
+    def smallest(self, value: int) -> int:
+        """The smallest of all ranks' values; the device is not touched."""
+        if self.size == 1:
+            return value
+        least = torch.tensor([value])
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.control)
+        return int(least)
+
     def say(self, text: str) -> None:
         """A line for the person at the terminal, once."""
         if self.is_main:

@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import feed
+import recipe
 from data.sources import DataError
 from irv2 import checkpoint, config, distributed
 from irv2.config import ConfigError
@@ -36,8 +37,9 @@ def check_config(case: Case) -> Iterator[Finding]:
     try:
         case.cfg = config.load(request.config, request.overrides)
         train = case.cfg.train
-        division = distributed.divide_batch(train.global_batch, train.micro_batch, request.ranks)
         device = distributed.choose_device(case.cfg.run.device)
+        micro_batch = recipe.micro_batch(case.cfg, 1000, request.ranks, device)
+        division = distributed.divide_batch(train.global_batch, micro_batch, request.ranks)
         feed.check_pairs(case.cfg, division.micro_batch)
     except (ConfigError, WorldError) as error:
         yield Finding(FAIL, str(error), "train.py would refuse it with the same words")

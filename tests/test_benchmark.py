@@ -1,7 +1,13 @@
 """The benchmarks run through and fill their tables; what they find is not judged here."""
 
+import copy
+
+import pytest
+import torch
+
 from irv2 import config
-from scripts.benchmarks import end_to_end, loading
+from irv2.model import inception_resnet_v2
+from scripts.benchmarks import end_to_end, limits, loading, network, starting, updating
 
 
 def test_every_row_of_the_loading_table_is_measured(monkeypatch):
@@ -30,3 +36,84 @@ def test_training_from_files_is_compared_with_training_from_memory(monkeypatch):
     found = end_to_end.compare(config.build(small), rounds=1)
     assert found["ratio"] > 0
     assert f"**{found['ratio']:.2f}**" in end_to_end.table(found)
+
+
+SMALL_CASE = network.Case(batch=4, image_size=75, precision="fp32", device=torch.device("cpu"))
+
+
+@pytest.fixture
+def small_networks(monkeypatch):
+    """Networks of one block of each kind; timm's is ours without the loops for CPUs."""
+
+    def pair(device):
+        torch.manual_seed(0)
+        ours = inception_resnet_v2(blocks=(1, 1, 1))
+        return ours.to(memory_format=torch.channels_last), copy.deepcopy(ours)
+
+    monkeypatch.setattr(network, "networks", pair)
+    monkeypatch.setattr(
+        limits, "inception_resnet_v2", lambda: inception_resnet_v2(blocks=(1, 1, 1))
+    )
+    monkeypatch.setattr(limits, "MATRIX", 256)
+
+
+def test_training_and_inference_are_compared_with_the_peer_and_both_limits(small_networks):
+    for measure in (network.measure_training, network.measure_inference):
+        found = measure(SMALL_CASE, rounds=1, compiled=False)
+        lines = network.table(found).splitlines()
+        assert len(lines) == 2 + len(found["rows"]) + 2
+        what = "train" if "step" in found["rows"] else "forward"
+        bounds = limits.images_per_s(found["limits"], SMALL_CASE.batch, what)
+        assert all(f"| {bound:.4g} |" in "".join(lines) for bound in bounds.values())
+        assert all(row["ratio"] > 0 for row in found["rows"].values())
+
+
+def test_the_limits_count_every_multiply_add_of_the_model_card():
+    """13.18 G at 299 px with the classifier's 1.5 M: convolutions 13,154,258,016."""
+    macs = 0
+    for shape, count in limits.convolutions(2, 299).items():
+        _, channels, height, width = shape.input
+        out = [
+            (size + 2 * pad - kernel) // stride + 1
+            for size, pad, kernel, stride in zip(
+                (height, width), shape.padding, shape.kernel, shape.stride
+            )
+        ]
+        kernel = shape.kernel[0] * shape.kernel[1]
+        macs += count * channels * shape.out_channels * kernel * out[0] * out[1]
+    assert macs == 13_154_258_016
+
+
+def test_results_that_differ_are_told(small_networks, monkeypatch):
+    network.check_training(SMALL_CASE)
+    network.check_inference(SMALL_CASE)
+    updating.check(SMALL_CASE.device)
+    pair = network.networks
+
+    def spoilt(device):
+        ours, peer = pair(device)
+        with torch.no_grad():
+            peer.conv2d_7b.conv.weight[:800].mul_(-1)
+        return ours, peer
+
+    monkeypatch.setattr(network, "networks", spoilt)
+    for check in (network.check_training, network.check_inference):
+        with pytest.raises(network.DisagreementError, match="differ from timm's by"):
+            check(SMALL_CASE)
+
+
+def test_updates_are_compared(small_networks):
+    found = updating.measure(SMALL_CASE.device, rounds=1)
+    assert f"**{found['row']['ratio']:.2f}**" in updating.table(found)
+
+
+def test_a_profile_names_operations(small_networks):
+    assert "_NormReluBackward" in network.profile(SMALL_CASE, training=True)
+    assert "_convolution_pointwise" in network.profile(SMALL_CASE, training=False)
+
+
+def test_the_start_is_timed_up_to_the_first_step():
+    options = ["model.blocks=[1, 1, 1]", "train.global_batch=4", "train.micro_batch=4"]
+    assert 1 < starting.first_step([*options, "data.workers=0"]) < 600
+    with pytest.raises(RuntimeError, match="status 1"):
+        starting.first_step(["train.global_batch=nonsense"])

@@ -21,7 +21,7 @@ import recipe
 from data import sources
 from data.prepare import checkup
 from data.prepare.checkup import BadImage
-from irv2 import config, distributed, engine
+from irv2 import config, distributed, engine, fused, memory
 from scripts import doctor
 from scripts.checks import capacity, images, machine
 from scripts.checks.case import FAIL, OK, WARN, Case, Finding, Request
@@ -301,7 +301,7 @@ def test_a_checkpoints_size_is_that_of_its_tensors(project):
             state = recipe.new_state(case.cfg, 3, world.device)
             batch = torch.rand(2, 3, 75, 75), torch.tensor([0, 1])
             engine.train_step(state, state.model, iter([batch]), 0.1, engine.StepOptions(), world)
-        sizes = capacity.sizes(case.cfg, 3)
+        sizes = recipe.memory_sizes(case.cfg, 3)
         parts = [sum(t.nbytes for t in part.values()) for part in state.tensors().values()]
         assert sizes.checkpoint == sum(parts)
         assert sizes.weights == parts[0]
@@ -309,13 +309,15 @@ def test_a_checkpoints_size_is_that_of_its_tensors(project):
 
 def test_the_full_networks_checkpoint_has_870_megabytes():
     cfg = config.load(programs.ROOT / "configs" / "irv2_rmsprop.yaml", ["model.bn_scale=true"])
-    assert capacity.sizes(cfg, 1000).checkpoint == pytest.approx(870e6 + 24e6, rel=0.01)
+    assert recipe.memory_sizes(cfg, 1000).checkpoint == pytest.approx(870e6 + 24e6, rel=0.01)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_activations_are_those_that_autograd_keeps(project, precision):
+def test_activations_are_those_that_autograd_keeps(project, precision, monkeypatch):
+    """With plain operations, as on a GPU."""
+    monkeypatch.setattr(fused, "trains", lambda x, norms: False)
     cfg = config.load(project, [f"train.precision={precision}"])
-    sizes = capacity.sizes(cfg, 3)
+    sizes = recipe.memory_sizes(cfg, 3)
     model = recipe.new_state(cfg, 3, torch.device("cpu")).model.train()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
@@ -337,7 +339,9 @@ def test_activations_are_those_that_autograd_keeps(project, precision):
 def test_gradient_checkpointing_is_seen_to_keep_less():
     full = programs.ROOT / "configs" / "irv2_rmsprop.yaml"
     plain, frugal = (
-        capacity.sizes(config.load(full, [f"model.grad_checkpointing={value}"]), 10).activations
+        recipe.memory_sizes(
+            config.load(full, [f"model.grad_checkpointing={value}"]), 10
+        ).activations
         for value in ("false", "true")
     )
     assert plain / 2 < frugal < 0.7 * plain  # the stem, not checkpointed, has half of them
@@ -345,7 +349,7 @@ def test_gradient_checkpointing_is_seen_to_keep_less():
 
 def test_a_disk_too_small_for_the_checkpoints_is_told(project, free):
     case = case_of(project, "checkpoint.keep=3")
-    sizes = capacity.sizes(case.cfg, 3)
+    sizes = recipe.memory_sizes(case.cfg, 3)
     need = 5 * sizes.checkpoint + 2 * sizes.weights
     for size, level in ((need - 1, FAIL), (need, WARN), (2 * need, OK)):
         free(size)
@@ -369,7 +373,7 @@ def test_checkpoints_that_are_there_need_no_room(project, free):
     (old / "model.safetensors").write_bytes(bytes(1_000_000))
     free(10**12)
     (finding,) = machine.check_disk(case)
-    sizes = capacity.sizes(case.cfg, 3)
+    sizes = recipe.memory_sizes(case.cfg, 3)
     assert finding.figures["need"] == 4 * sizes.checkpoint + 2 * sizes.weights - 1_000_000
 
 
@@ -397,17 +401,17 @@ def test_without_workers_shared_memory_is_not_used(project, free):
 
 def test_available_memory_heeds_a_containers_limit(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:   2048 kB\n")
-    monkeypatch.setattr(capacity, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(capacity, "CONTAINER_LIMIT", tmp_path / "memory.max")
-    assert capacity.available_memory() == 2 << 20
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    assert memory.available_memory() == 2 << 20
     for text, expected in (("max\n", 2 << 20), ("1048576\n", 1 << 20), (f"{1 << 40}\n", 2 << 20)):
         (tmp_path / "memory.max").write_text(text)
-        assert capacity.available_memory() == expected
+        assert memory.available_memory() == expected
 
 
 def test_too_little_memory_is_told(project, monkeypatch):
     case = case_of(project)
-    monkeypatch.setattr(capacity, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 20)
     information, ram = machine.check_memory(case)
     assert information.level == OK and "a GPU would need about" in information.what
     assert ram.level == FAIL

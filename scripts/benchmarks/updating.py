@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from timm.optim import RMSpropTF
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from irv2 import engine, optim, update
 from scripts.benchmarks import network
@@ -70,17 +70,21 @@ def _set_gradients(model: nn.Module) -> None:
 def check(device: torch.device) -> None:
     """Raises DisagreementError unless three updates change weights and averages as timm's do."""
     ours, peer = network.networks(device)
-    start = torch.cat([p.detach().flatten() for p in peer.parameters()])
+    start = _weights(peer).clone()
     works = our_update(ours), timms_update(peer)
     for _ in range(3):
         for work in works:
             work()
-    states = ours.state_dict(), peer.state_dict()
-    changes = [
-        torch.cat([state[name].flatten() for name, _ in peer.named_parameters()]) - start
-        for state in states
-    ]
+    changes = (_weights(model) - start for model in (ours, peer))
     network.agree("changes of weights", *changes, TOLERANCE)
+
+
+def _weights(model: nn.Module) -> Tensor:
+    """All of them in a row, in the order of timm's names."""
+    state = model.state_dict()
+    return torch.cat(
+        [state[name].flatten() for name in sorted(state) if name.endswith(("weight", "bias"))]
+    )
 
 
 def table(found: dict[str, Any]) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+import recipe
 from data.workers import worker_errors
-from irv2 import distributed, rundir
+from irv2 import distributed, memory, rundir
 from scripts.checks import capacity
 from scripts.checks.case import FAIL, OK, WARN, Case, Finding, in_bytes, room
 
@@ -27,7 +28,7 @@ def check_disk(case: Case) -> Iterator[Finding]:
     if not os.access(place, os.W_OK):
         yield Finding(FAIL, f"{place}: may not be written", "set run.dir=… to another place")
         return
-    sizes = capacity.sizes(case.cfg, len(case.train.classes))
+    sizes = recipe.memory_sizes(case.cfg, len(case.train.classes))
     keep = case.cfg.checkpoint.keep
     there = sum(
         path.stat().st_size for old in rundir.checkpoints(directory) for path in old.iterdir()
@@ -65,11 +66,11 @@ def check_shared_memory(case: Case) -> Iterator[Finding]:
 def check_memory(case: Case) -> Iterator[Finding]:
     """RAM, and the memory of a GPU, against an estimate of what training holds."""
     micro, ranks = case.division.micro_batch, case.request.ranks
-    sizes = capacity.sizes(case.cfg, len(case.train.classes))
-    on_gpu = sizes.training(micro) + capacity.DEVICE_OVERHEAD
+    sizes = recipe.memory_sizes(case.cfg, len(case.train.classes))
+    on_gpu = sizes.training(micro) + memory.DEVICE_OVERHEAD
     at = f"at train.micro_batch={micro}, {case.cfg.train.precision}"
     # The saver's copy on the host, and a part of it as the bytes of a file.
-    need = sizes.checkpoint + capacity.SLOTS * sizes.trainable
+    need = sizes.checkpoint + memory.SLOTS * sizes.trainable
     smaller = "a smaller train.micro_batch, or model.grad_checkpointing=true"
     if case.has_gpu:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -80,7 +81,7 @@ def check_memory(case: Case) -> Iterator[Finding]:
         yield Finding(OK, f"a GPU would need about {in_bytes(on_gpu)} {at}", figures=figures)
         need += ranks * sizes.training(micro)
     what = "RAM: {have} available, about {need} needed"
-    yield room(what, capacity.available_memory(), need, 1.25, f"free some, or set {smaller}")
+    yield room(what, memory.available_memory(), need, 1.25, f"free some, or set {smaller}")
 
 
 def check_pace(case: Case) -> Iterator[Finding]:

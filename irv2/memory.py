@@ -1,0 +1,105 @@
+"""What training holds in memory, and what this machine has of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from irv2.model import InceptionResnetV2
+
+MEMINFO = Path("/proc/meminfo")
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+SLOTS = 2  # that RMSpropTF keeps of each trainable parameter: mean square and momentum
+UPDATE_COPIES = 3  # of all gradients, that it makes for the length of an update
+DEVICE_OVERHEAD = 1 << 30  # CUDA's context, cuDNN's workspaces, fragmentation: about
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of what training holds. Activations are those of one image."""
+
+    weights: int  # with running statistics
+    trainable: int
+    activations: int
+    largest_activation: int
+    cast_weights: int  # copies for a lower precision
+
+    @property
+    def checkpoint(self) -> int:
+        """Weights, their average and the optimizer's slots."""
+        return 2 * self.weights + SLOTS * self.trainable
+
+    def training(self, micro_batch: int) -> int:
+        """Most of it at once, about: at the start of backward or in the update.
+
+        Backward adds the gradients of two activations while it goes from one to the next.
+        """
+        backward = (self.activations + 2 * self.largest_activation) * micro_batch
+        passing = max(backward + self.cast_weights, UPDATE_COPIES * self.trainable)
+        return self.checkpoint + self.trainable + passing
+
+
+def activation_bytes(
+    model: InceptionResnetV2, image_size: int, checkpointing: bool
+) -> tuple[int, int]:
+    """(all, the largest) of what autograd keeps of one image in training, the model's dtype.
+
+    The model lies on the meta device. With gradient checkpointing the repeated blocks keep their
+    inputs, and one of them at a time the rest.
+    """
+    own = {StorageWeakRef(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
+    kept: dict[StorageWeakRef, tuple[int, nn.Module | None]] = {}  # bytes, block they arise in
+    current: nn.Module | None = None
+    inputs = 0
+
+    def enter(block: nn.Module, arguments: tuple[Tensor]) -> None:
+        nonlocal current, inputs
+        current = block
+        inputs += arguments[0].nbytes
+
+    def leave(*_: object) -> None:
+        nonlocal current
+        current = None
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        key = StorageWeakRef(storage)
+        if key not in own:  # several operations may keep the same
+            kept.setdefault(key, (storage.nbytes(), current))
+        return tensor
+
+    blocks = [*model.repeat, *model.repeat_1, *model.repeat_2]
+    if checkpointing:
+        for block in blocks:
+            block.register_forward_pre_hook(enter)
+            block.register_forward_hook(leave)
+    images = 2  # batch norm wants more than one value a channel
+    x = torch.empty(
+        (images, 3, image_size, image_size), dtype=next(model.parameters()).dtype, device="meta"
+    )
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _output = model(x)  # holds what is kept while it is counted
+    outside = sum(size for size, block in kept.values() if block is None)
+    inside = [sum(size for size, of in kept.values() if of is block) for block in blocks]
+    largest = max(size for size, _ in kept.values())
+    return (outside + inputs + max(inside)) // images, largest // images
+
+
+def available_memory() -> int:
+    """Bytes of RAM that can still be had, within the limit of a container (cgroup v2), if any."""
+    lines = MEMINFO.read_text().splitlines()
+    free_kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
+    limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.exists() else "max"
+    return int(free_kib) * 1024 if limit == "max" else min(int(free_kib) * 1024, int(limit))
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that a process can have there: of a GPU all, of RAM what is free."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory - DEVICE_OVERHEAD
+    return available_memory()

@@ -1,0 +1,56 @@
+"""train.micro_batch=auto: as many images as memory holds, and the same experiment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import recipe
+from irv2 import config, memory
+from irv2.distributed import WorldError
+
+CPU = torch.device("cpu")
+
+
+def configured(*overrides: tuple[str, dict]) -> config.Config:
+    return config.build(
+        {
+            "data": {"train": "synthetic:64x4", "val": "synthetic:8x4", "image_size": 299},
+            "model": {"blocks": [1, 1, 1]},
+            "train": {"global_batch": 96, "micro_batch": "auto"},
+            **dict(overrides),
+        }
+    )
+
+
+def fitting(monkeypatch, images: int, cfg: config.Config, ranks: int = 1) -> int:
+    """What is found where memory holds a step of so many images on each rank."""
+    need = recipe.memory_sizes(cfg, 4).training(images)
+    monkeypatch.setattr(memory, "device_memory", lambda _: int(ranks * need / 0.85) + 1)
+    return recipe.micro_batch(cfg, 4, ranks, CPU)
+
+
+@pytest.mark.parametrize(
+    ("images", "ranks", "expected"),
+    [(1000, 1, 96), (96, 1, 96), (95, 1, 48), (31, 1, 24), (1000, 2, 48), (47, 2, 24)],
+)
+def test_the_largest_equal_part_that_fits_is_taken(monkeypatch, images, ranks, expected):
+    assert fitting(monkeypatch, images, configured(), ranks) == expected
+
+
+def test_pairs_are_not_parted(monkeypatch):
+    mixed = ("data", {**configured().data.model_dump(), "mixup": 0.2})
+    odd = ("train", {"global_batch": 90, "micro_batch": "auto"})
+    assert fitting(monkeypatch, 17, configured(odd)) == 15
+    assert fitting(monkeypatch, 17, configured(odd, mixed)) == 10
+
+
+def test_what_cannot_fit_is_an_error_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(memory, "device_memory", lambda _: 1 << 20)
+    with pytest.raises(WorldError, match=r"a step of 1 images.*grad_checkpointing=true"):
+        recipe.micro_batch(configured(), 4, 1, CPU)
+
+
+def test_a_number_is_taken_as_it_is():
+    cfg = configured(("train", {"global_batch": 96, "micro_batch": 7}))
+    assert recipe.micro_batch(cfg, 4, 1, CPU) == 7
