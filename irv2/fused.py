@@ -179,12 +179,17 @@ class _Fork(torch.autograd.Function):
         grad = _matrix(grad_y)
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad.t() @ _matrix(x)).view_as(weight)
+            grad_weight = _as_weight(grad.t() @ _matrix(x), weight)
         if ctx.needs_input_grad[0]:
             # In place: grad_x was made by _AddConv, and nobody else holds it.
             total = _matrix(grad_x)
             torch.addmm(total, grad, weight.flatten(1), out=total)
         return grad_x, grad_weight
+
+
+def _as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
+    """[N, C] seen as the 1x1 weight, with its strides, which DistributedDataParallel insists on."""
+    return matrix.as_strided(weight.shape, weight.stride())
 
 
 def add_conv(x: Tensor, y: Tensor, conv: nn.Conv2d, scale: float, relu: bool) -> Tensor:
@@ -221,7 +226,7 @@ class _AddConv(torch.autograd.Function):
             grad_y = torch.empty_like(y)
             torch.mm(flat, weight.flatten(1), out=_matrix(grad_y))
         if ctx.needs_input_grad[2]:
-            grad_weight = (flat.t() @ _matrix(y)).view_as(weight)
+            grad_weight = _as_weight(flat.t() @ _matrix(y), weight)
         return grad, grad_y, grad_weight, grad_bias.to(y.dtype), None
 
 

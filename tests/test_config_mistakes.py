@@ -72,7 +72,7 @@ OUT_OF_RANGE = {
     "data.max_bad_fraction": ["-0.001", "1.01"],
     "train.epochs": ["0", "-1", "1e999", "-1e999"],
     "train.global_batch": ["0", "-640"],
-    "train.micro_batch": ["0", "-1"],
+    "train.micro_batch": ["0", "-1", "Auto", "''"],
     "train.precision": ["float32", "FP32", "amp"],
     "train.max_steps": ["0", "-1"],
     "train.max_bad_steps": ["-1"],
@@ -269,7 +269,7 @@ def misplaced_keys(text: str) -> Iterator[Mistake]:
 
 def wrong_values(key: str) -> list[str]:
     """Values of types that a key does not take."""
-    (kind,) = types_of(key) - {"null"}
+    kind, *_ = sorted(types_of(key) - {"null"})  # a number or a word ("auto"): no other word
     return WRONG_TYPE[kind] + ([] if "null" in types_of(key) else NULLS)
 
 
