@@ -91,7 +91,7 @@ def train(cfg: Config, resume: str, world: World, stop: StopRequest) -> int:
 
     # Loop
     options = recipe.step_options(cfg, division.accumulation, source, world.device)
-    network = distributed.parallel(state.model, cfg.train.compile, world)
+    network = distributed.parallel(state.model, cfg.train.compile, world, cfg.train.reduce_dtype)
     pace, taken = Pace(), feed.Taken()
     batches = feed.training_batches(
         cfg, source, order, state.images_seen, division.micro_batch, world

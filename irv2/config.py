@@ -170,6 +170,9 @@ class Train(Section):
         32, description="most images one device takes at once; auto: what its memory holds"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type")
+    reduce_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="type in which gradients travel between ranks; bf16: half the traffic"
+    )
     compile: bool = Field(False, description="torch.compile the network, block by block: for GPUs")
     max_steps: Positive | None = Field(
         None, description="stop after this many updates; null: never"

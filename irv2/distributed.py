@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -157,8 +158,14 @@ def divide_batch(global_batch: int, micro_batch: int, world_size: int) -> Divisi
     return Division(size, share // size)
 
 
-def parallel(model: nn.Module, compiled: bool, world: World) -> nn.Module:
-    """The model as a step calls it: compiled if asked, gradients averaged over ranks."""
+def parallel(
+    model: nn.Module, compiled: bool, world: World, reduce_dtype: str = "fp32"
+) -> nn.Module:
+    """The model as a step calls it: compiled if asked, gradients averaged over ranks.
+
+    With `reduce_dtype` "bf16" gradients travel rounded to bfloat16, which halves the traffic; they
+    are accumulated and applied in the parameters' type.
+    """
     if compiled:
         model.compile_regions()
     if world.size == 1:
@@ -167,7 +174,10 @@ def parallel(model: nn.Module, compiled: bool, world: World) -> nn.Module:
     # new name in newer releases of PyTorch.
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{option: False})
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True, **{option: False})
+    if reduce_dtype == "bf16":
+        network.register_comm_hook(None, bf16_compress_hook)
+    return network
 
 
 def exit_status(
