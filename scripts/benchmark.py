@@ -9,6 +9,8 @@
   python scripts/benchmark.py data --end-to-end   training from JPEGs, beside training from memory;
                                                   wants a GPU
   python scripts/benchmark.py checkpoint          what saving costs training, on the quickstart
+  python scripts/benchmark.py scaling             two processes against one, one thread each, and
+                                                  the parts of a step that scripts/plan.py needs
   python scripts/benchmark.py all                 one after the other
 
 Prints a table with the machine and versions it belongs to. docs/benchmarks.md is written by
@@ -32,11 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from irv2 import checkpoint, distributed, rundir
 from scripts.arguments import positive
-from scripts.benchmarks import end_to_end, loading, network, saving, starting, updating
+from scripts.benchmarks import end_to_end, loading, network, saving, scaling, starting, updating
 from scripts.benchmarks.network import Case
 from scripts.pages import replace_section
 
-WHAT = ("train", "infer", "optimizer", "start", "data", "checkpoint")
+WHAT = ("train", "infer", "optimizer", "start", "data", "checkpoint", "scaling")
 Found = dict[str, Any]
 
 
@@ -72,7 +74,7 @@ def benchmarks(arguments: argparse.Namespace, device: torch.device) -> Iterator[
         elif what == "data" and arguments.end_to_end:
             yield Benchmark("data-end-to-end", lambda: end_to_end.measure(rounds), end_to_end.table)
         else:
-            module = {"data": loading, "checkpoint": saving}[what]
+            module = {"data": loading, "checkpoint": saving, "scaling": scaling}[what]
             yield Benchmark(what, lambda module=module: module.measure(rounds), module.table)
 
 

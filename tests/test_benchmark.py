@@ -1,13 +1,15 @@
 """The benchmarks run through and fill their tables; what they find is not judged here."""
 
 import copy
+import json
 
 import pytest
 import torch
 
 from irv2 import config
 from irv2.model import inception_resnet_v2
-from scripts.benchmarks import end_to_end, limits, loading, network, starting, updating
+from scripts.benchmarks import end_to_end, limits, loading, network, scaling, starting, updating
+from scripts.planning import devices
 
 
 def test_every_row_of_the_loading_table_is_measured(monkeypatch):
@@ -117,3 +119,20 @@ def test_the_start_is_timed_up_to_the_first_step():
     assert 1 < starting.first_step([*options, "data.workers=0"]) < 600
     with pytest.raises(RuntimeError, match="status 1"):
         starting.first_step(["train.global_batch=nonsense"])
+
+
+def test_two_processes_are_compared_with_one_and_a_plan_can_rest_on_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(scaling, "BLOCKS", [1, 1, 1])
+    monkeypatch.setattr(scaling, "SIZES", ((75, 4),))
+    found = scaling.measure(rounds=1)
+    (case,) = found["cases"]
+    assert all(case[key] > 0 for key in case if key.endswith("_s") and key != "update_s")
+    assert case["ratio"] == 2 * case["one_s"] / case["two_s"]
+    assert case["gradient_bytes"] == 4 * 17_042_664  # blocks [1, 1, 1], 1000 classes
+    text = scaling.table(found)
+    assert f"**{case['ratio']:.2f}**" in text
+    assert f"| {1e3 * case['two_s']:.0f} |" in text
+    (tmp_path / "cpu.json").write_text(json.dumps(found))
+    table = devices.with_measured(devices.load(), tmp_path / "cpu.json", 299)
+    assert table.devices["cpu"].image_size == 75
+    assert table.links["gloo"].gigabytes_per_s.kind == "measured"

@@ -1,0 +1,166 @@
+"""What each of two ranks does when scripts/benchmarks/scaling.py measures them.
+
+Started by torchrun. Rank 0 alone is the one process; the other then waits in a collective, which
+takes no core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import recipe
+from irv2 import checkpoint, config, distributed, engine
+from irv2.distributed import World
+from irv2.loss import Loss
+from scripts.planning.steptime import BUCKET_BYTES
+
+CLASSES, LR = 1000, 0.045
+MESSAGES = 50  # small all-reduces of a window
+MESSAGE = 1024  # numbers of one
+Way = Callable[[], None]
+
+
+class Trainer:
+    """The network on one rank of a world, with one batch of noise to train on."""
+
+    def __init__(self, case: dict[str, Any], world: World) -> None:
+        size, batch = case["image_size"], case["batch"]
+        self.cfg = config.build(
+            {
+                "run": {"device": "cpu"},
+                "model": {"blocks": case["blocks"]},
+                "data": {"train": "noise", "val": "noise", "image_size": size},
+                "train": {"global_batch": batch * world.size, "micro_batch": batch},
+            }
+        )
+        self.world = world
+        self.state = recipe.new_state(self.cfg, CLASSES, world.device)
+        self.network = distributed.parallel(self.state.model, False, world)
+        generator = torch.Generator().manual_seed(world.rank)
+        x = torch.rand(batch, 3, size, size, generator=generator) * 2 - 1
+        self.x = x.contiguous(memory_format=torch.channels_last)
+        self.labels = torch.arange(batch) % CLASSES
+        self.options = engine.StepOptions(clip_norm=self.cfg.optim.clip_norm)
+        if world.size > 1:
+            engine.settle(self.state, self.network, self.x, self.options)
+
+    def step(self) -> None:
+        batches = cycle([(self.x, self.labels)])
+        engine.train_step(self.state, self.network, batches, LR, self.options, self.world)
+        engine.read_bad_steps(self.state)
+
+    def passes(self, images: int | None = None) -> tuple[float, float]:
+        """Seconds of forward and of backward of so many images (None: the batch), no exchange."""
+        x, labels = self.x[:images], self.labels[:images]
+        engine.train_mode(self.state.model, freeze_bn=False)
+        network: nn.Module = self.network
+        with network.no_sync() if self.world.size > 1 else nullcontext():
+            started = time.perf_counter()
+            loss = Loss()(network(x), labels)
+            half_way = time.perf_counter()
+            loss.backward()
+            ended = time.perf_counter()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        return half_way - started, ended - half_way
+
+
+class Exchange:
+    """All-reduces of as many numbers as the network has gradients, and nothing beside them."""
+
+    def __init__(self, numbers: int, dtype: torch.dtype, group: dist.ProcessGroup | None) -> None:
+        size = BUCKET_BYTES // dtype.itemsize
+        self.buckets = torch.zeros(numbers, dtype=dtype).split(size)
+        self.group = group
+
+    def run(self) -> None:
+        for bucket in self.buckets:
+            dist.all_reduce(bucket, group=self.group)
+
+
+def seconds(work: Way) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def together(work: Way) -> float:
+    """Seconds until the last rank has done some work that all begin at once."""
+    dist.barrier()
+    return slowest(seconds(work))
+
+
+def slowest(own: float) -> float:
+    longest = torch.tensor(own, dtype=torch.float64)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    return longest.item()
+
+
+def measure(case: dict[str, Any], rounds: int, world: World) -> dict[str, list[float]]:
+    """Seconds of everything, one a round; the first round is lost. Rank 0's are the right ones."""
+    alone = Trainer(case, World(0, 1, world.device)) if world.is_main else None
+    both = Trainer(case, world)
+    numbers = sum(p.numel() for p in both.state.model.parameters())
+    only_main = dist.new_group([0])
+    exchanges = {
+        "reduce_s": Exchange(numbers, torch.float32, None),
+        "reduce_bf16_s": Exchange(numbers, torch.bfloat16, None),
+    }
+    of_one = Exchange(numbers, torch.float32, only_main)
+    message = torch.zeros(MESSAGE)
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        found.setdefault(name, []).append(value)
+
+    for number in range(rounds + 1):
+        if number == 1:
+            found.clear()
+        dist.barrier()
+        if alone is not None:
+            note("one_s", seconds(alone.step))
+        note("two_s", together(both.step))
+        dist.barrier()
+        if alone is not None:
+            for name, value in zip(("forward_s", "backward_s"), alone.passes()):
+                note(name, value)
+            note("half_batch_s", sum(alone.passes(case["batch"] // 2)))
+            note("reduce_of_one_s", seconds(of_one.run))
+        note("apart_s", together(lambda: both.passes()))
+        for name, exchange in exchanges.items():
+            note(name, together(exchange.run))
+        note("message_s", together(lambda: send(message)) / MESSAGES)
+    return {**found, "gradient_bytes": 4 * numbers}
+
+
+def send(message: Tensor) -> None:
+    for _ in range(MESSAGES):
+        dist.all_reduce(message)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", required=True)
+    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with distributed.start("cpu") as world:
+        found = [measure(case, arguments.rounds, world) for case in json.loads(arguments.cases)]
+        if world.is_main:
+            content = json.dumps(found).encode()
+            checkpoint.write_atomically(arguments.out, lambda file: file.write(content))
+
+
+if __name__ == "__main__":
+    main()
