@@ -25,14 +25,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from irv2 import checkpoint, config, distributed
-from irv2.config import Config
+from irv2.config import Config, Model
 from irv2.distributed import WorldError
 from scripts.arguments import positive
 from scripts.pages import replace_section
 from scripts.planning import devices, network, prediction
 from scripts.planning.devices import Device, Figure, Link, PlanError, Table
 from scripts.planning.prediction import Needs, Prediction, Run
-from scripts.planning.steptime import Cluster, messages
+from scripts.planning.steptime import Cluster
 
 IMAGENET, CLASSES = 1_281_167, 1000
 RANKS = [2**n for n in range(11)]
@@ -53,6 +53,14 @@ def choose(table: Table, name: str, between: str | None) -> tuple[Device, Link, 
     if between is not None and between not in table.links:
         raise PlanError(devices.nearest("link", between, table.links))
     return device, table.links[device.inside], table.links[between or device.between]
+
+
+def work_of(cfg: Config, num_classes: int, device: Device) -> float:
+    """How much longer an image takes than those of the device's figure, the full network's."""
+    asked = network.multiply_adds(cfg.model, num_classes, cfg.data.image_size)
+    stated = network.multiply_adds(Model(), CLASSES, device.image_size)
+    recomputed = 4 / 3 if cfg.model.grad_checkpointing else 1.0  # forward once more
+    return recomputed * asked / stated
 
 
 def predictions(
@@ -122,6 +130,18 @@ def limits(run: Run, cluster: Cluster, refused: list[int]) -> list[str]:
     return lines
 
 
+def precision_note(cfg: Config, device: Device) -> list[str]:
+    """A warning where the device's figures are of another precision than the config's."""
+    asked = "fp32" if cfg.train.precision == "fp32" else "bf16"
+    if asked == device.precision:
+        return []
+    which = "fast" if asked == "fp32" else "slow"
+    return [
+        f"Too {which} a plan: the device's figures are of {device.precision}, and the config has "
+        f"train.precision={cfg.train.precision}."
+    ]
+
+
 def figures(device: Device, inside: Link, between: Link, table: Table) -> dict[str, Figure | None]:
     """What a plan rests on, by name."""
     return {
@@ -152,8 +172,8 @@ def describe(cfg: Config, run: Run, weight: network.Weight) -> list[str]:
     return [
         f"{cfg.run.name}: {run.epochs:g} epochs of {run.images:,} images, {cfg.data.image_size} px,"
         f" global batch {run.global_batch}: {run.steps:,} steps. {weight.parameters:,} parameters "
-        f"trained: {run.gradient_bytes / 1e6:.0f} MB of gradients in "
-        f"{messages(run.gradient_bytes)} messages ({cfg.train.reduce_dtype}); a checkpoint has "
+        f"trained: {run.gradients.size / 1e6:.0f} MB of gradients in "
+        f"{run.gradients.messages} messages ({cfg.train.reduce_dtype}); a checkpoint has "
         f"{weight.checkpoint_bytes / 1e6:.0f} MB."
     ]
 
@@ -168,20 +188,15 @@ def plan(arguments: argparse.Namespace) -> tuple[str, list[Prediction]]:
     if arguments.measured is not None:
         table = devices.with_measured(table, arguments.measured, cfg.data.image_size)
     device, inside, between = choose(table, arguments.device, arguments.between)
-    asked, stated = (
-        network.multiply_adds(cfg, arguments.classes, size)
-        for size in (cfg.data.image_size, device.image_size)
-    )
-    cluster = Cluster(
-        device.plain(asked / stated), inside.plain(), between.plain(), arguments.gpus_per_node
-    )
+    work = work_of(cfg, arguments.classes, device)
+    cluster = Cluster(device.plain(work), inside.plain(), between.plain(), arguments.gpus_per_node)
     weight = network.weigh(cfg, arguments.classes)
     run = Run(
         images=arguments.images,
         epochs=cfg.train.epochs,
         global_batch=cfg.train.global_batch,
         micro_batch=cfg.train.micro_batch,
-        gradient_bytes=weight.gradient_bytes,
+        gradients=weight.gradients,
         max_steps=cfg.train.max_steps,
     )
     needs = Needs(
@@ -193,7 +208,7 @@ def plan(arguments: argparse.Namespace) -> tuple[str, list[Prediction]]:
     parts = [
         describe(cfg, run, weight),
         table_of(found),
-        limits(run, cluster, refused),
+        [*limits(run, cluster, refused), *precision_note(cfg, device)],
         [f"{arguments.device}, {arguments.gpus_per_node} a node. The plan rests on:"],
         origins(figures(device, inside, between, table)),
     ]

@@ -70,7 +70,9 @@ def predicted_s(case: dict[str, Any], source: str) -> float:
     device = devices.measured_device(case, source).plain(1.0)
     link = devices.measured_link(case, source).plain()
     cluster = steptime.Cluster(device, link, link, per_node=2)
-    return steptime.step(cluster, 2, case["batch"], 1, case["gradient_bytes"]).total_s
+    size = case["gradient_bytes"]
+    gradients = steptime.Gradients(size, steptime.buckets(size))
+    return steptime.step(cluster, 2, case["batch"], 1, gradients).total_s
 
 
 def table(found: dict[str, Any]) -> str:

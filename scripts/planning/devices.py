@@ -45,7 +45,8 @@ class Device(Entry):
     price_per_hour: Figure | None = None  # null: not known
     inside: str
     between: str
-    image_size: int = 299  # px, at which images_per_s is stated
+    image_size: int = 299  # px, at which images_per_s is stated, for the full network
+    precision: Literal["bf16", "fp32"] = "bf16"  # with which; bf16 stands for fp16, too
     forward_share: float = steptime.FORWARD_SHARE
     overlaps: bool = True  # gradients travel while backward computes, and take none of its time
 
@@ -146,6 +147,7 @@ def measured_device(case: dict[str, Any], source: str) -> Device:
         inside="gloo",
         between="gloo",
         image_size=case["image_size"],
+        precision="fp32",
         forward_share=case["forward_s"] / (case["forward_s"] + case["backward_s"]),
         overlaps=False,
     )
@@ -154,7 +156,7 @@ def measured_device(case: dict[str, Any], source: str) -> Device:
 def measured_link(case: dict[str, Any], source: str) -> Link:
     """The link between two processes, from the all-reduces that a case measured alone."""
     size, message = case["gradient_bytes"], case["message_s"]
-    carrying = case["reduce_s"] - steptime.messages(size) * message
+    carrying = case["reduce_s"] - steptime.buckets(size) * message
     latency = message / 2  # there and back
     return Link(
         gigabytes_per_s=Figure(

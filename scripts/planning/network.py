@@ -8,7 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import recipe
-from irv2.config import Config
+from irv2.config import Config, Model
+from scripts.planning.steptime import Gradients, buckets
 
 SENT_BYTES = {"fp32": 4, "bf16": 2}  # of one gradient, by train.reduce_dtype
 
@@ -18,7 +19,7 @@ class Weight:
     """Counts of one network."""
 
     parameters: int  # that are trained
-    gradient_bytes: int  # of one exchange
+    gradients: Gradients
     checkpoint_bytes: int  # tensors of weights, average, and the optimizer's two slots
 
 
@@ -28,15 +29,18 @@ def weigh(cfg: Config, num_classes: int) -> Weight:
         model = recipe.network(cfg.model, num_classes)
     state = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     trained = [p for p in model.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trained)
-    slots = 2 * sum(p.numel() * p.element_size() for p in trained)
-    return Weight(count, count * SENT_BYTES[cfg.train.reduce_dtype], 2 * state + slots)
+    count, size = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
+    sent = Gradients(count * SENT_BYTES[cfg.train.reduce_dtype], buckets(size))
+    return Weight(count, sent, 2 * state + 2 * size)
 
 
-def multiply_adds(cfg: Config, num_classes: int, image_size: int) -> int:
-    """Multiply-adds of convolutions and classifier for one image of `image_size` px, forward."""
+def multiply_adds(model: Model, num_classes: int, image_size: int) -> int:
+    """Multiply-adds of convolutions and classifier for one image of `image_size` px, forward.
+
+    `model`: a config's section; a head that is there in training only is left out.
+    """
     with torch.device("meta"), torch.no_grad():
-        model = recipe.network(cfg.model, num_classes).eval()
+        network = recipe.network(model, num_classes).eval()
         with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, image_size, image_size))
+            network(torch.empty(1, 3, image_size, image_size))
     return counter.get_total_flops() // 2

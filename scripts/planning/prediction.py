@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from irv2 import distributed
 from scripts.planning import steptime
-from scripts.planning.steptime import Cluster, Step
+from scripts.planning.steptime import Cluster, Gradients, Step
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Run:
     epochs: float
     global_batch: int
     micro_batch: int
-    gradient_bytes: int  # of one exchange
+    gradients: Gradients
     max_steps: int | None = None
 
     @property
@@ -77,7 +77,7 @@ def predict(run: Run, cluster: Cluster, ranks: int, needs: Needs) -> Prediction:
         efficiency=steptime.efficiency(one, step, ranks),
         hours=hours,
         cost=None if price is None else price * ranks * hours,
-        sent_bytes=steptime.ring_bytes(ranks, run.gradient_bytes),
+        sent_bytes=steptime.ring_bytes(ranks, run.gradients.size),
         loader_cores=pace / ranks * min(ranks, cluster.per_node) / needs.per_core_per_s,
         read_bytes_per_s=pace * needs.mean_bytes,
     )
@@ -85,7 +85,7 @@ def predict(run: Run, cluster: Cluster, ranks: int, needs: Needs) -> Prediction:
 
 def _step(run: Run, cluster: Cluster, ranks: int) -> Step:
     division = distributed.divide_batch(run.global_batch, run.micro_batch, ranks)
-    return steptime.step(cluster, ranks, *division, run.gradient_bytes)
+    return steptime.step(cluster, ranks, *division, run.gradients)
 
 
 def most_ranks(run: Run, cluster: Cluster, least_efficiency: float, limit: int) -> int:

@@ -48,6 +48,14 @@ class Cluster:
 
 
 @dataclass(frozen=True)
+class Gradients:
+    """What ranks exchange once a step."""
+
+    size: float  # bytes
+    messages: int  # in which they travel
+
+
+@dataclass(frozen=True)
 class Step:
     """The parts of a step, in seconds. `exchange_s` is what gradients travel in all, `exposed_s`
     the part of it during which nothing else happens."""
@@ -70,13 +78,14 @@ def ring_bytes(ranks: int, size: float) -> float:
     return 2 * (ranks - 1) / ranks * size
 
 
-def messages(size: float) -> int:
-    """Buckets in which DistributedDataParallel sends `size` bytes of gradients."""
-    return 1 + math.ceil(max(0.0, size - FIRST_BUCKET_BYTES) / BUCKET_BYTES)
+def buckets(parameter_bytes: float) -> int:
+    """Messages in which DistributedDataParallel sends the gradients of so many bytes of parameters,
+    whatever it rounds the gradients to."""
+    return 1 + math.ceil(max(0.0, parameter_bytes - FIRST_BUCKET_BYTES) / BUCKET_BYTES)
 
 
-def all_reduce_s(ranks: int, size: float, count: int, link: Link) -> float:
-    """Seconds for `size` bytes in `count` all-reduces, one after another, over equal links.
+def all_reduce_s(ranks: int, gradients: Gradients, link: Link) -> float:
+    """Seconds for all-reduces of all messages, one after another, over equal links.
 
     The ring's bytes over the bandwidth, and 2 ceil(log2 n) latencies an all-reduce: up and down a
     tree, which libraries take where a ring's 2 (n - 1) would tell. 0 for one rank. Traffic of
@@ -85,11 +94,12 @@ def all_reduce_s(ranks: int, size: float, count: int, link: Link) -> float:
     if ranks == 1:
         return 0.0
     hops = 2 * math.ceil(math.log2(ranks))
-    return ring_bytes(ranks, size) / link.bytes_per_s + count * hops * link.latency_s
+    travel = ring_bytes(ranks, gradients.size) / link.bytes_per_s
+    return travel + gradients.messages * hops * link.latency_s
 
 
-def exchange_s(cluster: Cluster, ranks: int, size: float) -> float:
-    """Seconds for the all-reduce of `size` bytes of gradients over a cluster's first `ranks`.
+def exchange_s(cluster: Cluster, ranks: int, gradients: Gradients) -> float:
+    """Seconds for the exchange of gradients over a cluster's first `ranks`.
 
     Over several nodes the ring passes through all devices of a node before it leaves it, so a
     node's link carries what a device's does, and the slower of both decides.
@@ -98,7 +108,7 @@ def exchange_s(cluster: Cluster, ranks: int, size: float) -> float:
     if ranks > cluster.per_node:
         bandwidth = min(cluster.inside.bytes_per_s, cluster.between.bytes_per_s)
         link = Link(bandwidth, cluster.between.latency_s)
-    return all_reduce_s(ranks, size, messages(size), link)
+    return all_reduce_s(ranks, gradients, link)
 
 
 def compute_s(device: Device, images: int) -> float:
@@ -116,17 +126,19 @@ def pipelined_s(backward: float, exchange: float, pieces: int) -> float:
     return max(backward + exchange / pieces, backward / pieces + exchange)
 
 
-def step(cluster: Cluster, ranks: int, micro_batch: int, accumulation: int, size: float) -> Step:
-    """A step of `accumulation` micro-batches on each of `ranks` devices, `size` bytes of gradients.
+def step(
+    cluster: Cluster, ranks: int, micro_batch: int, accumulation: int, gradients: Gradients
+) -> Step:
+    """A step of `accumulation` micro-batches on each of `ranks` devices.
 
     Gradients travel in the last micro-batch's backward.
     """
     device = cluster.device
     one = compute_s(device, micro_batch)
-    exchange = exposed = exchange_s(cluster, ranks, size)
+    exchange = exposed = exchange_s(cluster, ranks, gradients)
     if device.overlaps:
         backward = (1 - device.forward_share) * one
-        exposed = pipelined_s(backward, exchange, messages(size)) - backward
+        exposed = pipelined_s(backward, exchange, gradients.messages) - backward
     return Step(accumulation * one, exchange, exposed, device.update_s)
 
 
