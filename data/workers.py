@@ -45,9 +45,9 @@ def default_workers() -> int:
 
 def start_worker(_worker: int) -> None:
     """What each loader process does first."""
-    # A Ctrl-C reaches workers too, but the loop needs them until it has stopped in order.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C, torchrun and Slurm signal workers too; the loop needs them until it has stopped.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
 

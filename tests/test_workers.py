@@ -210,6 +210,7 @@ def test_workers_end_with_a_main_process_that_is_killed():
         for pid in workers:  # what workers leave to the main process
             os.kill(pid, signal.SIGTERM)
             os.kill(pid, signal.SIGINT)
+            os.kill(pid, signal.SIGUSR1)
         time.sleep(0.2)
         assert all(map(is_alive, workers))
         program.kill()
