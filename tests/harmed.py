@@ -4,6 +4,7 @@ kill-in-save=N      SIGKILL this process in the N-th file of a checkpoint, which
 kill-in-rename=N    ... at the N-th checkpoint, written but not yet under its name
 kill-in-prune=N     ... when the N-th old checkpoint is half removed
 full-disk=A-B       saves number A to B fail as on a full disk
+slow-step=S         each training step takes S seconds more
 slow-save=S         each save takes S seconds more
 slow-evaluation=S   each batch of an evaluation takes S seconds more
 nan=RANK:A-B        the loss of one rank is not a number in steps A to B
@@ -136,6 +137,10 @@ def slow_evaluation(seconds: float) -> None:
     engine.evaluate = slow
 
 
+def slow_step(seconds: float) -> None:
+    before(engine, "train_step", lambda *_arguments: time.sleep(seconds))
+
+
 def slow_save(seconds: float) -> None:
     def wait(*_arguments: object) -> None:
         print("save begins", flush=True)
@@ -149,6 +154,7 @@ FAULTS: dict[str, Callable[[str], None]] = {
     "kill-in-rename": lambda n: kill_in_rename(span(n)),
     "kill-in-prune": lambda n: kill_in_prune(span(n)),
     "full-disk": lambda saves: full_disk(span(saves)),
+    "slow-step": lambda seconds: slow_step(float(seconds)),
     "slow-save": lambda seconds: slow_save(float(seconds)),
     "slow-evaluation": lambda seconds: slow_evaluation(float(seconds)),
     "nan": nan,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from programs import ROOT
+from torch.distributed import run as torchrun
 
 from irv2 import config
 
@@ -73,9 +74,10 @@ def test_a_key_that_the_schema_lacks_is_noticed_wherever_it_is(objects):
 
 def test_the_trainjob_says_what_train_py_takes(objects):
     arguments = objects["irv2"]["spec"]["trainer"]["args"]
-    program = arguments.index("/irv2/train.py")
-    path = arguments[program + 1].removeprefix("--config=/irv2/")
-    cfg = config.load(str(ROOT / path), arguments[program + 2 :])
+    parsed = torchrun.parse_args(arguments)
+    assert (parsed.training_script, parsed.rdzv_backend) == ("/irv2/train.py", "c10d")
+    option, *overrides = parsed.training_script_args
+    cfg = config.load(str(ROOT / option.removeprefix("--config=/irv2/")), overrides)
     pod = pod_of(objects["irv2"])
     mounts = {m["mountPath"]: m["name"] for m in pod["containers"][0]["volumeMounts"]}
     for directory in (cfg.directory, Path(cfg.data.train), Path(cfg.data.val)):
@@ -88,9 +90,8 @@ def test_the_trainjob_says_what_train_py_takes(objects):
 
 
 def test_pods_are_given_longer_than_torchrun_gives_its_ranks(objects):
-    arguments = objects["irv2"]["spec"]["trainer"]["args"]
-    (timeout,) = (a.partition("=")[2] for a in arguments if a.startswith("--shutdown-timeout"))
-    assert int(timeout) < pod_of(objects["irv2"])["terminationGracePeriodSeconds"]
+    parsed = torchrun.parse_args(objects["irv2"]["spec"]["trainer"]["args"])
+    assert parsed.shutdown_timeout < pod_of(objects["irv2"])["terminationGracePeriodSeconds"]
 
 
 def pod_of(job: dict[str, Any]) -> dict[str, Any]:
