@@ -153,7 +153,9 @@ def running(folder: Path, proctrack: str) -> Iterator[Slurm]:
         def daemon(name: str, *options: object) -> None:
             command = [shutil.which(name, path=programs), *map(str, options)]
             with open(folder / "daemons.log", "a") as log:
-                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+                process = subprocess.Popen(  # in a session of its own: Ctrl-C is for the test
+                    command, env=environment, stdout=log, stderr=log, start_new_session=True
+                )
             stack.callback(process.wait)
             stack.callback(process.terminate)
 

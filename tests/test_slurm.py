@@ -112,7 +112,7 @@ def test_a_job_at_its_limit_is_requeued_and_ends_as_one_that_was_not(
 def test_a_mistake_is_not_requeued(slurm: Slurm, config: Path, tmp_path: Path):
     words = arguments(config, tmp_path / "run", "optim.lr=-1")
     job = submit(slurm, tmp_path / "logs", ONE_NODE, *words)
-    state = slurm.wait(job)
+    state = slurm.wait(job, timeout_s=300)  # requeued, it would never end
     assert (state["JobState"], state["Restarts"]) == ("FAILED", "0")
     said = output(tmp_path / "logs", job)  # torchrun ends one rank with SIGTERM when the other has
     assert re.search(r"the 2 ranks that told one: 1( 143)?; not requeued", said), said
