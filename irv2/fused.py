@@ -30,10 +30,10 @@ def trains(x: Tensor, norms: list[nn.BatchNorm2d]) -> bool:
     """Whether the functions for training can stand in for the plain modules in this forward."""
     return (
         x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
         and _dtype(x) in native.DTYPES
-        and all(norm.training for norm in norms)
-        and not torch.compiler.is_compiling()
+        and all(norm.training and norm.weight.dtype == torch.float32 for norm in norms)
         and threads.available()
     )
 
@@ -42,8 +42,8 @@ def infers(x: Tensor) -> bool:
     """Whether the functions for inference can stand in for the plain modules in this forward."""
     return (
         x.device.type == "cpu"
-        and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
         and not torch.jit.is_tracing()
         and _fuses(_dtype(x))
     )

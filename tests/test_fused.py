@@ -138,6 +138,17 @@ def test_loops_run_on_pytorchs_own_threads_whatever_else_is_loaded():
     assert "torch" in owner
 
 
+def test_fewer_threads_than_asked_for_are_not_trusted():
+    """Where OpenMP may make a team smaller, a share of the rows would be left out."""
+    assert threads.available()
+    library = threads._openmp()
+    library.omp_set_dynamic(1)
+    try:
+        assert not threads.available()
+    finally:
+        library.omp_set_dynamic(0)
+
+
 def test_what_is_not_a_number_stays_so():
     x = images(2, 4, 3, 3)
     x[0, 1, 0, 0] = float("nan")
@@ -190,9 +201,10 @@ def test_rows_are_told_from_other_layouts(make, stride):
     [
         lambda model: model.eval(),
         lambda model: model.double(),
+        lambda model: model.bfloat16(),
         lambda model: [m.eval() for m in model.modules() if isinstance(m, nn.BatchNorm2d)],
     ],
-    ids=["evaluation", "float64", "frozen"],
+    ids=["evaluation", "float64", "bfloat16 weights", "frozen"],
 )
 def test_where_it_does_not_fit_plain_modules_run(monkeypatch, change):
     model = inception_resnet_v2(3, blocks=(1, 1, 1))

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -44,21 +46,40 @@ def _openmp() -> ctypes.CDLL | None:
 
 
 def available() -> bool:
-    """Whether loops can run here."""
-    return _openmp() is not None
+    """Whether loops can run here: each on as many threads as are asked for, or shares are lost."""
+    library = _openmp()
+    return (
+        library is not None
+        and not library.omp_get_dynamic()
+        and library.omp_get_thread_limit() >= torch.get_num_threads()
+    )
 
 
 def compiled(loop: Callable) -> int:
-    """Address of a loop's machine code, which the next process takes from the disk."""
-    if not available():
+    """Address of a loop's machine code, which the next process takes from the user's cache."""
+    if _openmp() is None:
         raise RuntimeError("PyTorch's threads were not found: ask available() first")
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(_cache())
     options = {"nogil": True, "error_model": "numpy"}
     try:
         function = numba.cfunc(_SIGNATURE, cache=True, **options)(loop)
-    except RuntimeError:  # neither the source's folder nor the user's cache can be written
+    except (RuntimeError, OSError):  # the cache cannot be written
         function = numba.cfunc(_SIGNATURE, **options)(loop)
+    finally:
+        numba.config.CACHE_DIR = before
     _kept.append(function)
     return function.address
+
+
+@functools.cache
+def _cache() -> Path:
+    """Where machine code is kept: apart for each state of this folder's sources.
+
+    Numba looks only at the file that a loop stands in, not at those of the functions it calls.
+    """
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return base / "irv2" / f"native-{hashlib.sha256(sources).hexdigest()[:16]}"
 
 
 _kept: list = []  # machine code lives as long as these do
