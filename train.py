@@ -80,9 +80,10 @@ def train(cfg: Config, resume: str, world: World, stop: StopRequest) -> int:
     if state.step == 0 and cfg.model.init is not None:
         finetune.begin(state, cfg.model.init, source.classes, world)
     is_saved = bool(rundir.checkpoints(cfg.directory))
+    if world.is_main and is_new:
+        _lock = rundir.lock(cfg.directory)
+    distributed.check_shared(cfg.directory, world)
     if world.is_main:
-        if is_new:
-            _lock = rundir.lock(cfg.directory)
         rundir.set_aside_unusable(cfg.directory, state.step)
         rundir.write_config(cfg.directory, experiment.config)
     log = Logbook(cfg.directory if world.is_main else None, state.step, total_steps)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import inspect
 import os
+import platform
+import secrets
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+
+APPEARS_WITHIN_S = 10.0  # what one host writes is seen by the others; NFS takes its time
 
 
 class WorldError(ValueError):
@@ -180,6 +185,40 @@ def parallel(
     return network
 
 
+def check_shared(directory: Path, world: World) -> None:
+    """Raise WorldError, on all ranks, unless all of them see rank 0's directory under this path.
+
+    A rank with a directory of its own would start from zero, or go on from something else. Rank 0
+    leaves a mark in its directory, which the others must find in time.
+    """
+    if world.size == 1:
+        return
+    mark = directory / f".mark-{world.gather([secrets.token_hex(8)])[0]}"
+    if world.is_main:
+        mark.touch()
+    world.gather([])  # the mark is there
+    deadline = time.monotonic() + APPEARS_WITHIN_S
+    while not (is_seen := _is_listed(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    blind = world.gather([] if is_seen else [f"rank {world.rank} (host {platform.node()})"])
+    if world.is_main:
+        mark.unlink()
+    if blind:
+        more = f" and {len(blind) - 1} more" if len(blind) > 1 else ""
+        raise WorldError(
+            f"{directory}: {blind[0]}{more} sees another directory there than rank 0, or none; put "
+            "it on a file system that all hosts share, mounted at the same path on each"
+        )
+
+
+def _is_listed(path: Path) -> bool:
+    """Whether a file is in its folder. Listing makes NFS look again; asking by name may not."""
+    try:
+        return path.name in os.listdir(path.parent)
+    except OSError:
+        return False
+
+
 def exit_status(
     body: Callable[[], int],
     mistakes: tuple[type[Exception], ...],
@@ -227,12 +266,39 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB at the heap's end
 
 
+def _fresh_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
+    """A prefix that no earlier start has used, agreed on by the ranks through the store itself.
+
+    torchrun's store outlives a restart, and with it the addresses of ranks that are dead, and no
+    variable of torchrun's counts the starts: each host counts its own restarts (pytorch#135712).
+    So every rank calls by a name that it alone knows, and rank 0 answers with the prefix it has
+    drawn, until each has confirmed it; answers to calls that dead ranks have left harm nobody.
+    Raises DistError where a rank does not come within `timeout`.
+    """
+    if rank > 0:
+        name = secrets.token_hex(8)
+        store.set(f"call/{rank}", name)
+        prefix = store.get(f"answer/{name}").decode()
+        store.set(f"{prefix}/has/{rank}", "")
+        return prefix
+    prefix, others = f"start-{secrets.token_hex(8)}", range(1, size)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while missing := [other for other in others if not store.check([f"{prefix}/has/{other}"])]:
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(
+                f"ranks {missing} have not come within {timeout.total_seconds():g} s"
+            )
+        for other in missing:
+            if store.check([f"call/{other}"]):
+                store.set(f"answer/{store.get(f'call/{other}').decode()}", prefix)
+        time.sleep(0.02)
+    return prefix
+
+
 def _join(device: torch.device, timeout: timedelta) -> None:
     """Join the process group of the environment: NCCL's on GPUs, gloo's on CPUs."""
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    # torchrun's store outlives a restart, and with it the addresses of ranks that are dead.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt-{attempt}", store)
+    store = dist.PrefixStore(_fresh_prefix(store, rank, size, timeout), store)
     is_cuda = device.type == "cuda"
     dist.init_process_group(
         "nccl" if is_cuda else "gloo",

@@ -8,6 +8,7 @@ slow-step=S         each training step takes S seconds more
 slow-save=S         each save takes S seconds more
 slow-evaluation=S   each batch of an evaluation takes S seconds more
 nan=RANK:A-B        the loss of one rank is not a number in steps A to B
+apart=NAME          each rank has a run directory of its own: run.dir, NAME and its number
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.utils.tensorboard import FileWriter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from irv2 import checkpoint, engine, jsonl
+from irv2 import checkpoint, distributed, engine, jsonl
 
 
 def span(text: str) -> range:
@@ -149,6 +150,12 @@ def slow_save(seconds: float) -> None:
     before(checkpoint, "save", wait)
 
 
+def apart(name: str) -> None:
+    own = name + os.environ["RANK"]
+    sys.argv = [word + own if word.startswith("run.dir=") else word for word in sys.argv]
+    distributed.APPEARS_WITHIN_S = 1.0
+
+
 FAULTS: dict[str, Callable[[str], None]] = {
     "kill-in-save": lambda n: kill_in_save(span(n)),
     "kill-in-rename": lambda n: kill_in_rename(span(n)),
@@ -158,6 +165,7 @@ FAULTS: dict[str, Callable[[str], None]] = {
     "slow-save": lambda seconds: slow_save(float(seconds)),
     "slow-evaluation": lambda seconds: slow_evaluation(float(seconds)),
     "nan": nan,
+    "apart": apart,
 }
 
 if __name__ == "__main__":

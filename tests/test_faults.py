@@ -296,6 +296,18 @@ def test_torchrun_brings_a_run_back_whose_rank_died(config, tmp_path, inject: In
     lose_a_rank(config, tmp_path, inject, signal.SIGKILL)
 
 
+# ---------------------------------------------------------------------------------- apart
+
+
+def test_ranks_that_do_not_share_the_run_directory_do_not_start(config, tmp_path, inject: Inject):
+    inject("run directory not shared")
+    result = run(HARMED, "apart=-of-rank-", *arguments(config, tmp_path / "run"), ranks=2)
+    assert result.returncode == 1
+    assert "rank 1 (host " in result.stderr
+    assert "put it on a file system that all hosts share" in result.stderr
+    assert not list(tmp_path.glob("run*/log.jsonl")) and not list(tmp_path.glob("run*/.mark*"))
+
+
 # ---------------------------------------------------------------------------------- twice
 
 
