@@ -16,6 +16,12 @@ from irv2 import distributed
 LIMIT = timedelta(seconds=20)
 
 
+def empty_store() -> dist.Store:
+    store = dist.HashStore()
+    store.set_timeout(LIMIT)
+    return store
+
+
 def prefixes(store: dist.Store, size: int) -> list[str]:
     """What the ranks of one start agree on, a thread each."""
     found: dict[int, str] = {}
@@ -32,14 +38,14 @@ def prefixes(store: dist.Store, size: int) -> list[str]:
 
 
 def test_every_start_has_a_prefix_of_its_own_which_its_ranks_share():
-    store = dist.HashStore()
+    store = empty_store()
     starts = [prefixes(store, size) for size in (3, 3, 2, 4)]
     assert [len(set(start)) for start in starts] == [1, 1, 1, 1]
     assert len({start[0] for start in starts}) == 4
 
 
 def test_ranks_that_died_while_they_were_joining_mislead_nobody():
-    store = dist.HashStore()
+    store = empty_store()
     store.set("call/1", "dead")  # unanswered, as rank 0 died first
     store.set("call/2", "answered")
     store.set("answer/answered", "start-of-the-dead")
@@ -49,7 +55,7 @@ def test_ranks_that_died_while_they_were_joining_mislead_nobody():
 
 def test_a_rank_that_does_not_come_is_named():
     with pytest.raises(dist.DistError, match=r"ranks \[1\] have not come within 0.1 s"):
-        distributed._fresh_prefix(dist.HashStore(), 0, 2, timedelta(seconds=0.1))
+        distributed._fresh_prefix(empty_store(), 0, 2, timedelta(seconds=0.1))
 
 
 # ------------------------------------------------------------------------- two processes
