@@ -20,6 +20,7 @@ from programs import ROOT, children, environment
 
 INTERFACE = "eth0"
 PORT = 29400
+FRAME_BYTES = "9000"  # few large frames, for a delayed link is a Python program
 # Each host has a name of its own for the messages that tell one.
 NAMED = ("unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"')
 
@@ -32,14 +33,21 @@ def ip(*arguments: str) -> None:
 class Host:
     """A network namespace with the address 10.77.0.<number>, and what was started in it."""
 
-    def __init__(self, number: int, switch: str) -> None:
+    def __init__(self, number: int, switch: str, delay_ms: float = 0.0) -> None:
+        """`delay_ms`: what a frame takes on the link, each way."""
         self.number, self.name = number, f"{switch}-host{number}"
         self.address = f"10.77.0.{number}"
         self._processes: list[subprocess.Popen[bytes]] = []
         ip("netns", "add", self.name)
         port = f"port{number}"
-        ends = (INTERFACE, "netns", self.name, "type", "veth", "peer", "name", port)
-        ip("link", "add", *ends, "netns", switch)
+        self._cable: subprocess.Popen[str] | None = None
+        if delay_ms > 0:
+            self._cable = delay_line(self.name, switch, port, delay_ms)
+        else:
+            ends = (INTERFACE, "netns", self.name, "type", "veth", "peer", "name", port)
+            ip("link", "add", *ends, "netns", switch)
+        for place, device in ((self.name, INTERFACE), (switch, port)):
+            ip("-n", place, "link", "set", device, "mtu", FRAME_BYTES)
         ip("-n", switch, "link", "set", port, "master", "bridge", "up")
         ip("-n", self.name, "address", "add", f"{self.address}/24", "dev", INTERFACE)
         ip("-n", self.name, "link", "set", "lo", "up")
@@ -102,10 +110,29 @@ class Host:
                         os.kill(pid, signal.SIGKILL)
                 process.wait()
 
+    def remove(self) -> None:
+        """End all that runs here; the namespace is left to be deleted."""
+        self.kill()
+        if self._cable is not None:
+            self._cable.kill()
+            self._cable.communicate()
+
+
+def delay_line(namespace: str, switch: str, port: str, delay_ms: float) -> subprocess.Popen[str]:
+    """A slow cable from a host to a port of the switch."""
+    ends = [namespace, INTERFACE, switch, port]
+    command = [sys.executable, str(ROOT / "tests" / "delay_line.py"), *ends, str(delay_ms)]
+    cable = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert cable.stdout is not None and cable.stdout.readline() == "ready\n"
+    for place, device in ((namespace, INTERFACE), (switch, port)):
+        ip("-n", place, "link", "set", device, "txqueuelen", "10000")
+    return cable
+
 
 @contextmanager
-def hosts(count: int) -> Iterator[list[Host]]:
-    """So many hosts on one switch; removed at the end with all that runs in them."""
+def hosts(count: int, delay_ms: float = 0.0) -> Iterator[list[Host]]:
+    """So many hosts on one switch, the first next to it and the links of the others `delay_ms`
+    long; removed at the end with all that runs in them."""
     switch = f"irv2-{os.getpid()}"
     made: list[Host] = []
     try:
@@ -113,11 +140,11 @@ def hosts(count: int) -> Iterator[list[Host]]:
         ip("-n", switch, "link", "add", "bridge", "type", "bridge")
         ip("-n", switch, "link", "set", "bridge", "up")
         for number in range(1, count + 1):
-            made.append(Host(number, switch))
+            made.append(Host(number, switch, delay_ms if number > 1 else 0.0))
         yield made
     finally:
         for host in made:
-            host.kill()
+            host.remove()
         for name in Path("/run/netns").glob(f"{switch}*"):
             ip("netns", "delete", name.name)
 
