@@ -168,3 +168,11 @@ def wait_for(log: Path, text: str, process: subprocess.Popen[bytes], times: int 
     while (said := log.read_text()).count(text) < times:
         assert process.poll() is None and time.monotonic() < deadline, said
         time.sleep(0.2)
+
+
+def finished(process: subprocess.Popen[bytes], log: Path) -> int:
+    """A program's exit status, at its end."""
+    try:
+        return process.wait(timeout=600)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(log.read_text()) from None

@@ -5,9 +5,7 @@ python -m pytest -m cluster tests/test_hosts.py --report docs/reliability.md
 
 from __future__ import annotations
 
-import json
 import re
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +13,10 @@ from pathlib import Path
 
 import namespaces
 import pytest
-from namespaces import Host, hosts, wait_for
-from programs import log_lines, run
+from namespaces import Host, finished, hosts, wait_for
+from programs import run
 from small_run import HARMED, STEPS, arguments, assert_same_batches, assert_same_end
 
-from irv2.config import Train
 from scripts.pages import replace_section
 
 pytestmark = pytest.mark.cluster
@@ -47,14 +44,6 @@ def findings(request: pytest.FixtureRequest) -> Iterator[list[str]]:
 @pytest.fixture
 def note(findings: list[str]) -> Note:
     return lambda what, shown: findings.append(f"| {what} | {shown} |")
-
-
-def finished(process: subprocess.Popen[bytes], log: Path) -> int:
-    """A program's exit status, at its end."""
-    try:
-        return process.wait(timeout=600)
-    except subprocess.TimeoutExpired:
-        raise AssertionError(log.read_text()) from None
 
 
 def run_on(count: int, tmp_path: Path, *command: object, ranks: int = 1) -> None:
@@ -153,50 +142,3 @@ def test_a_host_with_a_run_directory_of_its_own_is_told(config, tmp_path, note: 
     for log in logs:
         assert "rank 1 (host host2) sees another directory there than rank 0" in log.read_text()
     note("the run directory of one of two hosts is another", "both end with status 1 and say so")
-
-
-# ---------------------------------------------------------------------------------- the link
-
-
-def step_s(directory: Path, global_batch: int) -> float:
-    """Median time of a step after the first two."""
-    lines = log_lines(directory, "train")[2:]
-    return statistics.median(global_batch / line["images_per_s"] for line in lines)
-
-
-LINKS = [  # Mbit/s, reduce_dtype, accumulation
-    (None, "fp32", 1),
-    (1000, "fp32", 1),
-    (200, "fp32", 1),
-    (200, "bf16", 1),
-    (200, "fp32", 4),
-]
-
-
-def test_the_time_of_a_step_over_limited_links(config, tmp_path, request):
-    """Two hosts of a rank; nothing is asserted of times, they go into the report."""
-    shared = ("train.max_steps=8", "train.micro_batch=4", "checkpoint.every_steps=99")
-    alone = arguments(config, tmp_path / "alone", *shared, "train.global_batch=4", "train.epochs=9")
-    assert run("train.py", *alone).returncode == 0
-    found = {"micro_batch": 4, "ranks": 2, "alone_s": step_s(tmp_path / "alone", 4), "links": []}
-    for mbit_s, reduce_dtype, accumulation in LINKS:
-        if reduce_dtype != "fp32" and "reduce_dtype" not in Train.model_fields:
-            continue
-        batch = 8 * accumulation
-        name = f"{mbit_s}-{reduce_dtype}-{accumulation}"
-        recipe = [*shared, f"train.global_batch={batch}", f"train.epochs={batch}"]
-        if reduce_dtype != "fp32":
-            recipe.append(f"train.reduce_dtype={reduce_dtype}")
-        with hosts(2) as made:
-            started = []
-            for host in made:
-                if mbit_s is not None:
-                    host.limit(mbit_s)
-                log = tmp_path / f"{name}-{host.number}.log"
-                command = ("train.py", *arguments(config, tmp_path / name, *recipe))
-                started.append((host.start(log, *command, nnodes="2"), log))
-            for process, log in started:
-                assert finished(process, log) == 0, log.read_text()
-        link = {"mbit_s": mbit_s, "reduce_dtype": reduce_dtype, "accumulation": accumulation}
-        found["links"].append(link | {"step_s": step_s(tmp_path / name, batch)})
-    print(json.dumps(found, indent=2))
