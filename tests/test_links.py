@@ -23,7 +23,13 @@ from scripts.planning import network, steptime
 
 pytestmark = pytest.mark.cluster
 MICRO_BATCH, CLASSES = 4, 2
-RECIPE = (f"train.micro_batch={MICRO_BATCH}", "train.max_steps=10", "train.epochs=99")
+RECIPE = (
+    f"train.micro_batch={MICRO_BATCH}",
+    "train.max_steps=10",
+    "train.epochs=99",
+    "eval.every_epochs=99",
+    "checkpoint.every_steps=99",
+)
 ETHERNET = 8948 / 9014  # bytes of TCP's in a frame of 9000, and the bytes tbf counts for it
 
 
