@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import safetensors.numpy
-from safetensors import safe_open
 
 from data.sources import DataError
 
@@ -91,9 +90,19 @@ def load(root: str | Path) -> Index:
     """Read the index of the shards in a folder. Raises DataError if it is damaged."""
     path = os.path.join(root, INDEX)
     try:
-        with safe_open(path, "numpy") as file:
-            header = json.loads(file.metadata()["header"])
-            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return parse(content, path)
+
+
+def parse(content: bytes, path: str) -> Index:
+    """An index from its file's content. Raises DataError, naming `path`, if it is damaged."""
+    try:
+        columns = safetensors.numpy.load(content)
+        about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        header = json.loads(about["__metadata__"]["header"])
         if header["format"] != FORMAT:
             raise DataError(f"{path}: its format is {header['format']!r}, only {FORMAT!r} is known")
         if header.pop("crc32") != _checksum(header, columns):
@@ -101,8 +110,6 @@ def load(root: str | Path) -> Index:
         return _parsed(header, columns)
     except DataError:
         raise
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # it may hold anything
         raise DataError(
             f"{path}: a damaged index ({error}); copy it anew, or remove it and run "

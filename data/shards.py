@@ -25,19 +25,11 @@ MAX_OPEN = 4096  # shards; ImageNet has 1,024
 SPARE = 256  # files that a process has open otherwise
 
 
-class ShardSource:
-    """Tar shards with an index beside them: classes in the index's order, images by (label, key).
+class IndexedImages:
+    """What an index tells of images, wherever the shards lie: classes in its order, images by
+    (label, key). Made from class folders, image i is image i of the FolderSource."""
 
-    Made from class folders, image i is image i of the FolderSource. Every image read is compared
-    with its CRC-32 (0.01 ms for 110 kB, a hundredth of what decoding and cropping it take): JPEG
-    decoders make pixels of damaged bytes without a word. May be forked at any time. Raises
-    DataError for a damaged index, and for shards that are missing or have another size.
-    """
-
-    def __init__(self, root: str | Path) -> None:
-        self.root = os.path.expanduser(root)
-        index = shard_index.load(self.root)
-        _check_sizes(self.root, index.shards)
+    def __init__(self, index: shard_index.Index) -> None:
         self.classes = index.classes
         self.resized_to = index.resized_to  # px of the shorter side, where larger; None: originals
         self._shards = [shard.name for shard in index.shards]
@@ -45,14 +37,63 @@ class ShardSource:
         self._shard, self._block, self._size, self._crc32 = (
             index.columns[name] for name in ("shard", "block", "size", "crc32")
         )
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def members(self, index: int) -> range:
+        label = self.label(index)
+        return range(self._starts[label], self._starts[label + 1])
+
+    def class_counts(self) -> list[int]:
+        """Number of images of each class."""
+        return np.diff(self._starts).tolist()
+
+    def label(self, index: int) -> int:
+        return bisect_right(self._starts, index) - 1
+
+    @cached_property
+    def storage_order(self) -> np.ndarray:
+        """The images in the order in which they lie in the shards: int32 [N]."""
+        return np.lexsort((self._block, self._shard)).astype(np.int32)
+
+    def place(self, index: int) -> tuple[str, int, int]:
+        """An image's shard, and the first byte there and the size of its content."""
+        begin = int(self._block[index]) * BLOCK
+        return self._shards[self._shard[index]], begin, int(self._size[index])
+
+    def described(self, index: int, header: bytes | None) -> str:
+        """The shard and the member's name, of a very long one its first 100 characters.
+
+        `header`: tar's, of 512 bytes; without a sound one the place stands for the name.
+        """
+        shard, begin, _ = self.place(index)
+        try:
+            member = tarfile.TarInfo.frombuf(header or b"", "utf-8", "replace").name
+        except tarfile.HeaderError:
+            return f"{shard}: image at byte {begin}"
+        return f"{shard}: {''.join(c if c.isprintable() else '?' for c in member)}"
+
+
+class ShardSource(IndexedImages):
+    """Tar shards in a folder, with their index beside them.
+
+    Every image read is compared with its CRC-32 (0.01 ms for 110 kB, a hundredth of what decoding
+    and cropping it take): JPEG decoders make pixels of damaged bytes without a word. May be forked
+    at any time. Raises DataError for a damaged index, and for shards that are missing or have
+    another size.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = os.path.expanduser(root)
+        index = shard_index.load(self.root)
+        check_sizes(self.root, index.shards, self._size_of)
+        super().__init__(index)
         self._open = _opener(self.root, self._shards)
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
         """To another process goes the folder's name: files open here are not open there."""
         return type(self), (self.root,)
-
-    def __len__(self) -> int:
-        return self._starts[-1]
 
     def read(self, index: int) -> tuple[bytes, int]:
         size = int(self._size[index])
@@ -64,33 +105,15 @@ class ShardSource:
             raise ImageError(f"{self.name(index)}: cannot be read (its shard has become shorter)")
         if crc32(encoded) != self._crc32[index]:
             raise ImageError(f"{self.name(index)}: does not match its checksum")
-        return encoded, bisect_right(self._starts, index) - 1
+        return encoded, self.label(index)
 
     def name(self, index: int) -> str:
-        """The shard's path and the member's name, of a very long one its first 100 characters.
-
-        Read from the shard itself; where that fails, the member's place stands for its name.
-        """
-        shard = os.path.join(self.root, self._shards[self._shard[index]])
+        """The shard's path and the member's name, as `described`."""
         try:
             header = self._pread(index, BLOCK, -BLOCK)
-            member = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
-        except (OSError, tarfile.HeaderError):
-            return f"{shard}: image at byte {int(self._block[index]) * BLOCK}"
-        return f"{shard}: {''.join(c if c.isprintable() else '?' for c in member)}"
-
-    def members(self, index: int) -> range:
-        label = bisect_right(self._starts, index) - 1
-        return range(self._starts[label], self._starts[label + 1])
-
-    def class_counts(self) -> list[int]:
-        """Number of images of each class."""
-        return np.diff(self._starts).tolist()
-
-    @cached_property
-    def storage_order(self) -> np.ndarray:
-        """The images in the order in which they lie in the shards: int32 [N]."""
-        return np.lexsort((self._block, self._shard)).astype(np.int32)
+        except OSError:
+            header = None
+        return os.path.join(self.root, self.described(index, header))
 
     def will_read(self, indices: Sequence[int]) -> None:
         """Have the system fetch images that will be read soon; where it cannot, do nothing."""
@@ -104,6 +127,10 @@ class ShardSource:
                 os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)
             except OSError:  # told by `read`
                 continue
+
+    def _size_of(self, name: str) -> int:
+        """Bytes of a shard. Raises OSError."""
+        return os.stat(os.path.join(self.root, name)).st_size
 
     def _pread(self, index: int, size: int, offset: int) -> bytes:
         """`size` bytes, `offset` from where an image begins; fewer at the shard's end."""
@@ -135,12 +162,15 @@ def _opener(root: str, names: list[str]) -> Callable[[int], _File]:
     return lru_cache(most)(lambda number: _File(os.path.join(root, names[number])))
 
 
-def _check_sizes(root: str, shards: list[Shard]) -> None:
-    """Raise DataError unless every shard is there with the size that its index states."""
+def check_sizes(root: str, shards: list[Shard], size_of: Callable[[str], int]) -> None:
+    """Raise DataError unless every shard is there with the size that its index states.
+
+    `size_of`: bytes of a shard by name; raises OSError for one that is not there.
+    """
     wrong = []
     for shard in shards:
         try:
-            size = os.stat(os.path.join(root, shard.name)).st_size
+            size = size_of(shard.name)
         except OSError as error:
             wrong.append(f"{shard.name} ({error.strerror})")
             continue
