@@ -22,10 +22,16 @@ from irv2.distributed import World
 
 def open_sources(cfg: Config) -> tuple[sources.Source, sources.Source]:
     """Training and validation images. Raises DataError if a run could not use them."""
-    data = cfg.data
-    train, val = sources.open_source(data.train), sources.open_source(data.val)
+    train, val = open_source(cfg, cfg.data.train), open_source(cfg, cfg.data.val)
     check_sources(cfg, train, val)
     return train, val
+
+
+def open_source(cfg: Config, spec: str) -> sources.Source:
+    """Images of a run. Raises DataError."""
+    # Faults end before the loader's patience does: it cannot tell which object is waited for.
+    storage = sources.Storage(cfg.data.cache_dir, cfg.data.cache_gb, cfg.run.timeout_s / 2)
+    return sources.open_source(spec, storage)
 
 
 def check_sources(cfg: Config, train: sources.Source, val: sources.Source) -> None:
@@ -96,7 +102,7 @@ def training_batches(
         augment=change,
     )
     positions = stream.micro_batches(start, cfg.train.global_batch, micro, world.rank, world.size)
-    if data.shuffle_window is not None:
+    if data.shuffle_window is not None and hasattr(source, "will_read"):
         positions = stream.read_ahead(positions, order, source.will_read)
     keys = (order[batch] for batch in positions)
     batches = loader.load(

@@ -379,7 +379,9 @@ def main() -> int:
             return train(cfg, arguments.resume, world, stop)
 
     return distributed.exit_status(
-        body, MISTAKES, of_one_rank=(sources.ImageError, workers.WorkerError)
+        body,
+        MISTAKES,
+        of_one_rank=(sources.ImageError, sources.StorageError, workers.WorkerError),
     )
 
 

@@ -388,7 +388,9 @@ def main() -> int:
         return 0
 
     return distributed.exit_status(
-        body, MISTAKES, of_one_rank=(sources.ImageError, workers.WorkerError)
+        body,
+        MISTAKES,
+        of_one_rank=(sources.ImageError, sources.StorageError, workers.WorkerError),
     )
 
 

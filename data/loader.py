@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from data.sources import ImageError, Source
+from data.ahead import Asked, with_coming
+from data.sources import DataError, ImageError, Source
 from data.stream import Key
 from data.to_input import Colour, ToInput
 from data.transforms import DecodeError, decode
@@ -80,7 +81,7 @@ class Batch(NamedTuple):
 
 
 class Images(Dataset):
-    """(epoch, index) keys -> a batch; an unusable image is returned as its error.
+    """(epoch, index) keys -> a batch; an error of the data is returned.
 
     Returned, not raised: an exception that crosses from a worker arrives wrapped in a traceback.
     `replacement_seed`: of the draw of another image of the class; None replaces nothing.
@@ -92,7 +93,7 @@ class Images(Dataset):
         self.source, self.view = source, view
         self.replacement_seed, self.checksums = replacement_seed, checksums
 
-    def __getitems__(self, keys: list[Key]) -> WorkerBatch | ImageError:
+    def __getitems__(self, keys: list[Key]) -> WorkerBatch | DataError:
         """A whole batch, each image written where the batch keeps it."""
         images = torch.empty((len(keys), *self.view.shape), dtype=torch.uint8)
         if get_worker_info() is not None:
@@ -103,7 +104,7 @@ class Images(Dataset):
         for (epoch, index), out in zip(keys, images.numpy()):
             try:
                 pixels, label = self._open(epoch, index, replaced)
-            except ImageError as error:
+            except DataError as error:
                 return error
             flip, colour = self.view(pixels, epoch, index, out)  # drawn for the image asked for
             labels.append(label)
@@ -143,6 +144,14 @@ class Images(Dataset):
             f"{why}, and none of the {len(tried)} other images of its class that were tried can "
             f"stand in for it: see to {os.path.dirname(name)}"
         )
+
+
+class FetchedImages(Images):
+    """The same of a source that fetches ahead, told what to fetch by the process that will read."""
+
+    def __getitems__(self, asked: Asked) -> WorkerBatch | DataError:
+        self.source.fetch(asked.soon)
+        return super().__getitems__(asked.keys)
 
 
 def read_image(source: Source, index: int) -> tuple[np.ndarray, int]:
@@ -186,14 +195,20 @@ def load(
 
     `replace_bad`: another image of the class stands in for one that cannot be read or decoded,
     drawn from (view.seed, epoch, index); else, or if `MAX_REPLACEMENTS` cannot be used either,
-    raises ImageError naming the file. Raises WorkerError for a worker that died or hangs.
+    raises ImageError naming the file. Raises StorageError for an object store that does not answer,
+    WorkerError for a worker that died or hangs.
     """
     count = default_workers() if workers.count is None else workers.count
     # Compiles what the view needs, before workers are forked of which each would do so.
     view(np.zeros((2, 2, 3), np.uint8), 0, 0, np.empty(view.shape, np.uint8))
+    ahead = getattr(source, "fetches_ahead", 0)
     loader = DataLoader(
-        Images(source, view, view.seed if replace_bad else None, checksums),
-        batch_sampler=announced(batches, source),
+        (FetchedImages if ahead else Images)(
+            source, view, view.seed if replace_bad else None, checksums
+        ),
+        batch_sampler=(
+            with_coming(batches, ahead, max(1, count)) if ahead else announced(batches, source)
+        ),
         num_workers=count,
         collate_fn=_as_it_is,
         pin_memory=to_input.device.type == "cuda",
@@ -203,7 +218,7 @@ def load(
     to_device = ToDevice(to_input.device)
     with worker_errors():
         for batch in batches_of(loader):
-            if isinstance(batch, ImageError):
+            if isinstance(batch, DataError):
                 raise batch
             small = (batch.flips, batch.colours, batch.labels)
             arrays = (None if array is None else torch.from_numpy(array) for array in small)
@@ -214,8 +229,8 @@ def load(
 
 
 def announced(batches: Iterable[list[Key]], source: Source) -> Iterator[list[Key]]:
-    """The batches, of which a source that fetches ahead is told when workers are given them: some
-    batches before they are read."""
+    """The batches, of which a source that has the system read ahead is told when workers are given
+    them: some batches before they are read."""
     will_read = getattr(source, "will_read", None)
     for keys in batches:
         if will_read is not None:
@@ -223,7 +238,7 @@ def announced(batches: Iterable[list[Key]], source: Source) -> Iterator[list[Key
         yield keys
 
 
-def _as_it_is(batch: WorkerBatch | ImageError) -> WorkerBatch | ImageError:
+def _as_it_is(batch: WorkerBatch | DataError) -> WorkerBatch | DataError:
     return batch
 
 

@@ -1,5 +1,5 @@
 """Where images come from: index -> (encoded bytes, label). Folders and synthetic images here,
-shards in `data.shards`."""
+shards in `data.shards`, shards in an object store in `data.remote`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -22,6 +23,20 @@ class DataError(ValueError):
 
 class ImageError(DataError):
     """One image that cannot be read or decoded; only the rank that met it knows."""
+
+
+class StorageError(DataError):
+    """Storage that does not answer, or has other objects than were indexed; only the rank that met
+    it knows. Nothing stands in for these images: they are what they were as soon as it answers."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How images are fetched that lie in an object store."""
+
+    cache_dir: str | None = None  # folder of a local disk, shared by all processes; None: no cache
+    cache_gb: float = 160.0  # the most it may take, 10^9 bytes
+    timeout_s: float = 300.0  # for how long a fault is taken as passing
 
 
 class Source(Protocol):
@@ -163,14 +178,17 @@ class SyntheticSource:
         return [len(self.members(label)) for label in range(len(self.classes))]
 
 
-def open_source(spec: str) -> Source:
-    """The path of a folder of classes or of shards, or "synthetic:IMAGESxCLASSES".
+def open_source(spec: str, storage: Storage | None = None) -> Source:
+    """The path of a folder of classes or of shards, the URL of shards, or
+    "synthetic:IMAGESxCLASSES".
 
     Raises DataError.
     """
     if not spec.startswith("synthetic:"):
-        from data import shard_index, shards  # they build on this module
+        from data import remote, shard_index, shards  # they build on this module
 
+        if "://" in spec:
+            return remote.RemoteShards(spec, storage or Storage())
         is_indexed = os.path.exists(os.path.join(os.path.expanduser(spec), shard_index.INDEX))
         return shards.ShardSource(spec) if is_indexed else FolderSource(spec)
     match = re.fullmatch(r"synthetic:([1-9]\d*)x([1-9]\d*)", spec)

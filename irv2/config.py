@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -37,6 +38,8 @@ MACHINE_KEYS = frozenset(
         "data.train",
         "data.val",
         "data.workers",
+        "data.cache_dir",
+        "data.cache_gb",
         "data.max_bad_fraction",
         "data.allow_resized",
         "train.micro_batch",
@@ -111,12 +114,21 @@ class Model(Section):
 
 class Data(Section):
     train: Text = Field(
-        description="training images: folder/<class>/<image>, or synthetic:IMAGESxCLASSES"
+        description="training images: folder/<class>/<image>, a folder of shards or its https:// "
+        "or s3:// URL, or synthetic:IMAGESxCLASSES"
     )
-    val: Text = Field(description="validation images, same classes; or synthetic:IMAGESxCLASSES")
+    val: Text = Field(description="validation images, same classes; as train")
     image_size: Annotated[int, Field(ge=75)] = Field(299, description="side of the input, px")
     workers: Annotated[int, Field(ge=0)] | None = Field(
         None, description="loader processes of each rank; null: its share of the cores, at most 8"
+    )
+    cache_dir: Text | None = Field(
+        None,
+        description="folder of a local disk that keeps images of https:// and s3://, for all runs "
+        "of a machine; null: none is kept",
+    )
+    cache_gb: Annotated[float, Field(gt=0)] = Field(
+        160.0, description="the most that cache_dir may take, 10^9 bytes; ImageNet has 155"
     )
     mean: Channels = Field([0.5, 0.5, 0.5], description="subtracted from pixels in [0, 1]")
     std: PositiveChannels = Field([0.5, 0.5, 0.5], description="divides pixels after the mean")
@@ -151,6 +163,16 @@ class Data(Section):
         description="end the run when more than this share of the images seen, or of one epoch's "
         "if that is more, could not be used and were replaced",
     )
+
+    @field_validator("train", "val")
+    @classmethod
+    def _holds_no_secret(cls, value: str) -> str:
+        if "://" in value and value != _without_secrets(value):
+            raise ValueError(
+                "a URL is written without user, password, ? and #; credentials are taken from the "
+                "environment, ~/.aws, the machine's role or ~/.netrc"
+            )
+        return value
 
     @field_validator("crop_area", "crop_aspect")
     @classmethod
@@ -358,9 +380,16 @@ def _apply(tree: dict, override: str) -> None:
     entries[name] = _parse(value, override)
 
 
+def _without_secrets(text: str) -> str:
+    """A text whose URLs have lost user, password, query and fragment."""
+    text = re.sub(r"://[^/\s]*@", "://…@", text)
+    return re.sub(r"(://[^\s?#'\"]*[?#])[^\s'\"]+", r"\1…", text)
+
+
 def _explain(fault: Any) -> str:
     """One pydantic fault -> key, value, reason and, for an unknown name, the nearest valid one."""
-    key, value = ".".join(str(part) for part in fault["loc"]), repr(fault["input"])
+    key = ".".join(str(part) for part in fault["loc"])
+    value = _without_secrets(repr(fault["input"]))
     told = f"{key}={value if len(value) <= 100 else value[:99] + '…'}"
     if fault["type"] == "missing":
         return f"{key}: must be given (in the YAML, or as {key}=… on the command line)"

@@ -1,0 +1,388 @@
+"""Shards in an object store: the same images, whatever the network does, or the object's name."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from faulty_proxy import CUT, ERROR, PASS, SLOW, WHOLE, FaultyProxy, faulty
+from shard_makers import write_folder
+
+from data import loader, object_store, stream
+from data.prepare.shard_writer import Options, write_shards
+from data.shards import ShardSource
+from data.sources import (
+    DataError,
+    FolderSource,
+    ImageError,
+    Source,
+    Storage,
+    StorageError,
+    open_source,
+)
+from data.to_input import ToInput
+from data.transforms import TrainView
+from data.workers import Workers
+from scripts.benchmarks.range_server import serving
+
+pytest.importorskip("aiohttp", reason="remote shards are NOT tested: requirements-remote.txt")
+
+IMAGES, BATCH = 14, 4
+INPUT = ToInput([0.5] * 3, [0.5] * 3, torch.device("cpu"))
+HTTP = "http://127.0.0.1"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Shards; not to be changed."""
+    root = tmp_path_factory.mktemp("remote")
+    write_folder(root / "train")
+    options = Options("train", images_per_shard=4)
+    write_shards(FolderSource(root / "train"), root / "shards", options, 1, lambda _: None)
+    return root / "shards"
+
+
+@pytest.fixture(scope="module")
+def url(made) -> Iterator[str]:
+    with serving(made) as at:
+        yield at
+
+
+@pytest.fixture
+def copied(made, tmp_path) -> Iterator[tuple[str, Path]]:
+    """Shards to damage: their URL, and where they lie."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for path in made.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    with serving(folder) as at:
+        yield at, folder
+
+
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    """Attempts and pauses are short, and tests with slow answers with them."""
+    monkeypatch.setattr(object_store, "ATTEMPT_S", 0.2)
+    monkeypatch.setattr(object_store, "FIRST_PAUSE_S", 0.01)
+
+
+def storage(tmp_path: Path | None = None, **options) -> Storage:
+    return Storage(None if tmp_path is None else str(tmp_path / "cache"), **options)
+
+
+def everything(source: Source) -> list[tuple[bytes, int, list[int]]]:
+    return [(*source.read(i), list(source.members(i))) for i in range(len(source))]
+
+
+def batches(source: Source, start: int, count: int, workers: int = 0) -> list[loader.Batch]:
+    """A training's batches from a position on, of several epochs."""
+    order = stream.Stream(len(source), 3)
+    keys = (order[part] for part in stream.micro_batches(start, BATCH, BATCH, 0, 1))
+    loaded = loader.load(source, TrainView(24, 1), keys, INPUT, Workers(workers, 30), True, True)
+    taken = list(islice(loaded, count))
+    loaded.close()
+    return taken
+
+
+def identical(ours: list[loader.Batch], theirs: list[loader.Batch]) -> bool:
+    return len(ours) == len(theirs) and all(
+        torch.equal(a.images, b.images)
+        and torch.equal(a.labels, b.labels)
+        and (a.keys, a.checksums) == (b.keys, b.checksums)
+        and [image.replacement for image in a.replaced] == [i.replacement for i in b.replaced]
+        for a, b in zip(ours, theirs)
+    )
+
+
+def of_tars(kind: str, below: int = sys.maxsize) -> Callable[[str, int], str]:
+    """A fault of the first `below` requests, of shards only."""
+    return lambda path, number: kind if path.endswith(".tar") and number < below else PASS
+
+
+# ---------------------------------------------------------------------------------- the same
+
+
+def test_images_labels_classes_and_order_are_those_of_the_folder(made, url):
+    expected, source = ShardSource(made), open_source(url)
+    assert len(source) == len(expected) == IMAGES
+    assert source.classes == expected.classes
+    assert source.class_counts() == expected.class_counts()
+    assert source.storage_order.tolist() == expected.storage_order.tolist()
+    assert everything(source) == everything(expected)
+    names = [expected.name(i).replace(f"{made}/", url) for i in range(IMAGES)]
+    assert [source.name(i) for i in range(IMAGES)] == names
+
+
+def test_the_url_may_end_with_or_without_a_slash(url):
+    assert open_source(url.rstrip("/")).read(0) == open_source(url).read(0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_batches_are_bit_identical_also_from_the_middle_of_an_epoch(
+    made, url, tmp_path, workers, is_cached
+):
+    expected = batches(ShardSource(made), 0, 8)
+    source = open_source(url, storage(tmp_path if is_cached else None))
+    assert identical(batches(source, 0, 8, workers), expected)
+    assert identical(batches(source, 5 * BATCH, 3, workers), expected[5:])
+    again = open_source(url, storage(tmp_path if is_cached else None))
+    assert identical(batches(again, 2 * BATCH, 6, workers), expected[2:])
+
+
+def test_a_forked_process_its_parent_and_an_unpickled_copy_read_side_by_side(made, url):
+    source, expected = open_source(url), everything(ShardSource(made))
+    source.fetch(range(IMAGES))  # on their way when the process is forked
+    if (child := os.fork()) == 0:
+        try:
+            source.fetch(range(IMAGES))
+            os._exit(everything(source) != expected)
+        finally:
+            os._exit(2)
+    assert everything(source) == expected
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert [everything(source) for _ in range(2)] == [expected] * 2
+    assert everything(pickle.loads(pickle.dumps(source))) == expected
+
+
+# ---------------------------------------------------------------------------------- ahead, cache
+
+
+def test_images_to_come_are_fetched_at_the_same_time(made, url):
+    """Nothing is answered before as many requests have come as there are images."""
+    arrived = threading.Barrier(IMAGES + 1)
+    is_open = threading.Event()
+
+    def wait_for_all(path: str, number: int) -> str:
+        if is_open.is_set() and path.endswith(".tar"):
+            proxy.lock.release()  # it is held around this
+            try:
+                arrived.wait(20)
+            finally:
+                proxy.lock.acquire()
+        return PASS
+
+    with faulty(url, wait_for_all) as (at, proxy):
+        source = open_source(at)
+        is_open.set()
+        source.fetch(range(IMAGES))
+        arrived.wait(20)
+        assert everything(source) == everything(ShardSource(made))
+    assert proxy.most_in_flight == IMAGES
+
+
+def test_a_loader_fetches_each_image_once_and_later_epochs_from_the_cache(url, tmp_path):
+    with faulty(url) as (at, proxy):
+        source = open_source(at, storage(tmp_path))
+        proxy.requests.clear()
+        batches(source, 0, 8, 2)
+        # Read-ahead of both workers may overlap between epochs of so few images, no more.
+        assert IMAGES <= len(proxy.requests) <= 2 * IMAGES
+        proxy.requests.clear()
+        batches(source, 0, 8)
+        batches(open_source(at, storage(tmp_path)), 0, 8, 2)
+        assert [path for path in proxy.requests if path.endswith(".tar")] == ["/train-00000.tar"]
+
+
+def test_a_damaged_file_of_the_cache_is_fetched_anew(made, url, tmp_path):
+    expected = everything(ShardSource(made))
+    with faulty(url) as (at, proxy):
+        everything(open_source(at, storage(tmp_path)))
+        files = sorted((tmp_path / "cache").glob("*/[0-9a-f]*-*"))
+        assert len(files) == IMAGES
+        for number, file in enumerate(files):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes([content, content[:-1], b""][number % 3])
+        source = open_source(at, storage(tmp_path))
+        proxy.requests.clear()
+        assert everything(source) == expected
+        assert len(proxy.requests) == IMAGES
+        assert everything(source) == expected
+        assert len(proxy.requests) == IMAGES
+
+
+def test_a_disk_that_refuses_is_told_and_the_run_goes_on(made, url, tmp_path, monkeypatch, capsys):
+    source = open_source(url, storage(tmp_path))
+
+    def refuse(number: int, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(source._cache, "put", refuse)
+    assert everything(source) == everything(ShardSource(made))
+    told = capsys.readouterr().err
+    assert told.count("No space left on device") == 1
+    assert str(tmp_path / "cache") in told
+
+
+# ---------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [ERROR, CUT, SLOW])
+def test_faults_that_pass_change_no_bit(made, url, impatient, kind, workers, capfd):
+    """A burst at first, then every third request."""
+
+    def fault(path: str, number: int) -> str:
+        is_struck = 3 <= number < 12 or number % 3 == 2
+        return kind if path.endswith(".tar") and is_struck else PASS
+
+    with faulty(url, fault) as (at, proxy):
+        source = open_source(at)
+        assert identical(batches(source, 0, 8, workers), batches(ShardSource(made), 0, 8))
+        assert proxy.injected.count(kind) >= 9
+    assert f"{at}train-0" in capfd.readouterr().err
+
+
+def test_a_run_may_begin_amid_faults(made, url, impatient):
+    with faulty(url, lambda path, number: ERROR if number in (0, 1, 3) else PASS) as (at, proxy):
+        assert everything(open_source(at)) == everything(ShardSource(made))
+        assert proxy.injected == [ERROR] * 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_faults_that_do_not_pass_are_told_with_the_objects_name(url, impatient, workers):
+    with faulty(url, lambda path, number: ERROR if number > 6 else PASS) as (at, _):
+        source = open_source(at, storage(timeout_s=1))
+        with pytest.raises(StorageError) as caught:
+            batches(source, 0, 8, workers)
+    assert re.match(
+        rf"{at}train-0000\d.tar: 503 Service Unavailable, tried again", str(caught.value)
+    )
+    assert not isinstance(caught.value, ImageError)  # nothing may stand in for it
+
+
+def test_a_server_that_is_gone_is_told_by_its_url(made, impatient):
+    with serving(made) as at:
+        source = open_source(at, storage(timeout_s=0.5))
+    for attempt in (lambda: source.read(3), lambda: open_source(at, storage(timeout_s=0.5))):
+        with pytest.raises(DataError, match=f"{at}.*: .*; the same command goes on when"):
+            attempt()
+
+
+def test_a_truncated_object_is_named_and_no_image_of_it_is_given(copied, impatient):
+    at, folder = copied
+    source, sound = open_source(at), ShardSource(folder)
+    order = sound.storage_order.tolist()
+    name, last = sound.place(order[-1])[0], order[-1]
+    size = (folder / name).stat().st_size
+    for left in (sound.place(last)[1] + 10, 1024):
+        os.truncate(folder / name, left)
+        with pytest.raises(StorageError, match=f"{at}{name}: has {left:,} bytes, not {size:,}"):
+            source.read(last)
+    with pytest.raises(StorageError, match=f"{at}{name}: has 1,024 bytes"):
+        batches(source, 0, 8, 1)
+    with pytest.raises(DataError, match=rf"{at}: 1 of 4 shards.*{name} \(1,024 bytes, not"):
+        open_source(at)
+
+
+def test_an_object_of_other_content_is_named_and_its_images_are_replaced_as_in_a_folder(copied):
+    at, folder = copied
+    source, sound = open_source(at), ShardSource(folder)
+    name = sound.place(0)[0]
+    damaged = [i for i in range(IMAGES) if sound.place(i)[0] == name]
+    content = bytearray((folder / name).read_bytes())
+    for index in damaged:
+        _, begin, size = sound.place(index)
+        content[begin + size // 2] ^= 1
+    (folder / name).write_bytes(content)
+    for index in damaged:
+        with pytest.raises(ImageError, match=f"{at}{name}: .*does not match its checksum"):
+            source.read(index)
+    ours, theirs = (batches(one, 0, 8) for one in (source, ShardSource(folder)))
+    assert identical(ours, theirs)
+    assert {image.index for batch in ours for image in batch.replaced} == set(damaged)
+
+
+def test_a_missing_object_is_named(copied):
+    at, folder = copied
+    source = open_source(at)
+    name = source.place(5)[0]
+    (folder / name).unlink()
+    with pytest.raises(StorageError, match=f"{at}{name}: no such object"):
+        source.read(5)
+    with pytest.raises(DataError, match=f"{at}{name}: 404 Not Found"):
+        open_source(at)
+
+
+def test_a_server_without_ranges_is_refused_when_the_run_begins(url):
+    with (
+        faulty(url, of_tars(WHOLE)) as (at, _),
+        pytest.raises(StorageError, match=f"{at}train-00000.tar: .*range requests"),
+    ):
+        open_source(at)
+
+
+def test_a_damaged_index_is_told_by_its_url(copied):
+    at, folder = copied
+    path = folder / "index.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=f"{at}index.safetensors: a damaged index"):
+        open_source(at)
+    path.unlink()
+    with pytest.raises(DataError, match=f"{at}index.safetensors: no such object.*make_shards.py"):
+        open_source(at)
+
+
+# ---------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "https://me:secret@host.example/shards/",
+        "https://secret@host.example/shards/",
+        "https://host.example/shards/?X-Amz-Signature=secret",
+        "https://host.example/shards/#secret",
+        "s3://AKIA:secret@bucket/shards",
+    ],
+)
+def test_a_url_with_a_secret_is_refused_without_telling_it(spec):
+    with pytest.raises(DataError, match="credentials are taken from") as caught:
+        open_source(spec)
+    assert "secret" not in str(caught.value)
+
+
+def test_other_kinds_of_urls_are_refused():
+    for spec in ("gs://bucket/x", "file:///etc", "ftp://host/x", "http:///x"):
+        with pytest.raises(DataError):
+            open_source(spec)
+
+
+def test_what_libraries_say_of_a_fault_loses_urls():
+    for said in ("at https://h/x?sig=secret now", "GET /x?sig=secret", "to u:secret@https://h"):
+        assert "secret" not in object_store._words(OSError(said), 1)
+
+
+@pytest.mark.parametrize("missing", ["fsspec", "aiohttp"])
+def test_a_missing_library_is_told_with_the_command_that_installs_it(url, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(DataError, match=r"pip install -r requirements-remote\.txt"):
+        open_source(url)
+
+
+def test_s3_without_credentials_says_so_at_once(monkeypatch, tmp_path):
+    pytest.importorskip("s3fs", reason="S3 is NOT tested: requirements-remote.txt")
+    for name in list(os.environ):
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(StorageError, match=r"s3://bucket/x/index.*: .*credentials"):
+        open_source("s3://bucket/x")
+
+
+def test_the_proxy_injects_what_it_says(url):
+    """Else a test could pass for want of faults."""
+    with faulty(url, lambda path, number: CUT) as (_, proxy):
+        assert isinstance(proxy, FaultyProxy)
+        assert proxy.told("/x") == CUT
+        assert proxy.injected == [CUT]
