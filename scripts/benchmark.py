@@ -11,7 +11,9 @@
   python scripts/benchmark.py checkpoint          what saving costs training, on the quickstart
   python scripts/benchmark.py scaling             two processes against one, one thread each, and
                                                   the parts of a step that scripts/plan.py needs
-  python scripts/benchmark.py all                 one after the other
+  python scripts/benchmark.py remote              shards in an object store, cached and cold; wants
+                                                  requirements-remote.txt
+  python scripts/benchmark.py all                 one after the other, but remote
 
 Prints a table with the machine and versions it belongs to. docs/benchmarks.md is written by
 `python scripts/benchmark.py WHAT --page docs/benchmarks.md`. The GPU is taken if there is one.
@@ -34,11 +36,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from irv2 import checkpoint, distributed, rundir
 from scripts.arguments import positive
-from scripts.benchmarks import end_to_end, loading, network, saving, scaling, starting, updating
+from scripts.benchmarks import (
+    end_to_end,
+    loading,
+    network,
+    remote,
+    saving,
+    scaling,
+    starting,
+    updating,
+)
 from scripts.benchmarks.network import Case
 from scripts.pages import replace_section
 
 WHAT = ("train", "infer", "optimizer", "start", "data", "checkpoint", "scaling")
+MODULES = {"data": loading, "checkpoint": saving, "scaling": scaling, "remote": remote}
 Found = dict[str, Any]
 
 
@@ -74,7 +86,7 @@ def benchmarks(arguments: argparse.Namespace, device: torch.device) -> Iterator[
         elif what == "data" and arguments.end_to_end:
             yield Benchmark("data-end-to-end", lambda: end_to_end.measure(rounds), end_to_end.table)
         else:
-            module = {"data": loading, "checkpoint": saving, "scaling": scaling}[what]
+            module = MODULES[what]
             yield Benchmark(what, lambda module=module: module.measure(rounds), module.table)
 
 
@@ -123,7 +135,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=[*WHAT, "all"])
+    parser.add_argument("what", choices=[*WHAT, "remote", "all"])
     parser.add_argument("--rounds", type=positive, default=5, help="pairs of turns (default: 5)")
     network_options = parser.add_argument_group("with train, infer, optimizer and start")
     network_options.add_argument("--batch", type=positive, help="images (default: 8; GPU: 128)")

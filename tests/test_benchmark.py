@@ -8,7 +8,16 @@ import torch
 
 from irv2 import config
 from irv2.model import inception_resnet_v2
-from scripts.benchmarks import end_to_end, limits, loading, network, scaling, starting, updating
+from scripts.benchmarks import (
+    end_to_end,
+    limits,
+    loading,
+    network,
+    remote,
+    scaling,
+    starting,
+    updating,
+)
 from scripts.planning import devices
 
 
@@ -136,3 +145,14 @@ def test_two_processes_are_compared_with_one_and_a_plan_can_rest_on_it(monkeypat
     table = devices.with_measured(devices.load(), tmp_path / "cpu.json", 299)
     assert table.devices["cpu"].image_size == 75
     assert table.links["gloo"].gigabytes_per_s.kind == "measured"
+
+
+def test_every_row_of_the_table_of_remote_shards_is_measured(monkeypatch):
+    pytest.importorskip("aiohttp", reason="remote shards are NOT tested: requirements-remote.txt")
+    for name, value in {"SIZE": 75, "BATCH": 8, "FILES": 16}.items():
+        monkeypatch.setattr(loading, name, value)
+    monkeypatch.setattr(remote, "BATCH", 8)
+    monkeypatch.setattr(remote, "DELAY_S", 0.001)
+    found = remote.measure(rounds=1)
+    assert len(remote.table(found).splitlines()) == len(remote.COMPARED) + 2
+    assert all(found[name]["ratio"] > 0 for name, _, _ in remote.COMPARED)

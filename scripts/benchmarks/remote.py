@@ -1,0 +1,121 @@
+"""Shards in an object store: from the cache beside local shards, and cold beside what the link
+gives."""
+
+from __future__ import annotations
+
+import http.client
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from data import ahead, shard_index, sources, stream, transforms
+from data.prepare import shard_writer
+from data.sources import Storage
+from irv2.distributed import keep_freed_memory
+from scripts.benchmarks import loading
+from scripts.benchmarks.loading import CPU, HIGH_QUALITY, SIZE, As, Way, alternate, rate, reader
+from scripts.benchmarks.range_server import serving
+
+DELAY_S = 0.02  # added to each request
+LINK = 40e6  # bytes a second
+PASSES = 3  # over all images in a window of cold reads
+BATCH = 32  # images a loader process makes at once
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Rows of the table by name: each compares two ways in turn, `rounds` times."""
+    keep_freed_memory()
+    rows: dict[str, Any] = {}
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        tqdm(total=len(COMPARED), unit="row", disable=not sys.stderr.isatty()) as bar,
+    ):
+        folder, shards, cache = (Path(directory, name) for name in ("folder", "shards", "cache"))
+        loading.write_photographs(folder, HIGH_QUALITY)
+        shard_writer.write_shards(
+            sources.FolderSource(folder),
+            shards,
+            shard_writer.Options("photo", images_per_shard=32),
+            1,
+            lambda _: None,
+        )
+        local = sources.open_source(str(shards))
+        with serving(shards) as url:
+            cached = sources.open_source(url, Storage(str(cache)))
+            read_all(cached, 1)
+        # Its server is gone: an image that is not in the cache would end this.
+        for name, way in {"cached": trained, "cached, read": read}.items():
+            rows[name] = alternate(way(cached), way(local), rounds)
+            bar.update()
+        with serving(shards, DELAY_S, LINK) as url:
+            cold, images = sources.open_source(url), PASSES * len(local)
+            ours = rate(images, lambda: read_all(cold, PASSES))
+            whole = rate(images, lambda: download(url, shards, PASSES))
+            rows["cold"] = alternate(ours, whole, rounds)
+            bar.update()
+            one_by_one = rate(BATCH, lambda: [cold.read(index) for index in range(BATCH)])
+            rows["round trips"] = alternate(ours, one_by_one, rounds)
+            bar.update()
+    return rows
+
+
+def trained(source: sources.Source) -> Way:
+    """A training's images as one loader process makes them, read and decoded and cropped."""
+    return reader(source, transforms.TrainView(SIZE, 0), As(CPU), 1)
+
+
+def read(source: sources.Source) -> Way:
+    """Images read by this process, one after another."""
+    return rate(len(source), lambda: [source.read(index) for index in range(len(source))])
+
+
+def read_all(source: sources.Source, passes: int) -> None:
+    """Read all images in batches, as a loader process does that need not decode them."""
+    batches = passes * stream.evaluation_batches(len(source), BATCH, 0, 1)
+    for asked in ahead.with_coming(batches, source.fetches_ahead, 1):
+        source.fetch(asked.soon)
+        for _, index in asked.keys:
+            source.read(index)
+
+
+def download(url: str, folder: Path, passes: int) -> None:
+    """All shards over one connection, each with one request: the link is never idle for long."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc)
+    for _ in range(passes):
+        for shard in shard_index.load(folder).shards:
+            connection.request("GET", f"/{shard.name}")
+            if len(connection.getresponse().read()) != shard.size:
+                raise RuntimeError(f"{url}{shard.name}: not received whole")
+    connection.close()
+
+
+COMPARED: tuple[tuple[str, str, str], ...] = (
+    ("cached", "training from the cache, against local shards", "≥ 0.95"),
+    ("cached, read", "reading alone from the cache, against local shards", "-"),
+    (
+        "cold",
+        f"cold reads, {DELAY_S * 1000:g} ms added to each and {LINK / 1e6:g} MB/s for all, against "
+        "whole shards over the same link",
+        "≥ 0.9",
+    ),
+    ("round trips", "the same, against one read after another", "-"),
+)
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [
+        "| measured | ours, images/s | the other | ratio (range) | goal |",
+        "|---|---|---|---|---|",
+    ]
+    for name, words, goal in COMPARED:
+        row = found[name]
+        low, high = row["ratio_range"]
+        lines.append(
+            f"| {words} | {row['ours_per_s']:.3g} | {row['peer_per_s']:.3g} | "
+            f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f}) | {goal} |"
+        )
+    return "\n".join(lines)
