@@ -44,11 +44,12 @@ def check_url(url: str) -> None:
         raise DataError(
             f"{parts.scheme}://…: images are read from folders, https://, http:// and s3:// only"
         )
-    if "@" in parts.netloc or parts.query or parts.fragment or not parts.netloc:
+    is_plain = re.fullmatch(r"([^@:]+|\[[\w:.]+\])(:\d+)?", parts.netloc) is not None
+    if not is_plain or parts.query or parts.fragment:
         raise DataError(
-            f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}: written without "
-            "user, password, ? and #, as scheme://HOST/FOLDER/; credentials are taken from where "
-            "the libraries look for them: the environment, ~/.aws, the machine's role, ~/.netrc"
+            f"{parts.scheme}://…: the URL of images is written as {parts.scheme}://HOST/FOLDER/, "
+            "without user, password, ? and #; credentials are taken from where the libraries look "
+            "for them: the environment, ~/.aws, the machine's role, ~/.netrc"
         )
 
 

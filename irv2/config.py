@@ -383,6 +383,8 @@ def _apply(tree: dict, override: str) -> None:
 def _without_secrets(text: str) -> str:
     """A text whose URLs have lost user, password, query and fragment."""
     text = re.sub(r"://[^/\s]*@", "://…@", text)
+    # Keys of S3 may hold a slash: what stands behind the colon is one unless it is a port.
+    text = re.sub(r"://[^/\s]*:(?!\d+(/|$))\S*@", "://…@", text)
     return re.sub(r"(://[^\s?#'\"]*[?#])[^\s'\"]+", r"\1…", text)
 
 

@@ -213,6 +213,33 @@ def test_all_mistakes_are_reported_together(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("key", ["data.train", "data.val", "data.trian"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:secret@host/a",
+        "https://secret@host/a",
+        "s3://AKIA:sec/ret@bucket/a",
+        "https://host/a?token=secret",
+        "https://host/a#secret",
+    ],
+)
+def test_a_url_with_a_secret_is_refused_without_showing_it(tmp_path, key, url):
+    path = tmp_path / "study.yaml"
+    path.write_text(MINIMAL)
+    with pytest.raises(ConfigError, match=f"{key}=.*://") as caught:
+        config.load(path, [f"{key}={url}"])
+    assert "secret" not in str(caught.value)
+    assert "ret@" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["https://host:8080/a@b/", "s3://bucket/a@b", "http://host:80"])
+def test_a_url_without_one_is_accepted(tmp_path, url):
+    path = tmp_path / "study.yaml"
+    path.write_text(MINIMAL)
+    assert config.load(path, [f"data.train={url}"]).data.train == url
+
+
 @pytest.mark.parametrize("text", ["", "train: {epochs: 1}\n", "data:\n", "data: {}\n"])
 def test_required_keys_are_asked_for_by_name(tmp_path, text):
     with pytest.raises(ConfigError) as caught:

@@ -16,6 +16,8 @@ from small_run import (
     ledger,
 )
 
+from scripts.benchmarks.range_server import serving
+
 
 @pytest.fixture(scope="module")
 def shards(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -32,6 +34,18 @@ def test_a_run_may_move_to_shards_in_the_middle_of_an_epoch(config, undisturbed,
     for moves in (["train.max_steps=2"], [f"train.max_steps={STEPS}", f"data.train={shards}"]):
         result = run("train.py", *arguments(config, tmp_path / "run", *moves))
         assert result.returncode == 0, result.stderr
+    assert_same_batches(tmp_path / "run", undisturbed)
+    ours, theirs = (checkpoint_of(d, STEPS).parts for d in (tmp_path / "run", undisturbed))
+    assert differing(ours, theirs) == []
+
+
+def test_a_run_may_move_on_to_an_object_store(config, undisturbed, shards, tmp_path):
+    pytest.importorskip("aiohttp", reason="remote shards are NOT tested: requirements-remote.txt")
+    with serving(shards) as url:
+        away = (f"data.train={url}", f"data.cache_dir={tmp_path / 'cache'}", "data.workers=2")
+        for moves in (["train.max_steps=2"], [f"train.max_steps={STEPS}", *away]):
+            result = run("train.py", *arguments(config, tmp_path / "run", *moves))
+            assert result.returncode == 0, result.stderr
     assert_same_batches(tmp_path / "run", undisturbed)
     ours, theirs = (checkpoint_of(d, STEPS).parts for d in (tmp_path / "run", undisturbed))
     assert differing(ours, theirs) == []

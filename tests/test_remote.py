@@ -343,6 +343,7 @@ def test_a_damaged_index_is_told_by_its_url(copied):
         "https://host.example/shards/?X-Amz-Signature=secret",
         "https://host.example/shards/#secret",
         "s3://AKIA:secret@bucket/shards",
+        "s3://AKIA:sec/secret@bucket/shards",
     ],
 )
 def test_a_url_with_a_secret_is_refused_without_telling_it(spec):

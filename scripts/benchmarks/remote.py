@@ -17,7 +17,8 @@ from data.prepare import shard_writer
 from data.sources import Storage
 from irv2.distributed import keep_freed_memory
 from scripts.benchmarks import loading
-from scripts.benchmarks.loading import CPU, HIGH_QUALITY, SIZE, As, Way, alternate, rate, reader
+from scripts.benchmarks.alternation import Way, alternate, rate
+from scripts.benchmarks.loading import CPU, HIGH_QUALITY, SIZE, As, reader
 from scripts.benchmarks.range_server import serving
 
 DELAY_S = 0.02  # added to each request
