@@ -62,6 +62,7 @@ CHECKS: list[tuple[str, Check, tuple[str, ...]]] = [
     ("decoding", images.check_decoding, ("train", "val")),
     ("duplicates", images.check_duplicates, ("train", "val")),
     ("disk", machine.check_disk, ("cfg", "train")),
+    ("cache", machine.check_cache, ("cfg",)),
     ("shm", machine.check_shared_memory, ("cfg", "division")),
     ("memory", machine.check_memory, ("division", "train")),
     ("pace", machine.check_pace, ("division", "train")),

@@ -151,6 +151,13 @@ def test_a_folder_that_cannot_be_written_is_refused_with_its_key(tmp_path):
         cache_in(tmp_path / "file")
 
 
+def test_the_size_of_a_cache_is_that_of_its_files_in_sectors(tmp_path):
+    assert disk_cache.size_of(str(tmp_path / "none")) == 0
+    for number, size in enumerate((1, SECTOR, SECTOR + 1)):
+        cache_in(tmp_path).put(number, content(number, size))
+    assert disk_cache.size_of(str(tmp_path)) == 4 * SECTOR
+
+
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     cache = cache_in(tmp_path)
 

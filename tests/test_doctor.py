@@ -383,6 +383,28 @@ def test_a_place_that_may_not_be_written_is_told(project, tmp_path, monkeypatch)
     assert finding.level == FAIL and finding.what == f"{tmp_path}: may not be written"
 
 
+@pytest.mark.parametrize(
+    ("spec", "cache", "free_bytes", "level"),
+    [
+        ("images/train", None, 0, OK),
+        ("s3://bucket/train", None, 10**12, WARN),
+        ("s3://bucket/train", "cache", 2 * 10**9 - 1, WARN),
+        ("https://host/train", "cache", 2 * 10**9, OK),
+    ],
+)
+def test_images_of_an_object_store_want_a_cache_with_room(
+    tmp_path, free, spec, cache, free_bytes, level
+):
+    free(free_bytes)
+    place = None if cache is None else str(tmp_path / cache)
+    data = {"train": spec, "val": spec, "cache_dir": place, "cache_gb": 2.0}
+    case = Case(Request("small.yaml", []), cfg=config.build({"data": data}))
+    (finding,) = machine.check_cache(case)
+    assert finding.level == level
+    assert bool(finding.todo) == (level != OK)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_shared_memory_must_hold_the_batches_that_wait(project, free):
     # 2 ranks x 3 workers x 2 batches waiting, of 4 images in training and 7 in evaluation
     case = case_of(project, "data.workers=3", ranks=2)

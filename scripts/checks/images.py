@@ -26,7 +26,7 @@ def check_sources(case: Case) -> Iterator[Finding]:
     for split in ("train", "val"):
         spec = getattr(case.cfg.data, split)
         try:
-            setattr(case, split, feed.open_source(case.cfg, spec))
+            setattr(case, split, sources.open_source(spec))
         except DataError as error:
             yield Finding(FAIL, str(error), f"set data.{split}=… or mend what is there")
     if case.train is None or case.val is None:

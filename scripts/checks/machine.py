@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import recipe
+from data import disk_cache
 from data.workers import worker_errors
 from irv2 import distributed, memory, rundir
 from scripts.checks import capacity
@@ -43,6 +44,30 @@ def check_disk(case: Case) -> Iterator[Finding]:
         2.0,
         "make room, set run.dir=… to another disk, or keep fewer (checkpoint.keep)",
     )
+
+
+def check_cache(case: Case) -> Iterator[Finding]:
+    """Whether images of an object store are kept on a disk that has room for them."""
+    data = case.cfg.data
+    if not any("://" in spec for spec in (data.train, data.val)):
+        yield Finding(OK, "not used: the images lie in folders")
+        return
+    if data.cache_dir is None:
+        what = "data.cache_dir is not set: every epoch will fetch all images anew"
+        yield Finding(WARN, what, "set data.cache_dir=… to a folder of a local disk")
+        return
+    folder = Path(data.cache_dir).expanduser()
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(place, os.W_OK):
+        yield Finding(FAIL, f"{place}: may not be written", "set data.cache_dir=… to another place")
+        return
+    have = shutil.disk_usage(place).free + disk_cache.size_of(str(folder))
+    need = int(data.cache_gb * 1e9)
+    what = f"{folder}: {in_bytes(have)} free or in the cache, {in_bytes(need)} allowed to it"
+    todo = "the run will go on without a cache when the disk is full: set a smaller data.cache_gb"
+    is_enough = have >= need
+    figures = {"have": have, "need": need}
+    yield Finding(OK if is_enough else WARN, what, "" if is_enough else todo, figures=figures)
 
 
 def check_shared_memory(case: Case) -> Iterator[Finding]:
