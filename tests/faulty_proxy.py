@@ -19,7 +19,8 @@ class FaultyProxy:
     """`fault(path, number)` says what befalls the request with this number, from 0 on, of GETs:
 
     pass; slow: wait first; 503: refuse; cut: end the connection in the middle of the content;
-    whole: forget that a range was asked for. A HEAD is met by nothing but 503.
+    whole: forget that a range was asked for. A HEAD has the number -1, and nothing but 503 is done
+    to it.
     """
 
     def __init__(self, upstream: str, fault: Callable[[str, int], str]) -> None:
