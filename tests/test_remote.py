@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -158,6 +159,7 @@ def test_a_forked_process_its_parent_and_an_unpickled_copy_read_side_by_side(mad
     source, expected = open_source(url), everything(ShardSource(made))
     source.fetch(range(IMAGES))  # on their way when the process is forked
     if (child := os.fork()) == 0:
+        signal.alarm(60)  # waiting for what the parent fetches would never end
         try:
             source.fetch(range(IMAGES))
             os._exit(everything(source) != expected)
