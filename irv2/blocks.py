@@ -8,6 +8,7 @@ Parallel 1x1 convolutions that read the same tensor are stored and run as one ("
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -205,7 +206,6 @@ class Block(nn.Module):
         )
 
         self.widths = tuple(widths)
-        self.norms = [m for m in self.modules() if isinstance(m, BatchNorm)]
         if self.scale is not None:
             self.conv2d = nn.Conv2d(self.out_channels, spec.in_channels, 1)
             self.out_channels = spec.in_channels
@@ -216,7 +216,7 @@ class Block(nn.Module):
             self.register_load_state_dict_pre_hook(_join_heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.scale is not None and fused.trains(x, self.norms):
+        if self.scale is not None and fused.trains(x, self.norms()):
             return self._forward_fused(x)
         inputs = [x] * self.num_branches
         if self.merged:
@@ -244,6 +244,9 @@ class Block(nn.Module):
                 is_last = layer is branch[-1]
                 outputs[i] = layer(outputs[i], places[i] if is_last else None)
         return fused.add_conv(x, fused.join(whole, outputs), self.conv2d, self.scale, self.relu)
+
+    def norms(self) -> Iterator[BatchNorm]:
+        return (module for module in self.modules() if isinstance(module, BatchNorm))
 
     def branches(self) -> list[nn.Sequential]:
         return [getattr(self, f"branch{i}") for i in range(self.num_branches)]

@@ -9,10 +9,14 @@ The same mathematics as the plain modules in blocks.py. In training, with hand-w
     add_conv    relu(x + conv(y)) in one
 
 In inference conv_relu and add_conv_relu, which also keep weights in the order that oneDNN wants.
+
+Where these run, hooks of the modules inside a block are not called, and there are neither second
+derivatives nor forward-mode ones; plain modules have all of that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -26,26 +30,38 @@ from irv2.native import threads
 from irv2.native.norm import Part
 
 
-def trains(x: Tensor, norms: list[nn.BatchNorm2d]) -> bool:
+def trains(x: Tensor, norms: Iterable[nn.BatchNorm2d]) -> bool:
     """Whether the functions for training can stand in for the plain modules in this forward."""
     return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        _is_plain(x)
         and torch.is_grad_enabled()
         and _dtype(x) in native.DTYPES
-        and all(norm.training and norm.weight.dtype == torch.float32 for norm in norms)
+        and all(norm.training and _can_loop(norm) for norm in norms)
         and threads.available()
     )
 
 
 def infers(x: Tensor) -> bool:
     """Whether the functions for inference can stand in for the plain modules in this forward."""
+    return _is_plain(x) and not torch.is_grad_enabled() and _fuses(_dtype(x))
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether x is numbers in this machine's memory, and nobody records what is done to it."""
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
         and not torch.jit.is_tracing()
-        and _fuses(_dtype(x))
+        and type(x) in (Tensor, nn.Parameter)
+        and x.numel() > 0
+    )
+
+
+def _can_loop(norm: nn.BatchNorm2d) -> bool:
+    """Whether compiled loops, which are given addresses, may read and write a norm's tensors."""
+    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return norm.momentum is not None and all(
+        t is not None and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
     )
 
 
@@ -79,8 +95,10 @@ def norm_relu(
     """relu(norm(x)) in training mode, cut into parts of `widths` channels (none: one part).
 
     momentum: of the running statistics in this forward. places: where to write each part, from
-    `slots`; None: new memory.
+    `slots`; None: new memory. Raises ValueError for one value a channel, as PyTorch does.
     """
+    if x.numel() == x.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got {x.shape}")
     if momentum and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     running = norm.running_mean, norm.running_var
@@ -176,14 +194,14 @@ class _Fork(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_x, grad_y):
         x, weight = ctx.saved_tensors
-        grad = _matrix(grad_y)
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = _as_weight(grad.t() @ _matrix(x), weight)
-        if ctx.needs_input_grad[0]:
-            # In place: grad_x was made by _AddConv, and nobody else holds it.
-            total = _matrix(grad_x)
-            torch.addmm(total, grad, weight.flatten(1), out=total)
+        grad, grad_weight = _matrix(grad_y), None
+        with torch.autocast("cpu", enabled=False):
+            if ctx.needs_input_grad[1]:
+                grad_weight = _as_weight(grad.t() @ _matrix(x), weight)
+            if ctx.needs_input_grad[0]:
+                # In place: grad_x was made by _AddConv, and nobody else holds it.
+                total = _matrix(grad_x)
+                torch.addmm(total, grad, weight.flatten(1), out=total)
         return grad_x, grad_weight
 
 
@@ -219,14 +237,15 @@ class _AddConv(torch.autograd.Function):
         if ctx.relu:
             grad, grad_bias = native.relu_backward(in_rows(grad), result)
         else:
-            grad = grad.contiguous(memory_format=torch.channels_last).clone()
+            grad = grad.clone(memory_format=torch.channels_last)
             grad_bias = grad.sum((0, 2, 3))
         flat, grad_y, grad_weight = _matrix(grad), None, None
-        if ctx.needs_input_grad[1]:
-            grad_y = torch.empty_like(y)
-            torch.mm(flat, weight.flatten(1), out=_matrix(grad_y))
-        if ctx.needs_input_grad[2]:
-            grad_weight = _as_weight(flat.t() @ _matrix(y), weight)
+        with torch.autocast("cpu", enabled=False):
+            if ctx.needs_input_grad[1]:
+                grad_y = torch.empty_like(y)
+                torch.mm(flat, weight.flatten(1), out=_matrix(grad_y))
+            if ctx.needs_input_grad[2]:
+                grad_weight = _as_weight(flat.t() @ _matrix(y), weight)
         return grad, grad_y, grad_weight, grad_bias.to(y.dtype), None
 
 
@@ -244,6 +263,7 @@ def _conv_add(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, relu: bool) ->
 class _Packed(NamedTuple):
     """Weights in oneDNN's own order, and what they were made from."""
 
+    parameters: tuple[Tensor, Tensor]
     source: tuple
     weight: Tensor
     bias: Tensor
@@ -270,18 +290,21 @@ def add_conv_relu(x: Tensor, y: Tensor, conv: nn.Conv2d, scale: float, relu: boo
 
 
 def _pack(conv: nn.Conv2d, x: Tensor, scale: float) -> _Packed:
-    """The convolution's weight and bias times scale; made anew when they or x's size change."""
-    weight, bias = conv.weight, conv.bias
+    """The convolution's weight and bias times scale; made anew when they or x's size change.
+
+    A change by way of `.data`, which PyTorch does not count, is not seen.
+    """
+    own = weight, bias = conv.weight, conv.bias
     if weight.is_inference():  # PyTorch does not count its changes, so nothing can be kept
-        return _Packed((), (weight * scale).to(x.dtype), (bias * scale).to(x.dtype))
-    versions = weight._version, bias._version
-    source = (weight.data_ptr(), bias.data_ptr(), *versions, x.shape[1:], x.dtype, scale)
+        return _Packed(own, (), (weight * scale).to(x.dtype), (bias * scale).to(x.dtype))
+    source = (weight._version, bias._version, x.shape[1:], x.dtype, scale)
     packed = _packed.get(conv)
-    if packed is None or packed.source != source:
+    is_known = packed is not None and all(a is b for a, b in zip(packed.parameters, own))
+    if not is_known or packed.source != source:
         ordered = torch.ops.mkldnn._reorder_convolution_weight(
             (weight * scale).to(x.dtype), conv.padding, conv.stride, conv.dilation, 1, list(x.shape)
         )
-        packed = _packed[conv] = _Packed(source, ordered, (bias * scale).to(x.dtype))
+        packed = _packed[conv] = _Packed(own, source, ordered, (bias * scale).to(x.dtype))
     return packed
 
 

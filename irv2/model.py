@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from irv2 import user_cache
 from irv2.blocks import (
     BLOCK8,
     BLOCK17,
@@ -122,8 +122,9 @@ class InceptionResnetV2(nn.Module):
         Repeats of a block share one result, so it takes a fraction of the time that the whole
         network would; the next process finds it in the user's cache.
         """
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "irv2" / "inductor"))
+        cache = user_cache.folder("inductor")
+        if cache is not None:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
         # Seven kinds of blocks and as many of layers, in training and in evaluation.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for child in self.children():

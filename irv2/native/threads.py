@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from llvmlite import binding, ir
 from numba import carray, types
 from numba.extending import intrinsic
 from torch import Tensor
+
+from irv2 import user_cache
 
 _THREAD_NUMBER = "irv2_thread_number"
 _SIGNATURE = types.void(types.CPointer(types.int64))
@@ -51,6 +52,7 @@ def available() -> bool:
     return (
         library is not None
         and not library.omp_get_dynamic()
+        and library.omp_get_max_active_levels() > 0
         and library.omp_get_thread_limit() >= torch.get_num_threads()
     )
 
@@ -59,12 +61,12 @@ def compiled(loop: Callable) -> int:
     """Address of a loop's machine code, which the next process takes from the user's cache."""
     if _openmp() is None:
         raise RuntimeError("PyTorch's threads were not found: ask available() first")
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(_cache())
     options = {"nogil": True, "error_model": "numpy"}
+    folder = user_cache.folder(f"native-{_state()}")
+    before = numba.config.CACHE_DIR
     try:
-        function = numba.cfunc(_SIGNATURE, cache=True, **options)(loop)
-    except (RuntimeError, OSError):  # the cache cannot be written
-        function = numba.cfunc(_SIGNATURE, **options)(loop)
+        numba.config.CACHE_DIR = str(folder or "")
+        function = numba.cfunc(_SIGNATURE, cache=folder is not None, **options)(loop)
     finally:
         numba.config.CACHE_DIR = before
     _kept.append(function)
@@ -72,14 +74,13 @@ def compiled(loop: Callable) -> int:
 
 
 @functools.cache
-def _cache() -> Path:
-    """Where machine code is kept: apart for each state of this folder's sources.
+def _state() -> str:
+    """What this folder's sources are, for machine code to be kept apart for each state of them.
 
     Numba looks only at the file that a loop stands in, not at those of the functions it calls.
     """
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return base / "irv2" / f"native-{hashlib.sha256(sources).hexdigest()[:16]}"
+    return hashlib.sha256(sources).hexdigest()[:16]
 
 
 _kept: list = []  # machine code lives as long as these do
