@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import recipe
 from irv2 import checkpoint, config, distributed, engine
@@ -123,7 +125,9 @@ def measure(case: dict[str, Any], rounds: int, world: World) -> dict[str, list[f
     def note(name: str, value: float) -> None:
         found.setdefault(name, []).append(value)
 
-    for number in range(rounds + 1):
+    words = f"{case['image_size']} px"
+    quiet = not (world.is_main and sys.stderr.isatty())
+    for number in tqdm(range(rounds + 1), words, unit="round", disable=quiet):
         if number == 1:
             found.clear()
         dist.barrier()
