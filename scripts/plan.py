@@ -85,8 +85,8 @@ def predictions(
 
 
 COLUMNS = (
-    "GPUs | images at once (of full speed) | ms a step | images/s | efficiency | hours | cost, USD "
-    "| sent a step and rank, MB | exchange, ms (hidden) | loader cores a node | reading, MB/s"
+    "ranks | images at once (of full speed) | ms a step | images/s | efficiency | hours | cost, USD"
+    " | sent a step and rank, MB | exchange, ms (hidden) | loader cores a node | reading, MB/s"
 )
 
 
@@ -117,10 +117,10 @@ def limits(run: Run, cluster: Cluster, refused: list[int]) -> list[str]:
     """Where the global batch stops scaling, and why."""
     most = {share: prediction.most_ranks(run, cluster, share, LIMIT) for share in (0.8, 0.5)}
     told = ", ".join(
-        f"{ranks} GPUs ({run.global_batch // ranks} images each) at {share:.0%} efficiency or more"
+        f"{ranks} ranks ({run.global_batch // ranks} images each) at {share:.0%} efficiency or more"
         for share, ranks in most.items()
     )
-    lines = [f"A global batch of {run.global_batch} goes up to {told}."]
+    lines = [f"A global batch of {run.global_batch} scales up to {told}."]
     if refused:
         numbers = ", ".join(map(str, refused))
         lines.append(
