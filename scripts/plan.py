@@ -184,6 +184,11 @@ def describe(cfg: Config, run: Run, weight: network.Weight) -> list[str]:
 def plan(arguments: argparse.Namespace) -> tuple[str, list[Prediction]]:
     """The text of a plan, and its rows. Raises ConfigError, PlanError or WorldError."""
     cfg = config.load(arguments.config, arguments.overrides)
+    if cfg.train.micro_batch == "auto":
+        raise PlanError(
+            "train.micro_batch=auto is found on the device itself, which a plan has not at hand: "
+            "say how many images it holds, such as train.micro_batch=80"
+        )
     table = devices.load(arguments.table)
     if arguments.measured is not None:
         table = devices.with_measured(table, arguments.measured, cfg.data.image_size)

@@ -318,6 +318,7 @@ def test_a_measured_cpu_is_planned_with(tmp_path):
         (["--between", "infiniband"], "unknown link 'infiniband'; did you mean infiniband-"),
         (["--gpus", "24"], "start 20 or 32 ranks"),
         (["--measured", "absent.json"], "absent.json: cannot be read: No such file"),
+        (["train.micro_batch=auto"], "such as train.micro_batch=80"),
         (["train.globalbatch=1"], "did you mean train.global_batch?"),
     ],
 )
