@@ -79,10 +79,13 @@ def memory_sizes(cfg: Config, num_classes: int) -> memory.Sizes:
     return memory.Sizes(weights, trainable, activations, largest, cast_weights)
 
 
-def micro_batch(cfg: Config, num_classes: int, ranks: int, device: torch.device) -> int:
+def micro_batch(
+    cfg: Config, num_classes: int, ranks: int, device: torch.device, before: int | None = None
+) -> int:
     """Most images the device shall take at once: what `train.micro_batch` says.
 
-    "auto": the largest equal part of a rank's share that should fit into its memory. Raises
+    "auto": the largest equal part of a rank's share that should fit into its memory, but what the
+    run has taken `before` if that still is one: batch norm looks at so many images. Raises
     WorldError where there is none.
     """
     train = cfg.train
@@ -93,7 +96,9 @@ def micro_batch(cfg: Config, num_classes: int, ranks: int, device: torch.device)
     neighbours = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     room = MEMORY_SHARE * memory.device_memory(device) / neighbours
     least = 2 if cfg.data.mixup > 0 or cfg.data.cutmix > 0 else 1  # those mix pairs
-    parts = (n for n in range(share, 0, -1) if share % n == 0 and n % least == 0)
+    parts = [n for n in range(share, 0, -1) if share % n == 0 and n % least == 0]
+    if before in parts:
+        parts.insert(0, before)
     fitting = next((n for n in parts if sizes.training(n) <= room), None)
     if fitting is None:
         raise WorldError(

@@ -53,7 +53,8 @@ def train(cfg: Config, resume: str, world: World, stop: StopRequest) -> int:
     total_steps = math.ceil(cfg.train.epochs * len(source) / global_batch)
     total_steps = min(total_steps, cfg.train.max_steps or total_steps)
 
-    micro_batch = recipe.micro_batch(cfg, len(source.classes), world.size, world.device)
+    before = rundir.micro_batch_before(cfg.directory)
+    micro_batch = recipe.micro_batch(cfg, len(source.classes), world.size, world.device, before)
     division = distributed.divide_batch(global_batch, world.smallest(micro_batch), world.size)
 
     # Model, optimizer, running average, learning rate
@@ -67,7 +68,10 @@ def train(cfg: Config, resume: str, world: World, stop: StopRequest) -> int:
 
     # Resume
     stored = feed.how_stored(cfg, source)
-    experiment = rundir.Experiment(cfg.model_dump(), source.classes, len(source), stored)
+    resolved = cfg.model_dump()
+    if cfg.train.micro_batch == "auto":
+        resolved["train"]["micro_batch"] = division.micro_batch  # to go on with
+    experiment = rundir.Experiment(resolved, source.classes, len(source), stored)
     is_new = not cfg.directory.exists()
     if world.is_main and not is_new:
         _lock = rundir.lock(cfg.directory)  # held until this function ends

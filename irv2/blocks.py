@@ -216,7 +216,8 @@ class Block(nn.Module):
             self.register_load_state_dict_pre_hook(_join_heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.scale is not None and fused.trains(x, self.norms()):
+        is_folded = self.merged and isinstance(self.heads.bn, nn.Identity)
+        if self.scale is not None and not is_folded and fused.trains(x, self.norms()):
             return self._forward_fused(x)
         inputs = [x] * self.num_branches
         if self.merged:
@@ -226,7 +227,7 @@ class Block(nn.Module):
         out = torch.cat(outputs, dim=1)
         if self.scale is None:
             return out
-        if isinstance(self.heads.bn, nn.Identity) and fused.infers(x):  # folded
+        if is_folded and fused.infers(x):
             return fused.add_conv_relu(x, out, self.conv2d, self.scale, self.relu)
         out = torch.add(x, self.conv2d(out), alpha=self.scale)
         return F.relu(out, inplace=True) if self.relu else out

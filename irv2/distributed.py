@@ -310,15 +310,11 @@ def _join(device: torch.device, timeout: timedelta) -> None:
     )
 
 
-@contextmanager
-def start(device_name: str, timeout_s: float = 600.0) -> Iterator[World]:
-    """Join the process group torchrun describes (none: a world of one) and leave it at the end.
+def set_up(device: torch.device) -> None:
+    """Settings of the process for work on the device.
 
-    A rank that lets the others wait for `timeout_s` in a collective ends them all.
     Float32 means float32: TF32 is off, so that two devices can be compared.
     """
-    rank, size = int(os.environ.get("RANK", 0)), world_size()
-    device = choose_device(device_name)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if device.type == "cuda":
@@ -326,6 +322,17 @@ def start(device_name: str, timeout_s: float = 600.0) -> Iterator[World]:
         torch.backends.cudnn.benchmark = True
     else:
         keep_freed_memory()
+
+
+@contextmanager
+def start(device_name: str, timeout_s: float = 600.0) -> Iterator[World]:
+    """Join the process group torchrun describes (none: a world of one) and leave it at the end.
+
+    A rank that lets the others wait for `timeout_s` in a collective ends them all.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), world_size()
+    device = choose_device(device_name)
+    set_up(device)
     if size == 1:
         yield World(0, 1, device)
         return

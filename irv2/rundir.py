@@ -89,6 +89,16 @@ def write_config(directory: Path, config: dict[str, Any]) -> None:
     )
 
 
+def micro_batch_before(directory: Path) -> int | None:
+    """Images that a device took at once when the run was last started; None: it was not."""
+    try:
+        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+        found = config["train"]["micro_batch"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, int) else None
+
+
 def software() -> dict[str, str]:
     """Versions of what a result depends on."""
     return {

@@ -47,7 +47,7 @@ from scripts.benchmarks import (
     updating,
 )
 from scripts.benchmarks.network import Case
-from scripts.pages import replace_section
+from scripts.pages import has_section, replace_section
 
 WHAT = ("train", "infer", "optimizer", "start", "data", "checkpoint", "scaling")
 MODULES = {"data": loading, "checkpoint": saving, "scaling": scaling, "remote": remote}
@@ -67,14 +67,15 @@ def benchmarks(arguments: argparse.Namespace, device: torch.device) -> Iterator[
     """What the command line asks for."""
     wanted = WHAT if arguments.what == "all" else (arguments.what,)
     rounds, compiled = arguments.rounds, arguments.compile
-    suffix = f"{'-gpu' if device.type == 'cuda' else ''}{'-compiled' if compiled else ''}"
+    on = "-gpu" if device.type == "cuda" else ""
+    suffix = f"{on}-compiled" if compiled else on
     for what in wanted:
         if what in ("train", "infer"):
             cases = list(network_cases(arguments, device))
             yield network_benchmark(what, suffix, cases, rounds, compiled)
         elif what == "optimizer":
             yield Benchmark(
-                f"optimizer{suffix}",
+                f"optimizer{on}",
                 lambda: updating.measure(device, rounds),
                 updating.table,
                 lambda: updating.check(device),
@@ -142,15 +143,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("what", choices=[*WHAT, "remote", "all"])
     parser.add_argument("--rounds", type=positive, default=5, help="pairs of turns (default: 5)")
-    network_options = parser.add_argument_group("with train, infer, optimizer and start")
+    network_options = parser.add_argument_group("with train and infer")
     network_options.add_argument("--batch", type=positive, help="images (default: 8; GPU: 128)")
     network_options.add_argument("--image-size", type=positive, default=299, help="px (299)")
     network_options.add_argument("--precision", choices=["fp32", "bf16", "fp16"])
     network_options.add_argument(
-        "--compile", action="store_true", help="torch.compile on both sides; for GPUs"
+        "--compile", action="store_true", help="also start: torch.compile on both sides; for GPUs"
     )
     network_options.add_argument(
-        "--check", action="store_true", help="first compare the results; status 1 if they differ"
+        "--check",
+        action="store_true",
+        help="also optimizer: first compare the results; status 1 if they differ",
     )
     network_options.add_argument(
         "--profile", action="store_true", help="only show which operations take our time"
@@ -172,14 +175,19 @@ def main() -> int:
     """Command line -> exit status."""
     arguments = parse_arguments()
     device = distributed.choose_device("auto")
-    if device.type == "cpu":
-        distributed.keep_freed_memory()
+    distributed.set_up(device)
     if arguments.profile:
         for case in network_cases(arguments, device):
             print(f"{case}\n{network.profile(case, arguments.what == 'train')}")
         return 0
     results: dict[str, Found] = {}
-    for benchmark in benchmarks(arguments, device):
+    wanted = list(benchmarks(arguments, device))
+    if arguments.page is not None:
+        missing = [b.name for b in wanted if not has_section(arguments.page, b.name)]
+        if missing:
+            print(f"benchmark.py: {arguments.page} has no section {missing[0]}", file=sys.stderr)
+            return 1
+    for benchmark in wanted:
         if arguments.check and benchmark.check is not None:
             try:
                 benchmark.check()

@@ -16,3 +16,9 @@ def replace_section(page: Path, name: str, text: str) -> None:
     if not (has_begin and has_end):
         raise ValueError(f"{page}: no section '{name}' in it")
     page.write_text(f"{before}{begin}{text.rstrip()}\n{end}{after}", encoding="utf-8")
+
+
+def has_section(page: Path, name: str) -> bool:
+    """Whether a page has the two marks."""
+    text = page.read_text(encoding="utf-8")
+    return f"<!-- {name}: begin -->" in text and f"<!-- {name}: end -->" in text

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from irv2 import config
+from irv2 import config, engine, update
 from irv2.model import inception_resnet_v2
+from irv2.native import threads
 from scripts.benchmarks import (
     end_to_end,
     limits,
@@ -113,11 +114,23 @@ def test_results_that_differ_are_told(small_networks, monkeypatch):
             check(SMALL_CASE)
 
 
+@pytest.mark.parametrize("spoilt", ["clipping", "average"])
+def test_updates_that_differ_are_told(small_networks, monkeypatch, spoilt):
+    if spoilt == "clipping":
+        monkeypatch.setattr(update, "gradient_norm", lambda parameters: torch.tensor(1e-3))
+    else:
+        average = engine.running_average
+        monkeypatch.setattr(engine, "running_average", lambda model, _: average(model, 0.05))
+    with pytest.raises(network.DisagreementError, match="changes of"):
+        updating.check(SMALL_CASE.device)
+
+
 def test_updates_are_compared(small_networks):
     found = updating.measure(SMALL_CASE.device, rounds=1)
     assert f"**{found['row']['ratio']:.2f}**" in updating.table(found)
 
 
+@pytest.mark.skipif(not threads.available(), reason="PyTorch's threads: none we know")
 def test_a_profile_names_operations(small_networks):
     assert "_NormReluBackward" in network.profile(SMALL_CASE, training=True)
     assert "_convolution_pointwise" in network.profile(SMALL_CASE, training=False)
@@ -125,7 +138,7 @@ def test_a_profile_names_operations(small_networks):
 
 def test_the_start_is_timed_up_to_the_first_step():
     options = ["model.blocks=[1, 1, 1]", "train.global_batch=4", "train.micro_batch=4"]
-    assert 1 < starting.first_step([*options, "data.workers=0"]) < 600
+    assert starting.first_step([*options, "data.workers=0"]) > 0
     with pytest.raises(RuntimeError, match="status 1"):
         starting.first_step(["train.global_batch=nonsense"])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import recipe
-from irv2 import config, memory
+from irv2 import config, memory, rundir
 from irv2.distributed import WorldError
 
 CPU = torch.device("cpu")
@@ -43,6 +43,19 @@ def test_pairs_are_not_parted(monkeypatch):
     odd = ("train", {"global_batch": 90, "micro_batch": "auto"})
     assert fitting(monkeypatch, 17, configured(odd)) == 15
     assert fitting(monkeypatch, 17, configured(odd, mixed)) == 10
+
+
+def test_a_run_goes_on_with_as_many_images_at_once_as_before(monkeypatch, tmp_path):
+    """Else batch norm would see other images together, and the run would not be the same."""
+    need = recipe.memory_sizes(configured(), 4).training(50)
+    monkeypatch.setattr(memory, "device_memory", lambda _: int(need / 0.85) + 1)
+    rundir.write_config(tmp_path, {"train": {"micro_batch": 24}})
+    before = rundir.micro_batch_before(tmp_path)
+    assert recipe.micro_batch(configured(), 4, 1, CPU) == 48
+    assert recipe.micro_batch(configured(), 4, 1, CPU, before) == 24
+    assert recipe.micro_batch(configured(), 4, 1, CPU, 96) == 48  # it does not fit any more
+    assert recipe.micro_batch(configured(), 4, 1, CPU, 7) == 48  # of another number of ranks
+    assert rundir.micro_batch_before(tmp_path / "new") is None
 
 
 def test_what_cannot_fit_is_an_error_with_what_to_do(monkeypatch):

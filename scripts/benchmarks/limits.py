@@ -1,6 +1,6 @@
-"""How fast the network's convolutions alone could be here: the limit that nothing passes.
+"""How fast the network could be here if it were its convolutions alone.
 
-(a) multiply-adds over the rate of a large matrix product; (b) the sum of the best measured times of
+(a) multiply-adds over the rate of a large matrix product; (b) the sum of the best times measured of
 each convolution by itself, forward, and both of its gradients: channels-last memory, its input warm
 in the cache, as a matrix product where that is faster and, forward, with weights that oneDNN has
 put into its own order beforehand.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -129,13 +129,3 @@ def _ways(shape: Shape, dtype: torch.dtype, device: torch.device) -> _Ways:
 
 def _matrix(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def describe(found: dict[str, Any], batch: int, what: str) -> list[str]:
-    """Lines for people."""
-    limit = images_per_s(found, batch, what)
-    return [
-        f"limit (a), {found['multiply_adds'] / batch / 1e9:.2f} G multiply-adds an image at "
-        f"{found['multiply_adds_per_s'] / 1e9:.0f} G a second: {limit['a']:.4g} images/s",
-        f"limit (b), convolutions alone: {limit['b']:.4g} images/s",
-    ]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.optim import RMSpropTF
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
-from irv2 import engine, optim, update
+from irv2 import engine, optim
+from irv2 import update as end_of_step
 from scripts.benchmarks import network
 from scripts.benchmarks.alternation import alternate, rate
 from scripts.benchmarks.network import CLIP, DECAY, RECIPE, WEIGHT_DECAY
@@ -19,14 +20,22 @@ TOLERANCE = 1e-4  # of three steps' changes, which are small beside the weights 
 GOALS = {"cpu": "≥ 1.5", "cuda": "≥ 5"}
 
 
+class Update(NamedTuple):
+    """An update of a network, and the average that it moves."""
+
+    work: Callable[[], None]
+    average: nn.Module
+
+
 def measure(device: torch.device, rounds: int) -> dict[str, Any]:
     """Updates of the whole network with gradients that stay."""
     ours, peer = network.networks(device)
-    ways = (rate(1, work, device) for work in (our_update(ours), timms_update(peer)))
+    updates = our_update(ours), timms_update(peer)
+    ways = (rate(1, update.work, device) for update in updates)
     return {"row": alternate(*ways, rounds), "device_type": device.type, "rounds": rounds}
 
 
-def our_update(model: nn.Module) -> Callable[[], None]:
+def our_update(model: nn.Module) -> Update:
     """What a step of train.py ends with."""
     _set_gradients(model)
     state = engine.TrainState(
@@ -37,14 +46,14 @@ def our_update(model: nn.Module) -> Callable[[], None]:
     )
 
     def work() -> None:
-        norm = update.gradient_norm(model.parameters())
-        update.apply(state, torch.isfinite(norm), norm, CLIP, [], [])
+        norm = end_of_step.gradient_norm(model.parameters())
+        end_of_step.apply(state, torch.isfinite(norm), norm, CLIP, [], [])
         state.step += 1
 
-    return work
+    return Update(work, state.ema.module)
 
 
-def timms_update(model: nn.Module) -> Callable[[], None]:
+def timms_update(model: nn.Module) -> Update:
     """The same with PyTorch's clipping, timm's optimizer and timm's average."""
     _set_gradients(model)
     optimizer = RMSpropTF(network.parameter_groups(model), **RECIPE)
@@ -58,33 +67,27 @@ def timms_update(model: nn.Module) -> Callable[[], None]:
         step += 1
         average.update(model, step=step + 1)
 
-    return work
+    return Update(work, average.module)
 
 
 def _set_gradients(model: nn.Module) -> None:
     """The same for both networks, whose parameters are cut differently but have equal values."""
     for p in model.parameters():
-        p.grad = (p.detach() * 1e4).sin() / 1e5  # below the threshold of clipping
+        p.grad = (p.detach() * 1e4).sin() / 1e3  # a norm of 5: clipping has something to do
 
 
 def check(device: torch.device) -> None:
     """Raises DisagreementError unless three updates change weights and averages as timm's do."""
-    ours, peer = network.networks(device)
-    start = _weights(peer).clone()
-    works = our_update(ours), timms_update(peer)
+    networks = network.networks(device)
+    start = network.weights_in_a_row(networks[1]).clone()
+    updates = [make(model) for make, model in zip((our_update, timms_update), networks)]
     for _ in range(3):
-        for work in works:
-            work()
-    changes = (_weights(model) - start for model in (ours, peer))
-    network.agree("changes of weights", *changes, TOLERANCE)
-
-
-def _weights(model: nn.Module) -> Tensor:
-    """All of them in a row, in the order of timm's names."""
-    state = model.state_dict()
-    return torch.cat(
-        [state[name].flatten() for name in sorted(state) if name.endswith(("weight", "bias"))]
-    )
+        for update in updates:
+            update.work()
+    averages = [update.average for update in updates]
+    for what, models in (("weights", networks), ("averages", averages)):
+        changes = (network.weights_in_a_row(model) - start for model in models)
+        network.agree(f"changes of {what}", *changes, TOLERANCE)
 
 
 def table(found: dict[str, Any]) -> str:
