@@ -271,7 +271,7 @@ def test_parallel_pointwise_convolutions_are_merged(models):
 
 def test_block35_reads_its_input_with_one_convolution(models):
     for model, readers in zip(models[:2], (1, 3)):
-        block, x = model.repeat[0], torch.zeros(1, 320, 5, 5)
+        block, x = model.repeat[0].eval(), torch.zeros(1, 320, 5, 5)
         reading = []
         handles = [
             conv.register_forward_pre_hook(
