@@ -247,9 +247,11 @@ class Block(nn.Module):
         return fused.add_conv(x, fused.join(whole, outputs), self.conv2d, self.scale, self.relu)
 
     def norms(self) -> Iterator[BatchNorm]:
+        """Its batch norms; none where they are folded."""
         return (module for module in self.modules() if isinstance(module, BatchNorm))
 
     def branches(self) -> list[nn.Sequential]:
+        """What follows the merged heads in each branch of a residual block."""
         return [getattr(self, f"branch{i}") for i in range(self.num_branches)]
 
 

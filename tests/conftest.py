@@ -95,3 +95,14 @@ def pytest_terminal_summary(terminalreporter: object, config: pytest.Config) -> 
             for kind, tally in tallies.items()
         ]
         replace_section(page, "faults", "\n".join([*head, *lines]))
+
+
+@pytest.fixture(scope="session")
+def shards(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small run's training images in three shards."""
+    out = tmp_path_factory.mktemp("shards") / "train"
+    result = run(
+        "scripts/make_shards.py", config.parent / "train", "--out", out, "--images-per-shard", 5
+    )
+    assert result.returncode == 0, result.stderr
+    return out

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from programs import log_lines, run
 from small_run import (
@@ -17,17 +15,6 @@ from small_run import (
 )
 
 from scripts.benchmarks.range_server import serving
-
-
-@pytest.fixture(scope="module")
-def shards(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small run's training images in three shards."""
-    out = tmp_path_factory.mktemp("shards") / "train"
-    result = run(
-        "scripts/make_shards.py", config.parent / "train", "--out", out, "--images-per-shard", 5
-    )
-    assert result.returncode == 0, result.stderr
-    return out
 
 
 def test_a_run_may_move_to_shards_in_the_middle_of_an_epoch(config, undisturbed, shards, tmp_path):

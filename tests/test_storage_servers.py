@@ -58,17 +58,6 @@ class Place:
             yield "s3://shards/train/" if self.kind == "s3" else at, proxy
 
 
-@pytest.fixture(scope="module")
-def shards(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small run's training images in three shards."""
-    out = tmp_path_factory.mktemp("shards") / "train"
-    result = run(
-        "scripts/make_shards.py", config.parent / "train", "--out", out, "--images-per-shard", 5
-    )
-    assert result.returncode == 0, result.stderr
-    return out
-
-
 @pytest.fixture(scope="module", params=["nginx", "s3"])
 def place(request, shards, tmp_path_factory) -> Iterator[Place]:
     """The shards on a server of either kind."""

@@ -49,6 +49,15 @@ def compared(pairs: list[tuple[float, float]]) -> dict[str, Any]:
     }
 
 
+def table_row(words: str, found: dict[str, Any], goal: str, digits: int = 4) -> str:
+    """What `compared` found as a row of a table: both rates, the ratio with its range, the goal."""
+    low, high = found["ratio_range"]
+    return (
+        f"| {words} | {found['ours_per_s']:.{digits}g} | {found['peer_per_s']:.{digits}g} | "
+        f"**{found['ratio']:.2f}** ({low:.2f} to {high:.2f}) | {goal} |"
+    )
+
+
 def best_time(work: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
     """The shortest time of several, after one that is lost, in seconds."""
     once = _launches if device.type == "cuda" else _once

@@ -15,7 +15,7 @@ from data import sources
 from irv2 import config, distributed, engine
 from irv2.config import Config
 from irv2.distributed import World
-from scripts.benchmarks.alternation import Way, alternate, rate
+from scripts.benchmarks.alternation import Way, alternate, rate, table_row
 from scripts.benchmarks.loading import write_photographs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,12 +59,10 @@ def steps(
 
 
 def table(found: dict[str, Any]) -> str:
-    low, high = found["ratio_range"]
     return "\n".join(
         [
             "| measured | from JPEGs, images/s | from memory | ratio (range) | goal |",
             "|---|---|---|---|---|",
-            f"| training on a GPU | {found['ours_per_s']:.4g} | {found['peer_per_s']:.4g} | "
-            f"**{found['ratio']:.2f}** ({low:.2f} to {high:.2f}) | ≥ 0.97 |",
+            table_row("training on a GPU", found, "≥ 0.97"),
         ]
     )

@@ -30,7 +30,7 @@ from data.prepare import shard_writer
 from data.to_input import ToInput
 from data.workers import Workers
 from irv2.distributed import keep_freed_memory
-from scripts.benchmarks.alternation import Way, alternate, rate
+from scripts.benchmarks.alternation import Way, alternate, rate, table_row
 
 CPU = torch.device("cpu")
 SIZE, BATCH = 299, 32
@@ -316,13 +316,7 @@ def table(found: dict[str, Any]) -> str:
         "| measured | ours, a second | the other | ratio (range) | goal |",
         "|---|---|---|---|---|",
     ]
-    for name, words, goal in COMPARED:
-        row = found[name]
-        low, high = row["ratio_range"]
-        lines.append(
-            f"| {words} | {row['ours_per_s']:.3g} | {row['peer_per_s']:.3g} | "
-            f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f}) | {goal} |"
-        )
+    lines += [table_row(words, found[name], goal, digits=3) for name, words, goal in COMPARED]
     lines += [
         f"| a worker's memory for an index of 1.28 M images | {found['index_mib']:.0f} MiB | | | "
         "< 60 MiB |",

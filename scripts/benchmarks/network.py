@@ -18,7 +18,7 @@ from irv2.folding import fold_batch_norm
 from irv2.loss import Loss
 from irv2.model import inception_resnet_v2
 from scripts.benchmarks import limits
-from scripts.benchmarks.alternation import alternate, best_time, rate
+from scripts.benchmarks.alternation import alternate, best_time, rate, table_row
 
 CLASSES = 1000
 MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune")  # torch.compile's
@@ -299,13 +299,9 @@ def table(found: dict[str, Any]) -> str:
         f"| {shape} | ours, images/s | {peer} | ratio (range) | goal |",
         "|---|---|---|---|---|",
     ]
-    for name, row in found["rows"].items():
-        low, high = row["ratio_range"]
-        lines.append(
-            f"| {NAMES[name]} | {row['ours_per_s']:.4g} | {row['peer_per_s']:.4g} | "
-            f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f}) | "
-            f"{_goal(found, name)} |"
-        )
+    lines += [
+        table_row(NAMES[name], row, _goal(found, name)) for name, row in found["rows"].items()
+    ]
     what, of = ("forward", "inference")
     if "forward_backward" in found["rows"]:
         what, of = ("train", "forward_backward")

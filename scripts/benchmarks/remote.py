@@ -17,7 +17,7 @@ from data.prepare import shard_writer
 from data.sources import Storage
 from irv2.distributed import keep_freed_memory
 from scripts.benchmarks import loading
-from scripts.benchmarks.alternation import Way, alternate, rate
+from scripts.benchmarks.alternation import Way, alternate, rate, table_row
 from scripts.benchmarks.loading import CPU, HIGH_QUALITY, SIZE, As, reader
 from scripts.benchmarks.range_server import serving
 
@@ -112,11 +112,5 @@ def table(found: dict[str, Any]) -> str:
         "| measured | ours, images/s | the other | ratio (range) | goal |",
         "|---|---|---|---|---|",
     ]
-    for name, words, goal in COMPARED:
-        row = found[name]
-        low, high = row["ratio_range"]
-        lines.append(
-            f"| {words} | {row['ours_per_s']:.3g} | {row['peer_per_s']:.3g} | "
-            f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f}) | {goal} |"
-        )
+    lines += [table_row(words, found[name], goal, digits=3) for name, words, goal in COMPARED]
     return "\n".join(lines)
