@@ -107,15 +107,15 @@ def test_the_time_training_stood_still_is_added_up(saver, monkeypatch):
     save = checkpoint.save
 
     def slow_save(*arguments) -> Path:
-        time.sleep(0.5)
+        time.sleep(2)
         return save(*arguments)
 
     monkeypatch.setattr(checkpoint, "save", slow_save)
     with saver:
         saver.begin(1, parts(1.0), {})
         saver.wait_for_copy()
-        assert saver.stalled_s < 0.4  # not for the disk
-    assert saver.stalled_s >= 0.4  # but in the end for the disk
+        assert saver.stalled_s < 1.5  # not for the disk
+    assert saver.stalled_s >= 1.5  # but in the end for the disk
 
 
 def test_a_save_that_breaks_in_any_way_is_said_and_survived(saver, said, monkeypatch):

@@ -190,7 +190,7 @@ def test_bad_image_on_one_rank_ends_all_ranks(tmp_path: Path) -> None:
     started = time.monotonic()
     result = programs.run("train.py", "--config", project, ranks=2)
     assert result.returncode != 0
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 200
     assert f"train.py: {bad}: cannot be decoded" in result.stderr
     ours = result.stderr.split("torch/distributed/elastic")[0]  # torchrun adds a report of its own
     assert "Traceback" not in ours

@@ -73,7 +73,7 @@ def test_a_killed_worker_is_told_in_one_line():
     started = time.monotonic()
     with pytest.raises(WorkerError) as error, worker_errors():
         drain(endless(Numbered(), Workers(2)), lambda pid: os.kill(pid, signal.SIGKILL))
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert_told(error.value, "DataLoader worker (pid", "memory", "data.workers")
     assert multiprocessing.active_children() == []
 
@@ -124,7 +124,7 @@ def test_a_hanging_worker_is_told_after_the_time_allowed_and_ended(source, act):
     started = time.monotonic()
     with pytest.raises(WorkerError) as error:
         drain(endless(source, Workers(2, timeout_s=1.5)), act)
-    assert 1.5 <= time.monotonic() - started < 5
+    assert 1.5 <= time.monotonic() - started < 30
     assert_told(error.value, "timed out after 1.5 seconds", "storage", "run.timeout_s")
     assert multiprocessing.active_children() == []
 
@@ -215,7 +215,7 @@ def test_workers_end_with_a_main_process_that_is_killed():
         assert all(map(is_alive, workers))
         program.kill()
         program.wait()
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 20
         while any(map(is_alive, workers)) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not any(map(is_alive, workers))
