@@ -215,7 +215,8 @@ class Block(nn.Module):
             self.register_state_dict_post_hook(_split_heads)
             self.register_load_state_dict_pre_hook(_join_heads)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, in_place: bool = False) -> Tensor:
+        """in_place: in inference a folded residual block may write its result into x."""
         is_folded = self.merged and isinstance(self.heads.bn, nn.Identity)
         if self.scale is not None and not is_folded and fused.trains(x, self.norms()):
             return self._forward_fused(x)
@@ -228,7 +229,7 @@ class Block(nn.Module):
         if self.scale is None:
             return out
         if is_folded and fused.infers(x):
-            return fused.add_conv_relu(x, out, self.conv2d, self.scale, self.relu)
+            return fused.add_conv_relu(x, out, self.conv2d, self.scale, self.relu, in_place)
         out = torch.add(x, self.conv2d(out), alpha=self.scale)
         return F.relu(out, inplace=True) if self.relu else out
 

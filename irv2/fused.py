@@ -29,6 +29,8 @@ from irv2.native import norm as native
 from irv2.native import threads
 from irv2.native.norm import Part
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def trains(x: Tensor, norms: Iterable[nn.BatchNorm2d]) -> bool:
     """Whether the functions for training can stand in for the plain modules in this forward."""
@@ -44,6 +46,17 @@ def trains(x: Tensor, norms: Iterable[nn.BatchNorm2d]) -> bool:
 def infers(x: Tensor) -> bool:
     """Whether the functions for inference can stand in for the plain modules in this forward."""
     return _is_plain(x) and not torch.is_grad_enabled() and _fuses(_dtype(x))
+
+
+def is_unwatched(module: nn.Module) -> bool:
+    """Whether a call of this module runs its class's `forward` and nothing else: no hooks."""
+    own = vars(module)
+    return (
+        not any(own.get(hooks) for hooks in _HOOKS)
+        and own.get("_compiled_call_impl") is None
+        and "forward" not in own
+        and not torch.nn.modules.module._has_any_global_hook()
+    )
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -249,12 +262,15 @@ class _AddConv(torch.autograd.Function):
         return grad, grad_y, grad_weight, grad_bias.to(y.dtype), None
 
 
-def _conv_add(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+def _conv_add(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, relu: bool, in_place: bool = False
+) -> Tensor:
     """x + conv(y) for a 1x1 convolution by oneDNN, and ReLU, in one pass."""
-    once = [1, 1]
-    return torch.ops.mkldnn._convolution_pointwise.binary(
-        y, x, weight, bias, [0, 0], once, once, 1, "add", 1.0, "relu" if relu else None, [], None
-    )
+    once, ops = [1, 1], torch.ops.mkldnn
+    how = (weight, bias, [0, 0], once, once, 1, "add", 1.0, "relu" if relu else None, [], None)
+    if in_place:
+        return ops._convolution_pointwise_.binary(x, y, *how)
+    return ops._convolution_pointwise.binary(y, x, *how)
 
 
 # ------------------------------------------------------------------------------------- inference
@@ -282,11 +298,13 @@ def conv_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     )  # fmt: skip
 
 
-def add_conv_relu(x: Tensor, y: Tensor, conv: nn.Conv2d, scale: float, relu: bool) -> Tensor:
-    """relu(x + scale * conv(y)) in one, for a 1x1 convolution with bias."""
+def add_conv_relu(
+    x: Tensor, y: Tensor, conv: nn.Conv2d, scale: float, relu: bool, in_place: bool = False
+) -> Tensor:
+    """relu(x + scale * conv(y)) in one, for a 1x1 convolution with bias; `in_place`: into x."""
     y = in_rows(y.to(_dtype(y)))
     packed = _pack(conv, y, scale)
-    return _conv_add(in_rows(x.to(y.dtype)), y, packed.weight, packed.bias, relu)
+    return _conv_add(in_rows(x.to(y.dtype)), y, packed.weight, packed.bias, relu, in_place)
 
 
 def _pack(conv: nn.Conv2d, x: Tensor, scale: float) -> _Packed:

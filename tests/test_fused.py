@@ -293,6 +293,27 @@ def test_weights_that_change_are_packed_again(folded):
     assert ((after - expected).norm() / expected.norm()).item() < 1e-5
 
 
+@torch.no_grad()
+def test_blocks_write_over_each_others_results_unless_somebody_watches(monkeypatch):
+    folded = fold_batch_norm(randomised(inception_resnet_v2(7, blocks=(3, 2, 2))))
+    calls = count_calls(monkeypatch, fused, "_conv_add")
+    wrote = count_calls(monkeypatch, torch.ops.mkldnn._convolution_pointwise_, "binary")
+    x = images(2, 3, 75, 83)
+    alone = folded(x)
+    assert (len(calls), len(wrote)) == (8, 4)
+
+    seen = []  # views of what hooks have been given, and copies of it
+
+    def see(_module: nn.Module, given: tuple[Tensor], made: Tensor) -> None:
+        seen.extend((t.detach(), t.clone()) for t in (*given, made))
+
+    for module in (folded.repeat[1], folded.repeat[2].heads, folded.repeat_1, folded.repeat_2[1]):
+        module.register_forward_hook(see)
+    assert torch.equal(folded(x), alone)
+    assert len(seen) == 8 and all(torch.equal(view, copy) for view, copy in seen)
+    assert len(wrote) == 4
+
+
 def test_with_gradients_wanted_a_folded_network_has_them(folded):
     x = images(1, 3, 75, 75).requires_grad_()
     folded(x).sum().backward()
