@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from programs import run, write_images
 from small_run import CONFIG, IMAGES, arguments
 
 from scripts.pages import replace_section
+
+
+def pytest_sessionstart() -> None:
+    """Let programs under test hear Ctrl-C even if a shell started this in its background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
