@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -21,33 +22,52 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """In a `with` block: remembers the first of `SIGNALS`; a second one leaves at once."""
+    """In a `with` block: remembers the first of `SIGNALS`; a second one leaves at once.
+
+    Python runs handlers only between two of its own instructions, which a hanging collective never
+    reaches. So a thread, which learns of each signal as it arrives, judges the second.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._asked_at = 0.0
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        arrivals, self._arrived = os.pipe()
+        os.set_blocking(self._arrived, False)
+        self._fd_before = signal.set_wakeup_fd(self._arrived, warn_on_full_buffer=False)
+        threading.Thread(target=_watch, args=(arrivals,), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        signal.set_wakeup_fd(self._fd_before)
+        os.close(self._arrived)  # which ends the thread
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
         if self.signal is None:
-            self.signal, self._asked_at = number, now
-            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-                os.write(2, b"\nfinishing this step; Ctrl-C again leaves at once\n")
-        elif now - self._asked_at > GRACE_S:
-            os._exit(128 + number)
+            self.signal = number
 
     @property
     def exit_status(self) -> int:
         """130 after Ctrl-C, as a shell reports it; `REQUEUE` after any other signal."""
         return 128 + signal.SIGINT if self.signal == signal.SIGINT else REQUEUE
+
+
+def _watch(arrivals: int) -> None:
+    """Read numbers of signals from a pipe until it is closed; leave at one that comes later."""
+    first_at = None
+    with open(arrivals, "rb", buffering=0) as pipe:
+        while number := pipe.read(1):
+            if number[0] not in SIGNALS:
+                continue
+            if first_at is None:
+                first_at = time.monotonic()
+                if number[0] == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+                    os.write(2, b"\nfinishing this step; Ctrl-C again leaves at once\n")
+            elif time.monotonic() - first_at > GRACE_S:
+                os._exit(128 + number[0])
 
 
 def until_stopped(
