@@ -13,7 +13,7 @@ import torch
 from data import sources
 from irv2 import engine, finetune, memory, optim
 from irv2.config import Config, Model
-from irv2.distributed import WorldError, divide_batch
+from irv2.distributed import World, WorldError, divide_batch
 from irv2.loss import Loss, balanced_weights
 from irv2.model import InceptionResnetV2, inception_resnet_v2
 
@@ -79,22 +79,33 @@ def memory_sizes(cfg: Config, num_classes: int) -> memory.Sizes:
     return memory.Sizes(weights, trainable, activations, largest, cast_weights)
 
 
-def micro_batch(
-    cfg: Config, num_classes: int, ranks: int, device: torch.device, before: int | None = None
-) -> int:
-    """Most images the device shall take at once: what `train.micro_batch` says.
+def micro_batch(cfg: Config, num_classes: int, world: World, before: int | None = None) -> int:
+    """Most images a device shall take at once, on all ranks alike: what `train.micro_batch` says.
 
-    "auto": the largest equal part of a rank's share that should fit into its memory, but what the
-    run has taken `before` if that still is one: batch norm looks at so many images. Raises
-    WorldError where there is none.
+    "auto": `largest_micro_batch` of the rank with the least memory.
     """
-    train = cfg.train
-    if train.micro_batch != "auto":
-        return train.micro_batch
-    share = divide_batch(train.global_batch, train.global_batch, ranks).micro_batch
-    sizes = memory_sizes(cfg, num_classes)
+    if cfg.train.micro_batch != "auto":
+        return cfg.train.micro_batch
+    room = world.smallest(memory_room(world.device, world.size))
+    return world.smallest(largest_micro_batch(cfg, num_classes, world.size, room, before))
+
+
+def memory_room(device: torch.device, ranks: int) -> int:
+    """Bytes that a step may take on this rank, which shares a CPU's memory with its neighbours."""
     neighbours = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    room = MEMORY_SHARE * memory.device_memory(device) / neighbours
+    return int(MEMORY_SHARE * memory.device_memory(device) / neighbours)
+
+
+def largest_micro_batch(
+    cfg: Config, num_classes: int, ranks: int, room: int, before: int | None = None
+) -> int:
+    """The largest equal part of a rank's share of the batch that should fit into `room` bytes.
+
+    But what the run has taken `before` if that still is one: batch norm looks at so many images.
+    Raises WorldError where there is none.
+    """
+    share = divide_batch(cfg.train.global_batch, cfg.train.global_batch, ranks).micro_batch
+    sizes = memory_sizes(cfg, num_classes)
     least = 2 if cfg.data.mixup > 0 or cfg.data.cutmix > 0 else 1  # those mix pairs
     parts = [n for n in range(share, 0, -1) if share % n == 0 and n % least == 0]
     if before in parts:

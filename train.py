@@ -54,8 +54,8 @@ def train(cfg: Config, resume: str, world: World, stop: StopRequest) -> int:
     total_steps = min(total_steps, cfg.train.max_steps or total_steps)
 
     before = rundir.micro_batch_before(cfg.directory)
-    micro_batch = recipe.micro_batch(cfg, len(source.classes), world.size, world.device, before)
-    division = distributed.divide_batch(global_batch, world.smallest(micro_batch), world.size)
+    micro_batch = recipe.micro_batch(cfg, len(source.classes), world, before)
+    division = distributed.divide_batch(global_batch, micro_batch, world.size)
 
     # Model, optimizer, running average, learning rate
     state = recipe.new_state(cfg, len(source.classes), world.device)

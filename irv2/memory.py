@@ -12,7 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from irv2.model import InceptionResnetV2
 
 MEMINFO = Path("/proc/meminfo")
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+OWN_GROUPS = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
 SLOTS = 2  # that RMSpropTF keeps of each trainable parameter: mean square and momentum
 UPDATE_COPIES = 3  # of all gradients, that it makes for the length of an update
 DEVICE_OVERHEAD = 1 << 30  # CUDA's context, cuDNN's workspaces, fragmentation: about
@@ -91,11 +92,32 @@ def activation_bytes(
 
 
 def available_memory() -> int:
-    """Bytes of RAM that can still be had, within the limit of a container (cgroup v2), if any."""
-    lines = MEMINFO.read_text().splitlines()
-    free_kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
-    limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.exists() else "max"
-    return int(free_kib) * 1024 if limit == "max" else min(int(free_kib) * 1024, int(limit))
+    """Bytes of RAM that can still be had, within the limits of its control groups (version 2).
+
+    Schedulers and containers set those. What is cached of files makes way and is not counted.
+    """
+    fields = (line.split() for line in MEMINFO.read_text().splitlines())
+    free = next(1024 * int(kib) for name, kib, *_ in fields if name == "MemAvailable:")
+    return max(0, min([free, *map(_group_room, _limited_groups())]))
+
+
+def _limited_groups() -> list[Path]:
+    """Folders of the control group of this process and of those around it that have a limit."""
+    lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    around = [GROUPS / own, *(GROUPS / own).parents]
+    folders = [folder for folder in around if folder.is_relative_to(GROUPS)]
+    return [f for f in folders if _text(f / "memory.max") not in ("", "max")]
+
+
+def _group_room(folder: Path) -> int:
+    limit, used = (int(_text(folder / name)) for name in ("memory.max", "memory.current"))
+    fields = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
+    return limit - used + int(fields["active_file"]) + int(fields["inactive_file"])
+
+
+def _text(path: Path) -> str:
+    return path.read_text().strip() if path.exists() else ""
 
 
 def device_memory(device: torch.device) -> int:

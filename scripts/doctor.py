@@ -38,7 +38,10 @@ def check_config(case: Case) -> Iterator[Finding]:
         case.cfg = config.load(request.config, request.overrides)
         train = case.cfg.train
         device = distributed.choose_device(case.cfg.run.device)
-        micro_batch = recipe.micro_batch(case.cfg, 1000, request.ranks, device)
+        micro_batch = train.micro_batch
+        if micro_batch == "auto":
+            room = recipe.memory_room(device, request.ranks)
+            micro_batch = recipe.largest_micro_batch(case.cfg, 1000, request.ranks, room)
         division = distributed.divide_batch(train.global_batch, micro_batch, request.ranks)
         feed.check_pairs(case.cfg, division.micro_batch)
     except (ConfigError, WorldError) as error:

@@ -421,14 +421,31 @@ def test_without_workers_shared_memory_is_not_used(project, free):
     assert finding.level == OK
 
 
-def test_available_memory_heeds_a_containers_limit(tmp_path, monkeypatch):
+def test_available_memory_heeds_the_limits_around_a_process(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:   2048 kB\n")
+    (tmp_path / "cgroup").write_text("4:memory:/other\n0::/slurm/job/step\n")
+    step = tmp_path / "groups" / "slurm" / "job" / "step"
+    step.mkdir(parents=True)
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "GROUPS", tmp_path / "groups")
+
+    def limit(folder: Path, most: int | str, used: int, cached: int) -> int:
+        (folder / "memory.max").write_text(f"{most}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        stat = f"anon {used - cached}\nactive_file {cached // 4}\ninactive_file {3 * cached // 4}\n"
+        (folder / "memory.stat").write_text(stat)
+        return memory.available_memory()
+
+    assert memory.available_memory() == 2 << 20  # no limit anywhere
+    assert limit(step, "max", 1 << 30, 0) == 2 << 20
+    assert limit(step, 1 << 40, 1 << 30, 0) == 2 << 20
+    assert limit(step, 1000, 700, 400) == 1000 - 300
+    assert limit(step.parent, 900, 800, 0) == 100  # of all steps together
+    assert limit(step.parent, 900, 1000, 0) == 0
+    (tmp_path / "cgroup").write_text("0::/\n")  # a container sees its own group as the root
     assert memory.available_memory() == 2 << 20
-    for text, expected in (("max\n", 2 << 20), ("1048576\n", 1 << 20), (f"{1 << 40}\n", 2 << 20)):
-        (tmp_path / "memory.max").write_text(text)
-        assert memory.available_memory() == expected
+    assert limit(tmp_path / "groups", 5000, 2000, 0) == 3000
 
 
 def test_too_little_memory_is_told(project, monkeypatch):

@@ -7,9 +7,10 @@ import torch
 
 import recipe
 from irv2 import config, memory, rundir
-from irv2.distributed import WorldError
+from irv2.distributed import World, WorldError
 
 CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
 
 
 def configured(*overrides: tuple[str, dict]) -> config.Config:
@@ -27,7 +28,8 @@ def fitting(monkeypatch, images: int, cfg: config.Config, ranks: int = 1) -> int
     """What is found where memory holds a step of so many images on each rank."""
     need = recipe.memory_sizes(cfg, 4).training(images)
     monkeypatch.setattr(memory, "device_memory", lambda _: int(ranks * need / 0.85) + 1)
-    return recipe.micro_batch(cfg, 4, ranks, CPU)
+    room = recipe.memory_room(CPU, ranks)
+    return recipe.largest_micro_batch(cfg, 4, ranks, room)
 
 
 @pytest.mark.parametrize(
@@ -51,19 +53,31 @@ def test_a_run_goes_on_with_as_many_images_at_once_as_before(monkeypatch, tmp_pa
     monkeypatch.setattr(memory, "device_memory", lambda _: int(need / 0.85) + 1)
     rundir.write_config(tmp_path, {"train": {"micro_batch": 24}})
     before = rundir.micro_batch_before(tmp_path)
-    assert recipe.micro_batch(configured(), 4, 1, CPU) == 48
-    assert recipe.micro_batch(configured(), 4, 1, CPU, before) == 24
-    assert recipe.micro_batch(configured(), 4, 1, CPU, 96) == 48  # it does not fit any more
-    assert recipe.micro_batch(configured(), 4, 1, CPU, 7) == 48  # of another number of ranks
+    assert recipe.micro_batch(configured(), 4, ALONE) == 48
+    assert recipe.micro_batch(configured(), 4, ALONE, before) == 24
+    assert recipe.micro_batch(configured(), 4, ALONE, 96) == 48  # it does not fit any more
+    assert recipe.micro_batch(configured(), 4, ALONE, 7) == 48  # of another number of ranks
     assert rundir.micro_batch_before(tmp_path / "new") is None
 
 
 def test_what_cannot_fit_is_an_error_with_what_to_do(monkeypatch):
     monkeypatch.setattr(memory, "device_memory", lambda _: 1 << 20)
     with pytest.raises(WorldError, match=r"a step of 1 images.*grad_checkpointing=true"):
-        recipe.micro_batch(configured(), 4, 1, CPU)
+        recipe.micro_batch(configured(), 4, ALONE)
+
+
+def test_the_rank_with_the_least_memory_decides_for_all(monkeypatch):
+    sizes = recipe.memory_sizes(configured(), 4)
+    monkeypatch.setattr(memory, "device_memory", lambda _: int(sizes.training(96) / 0.85) + 1)
+
+    class Elsewhere(World):
+        def smallest(self, value: int) -> int:
+            return min(value, sizes.training(24))  # bytes; as a number of images it is no limit
+
+    assert recipe.micro_batch(configured(), 4, ALONE) == 96
+    assert recipe.micro_batch(configured(), 4, Elsewhere(0, 1, CPU)) == 24
 
 
 def test_a_number_is_taken_as_it_is():
     cfg = configured(("train", {"global_batch": 96, "micro_batch": 7}))
-    assert recipe.micro_batch(cfg, 4, 1, CPU) == 7
+    assert recipe.micro_batch(cfg, 4, ALONE) == 7
