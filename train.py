@@ -22,7 +22,17 @@ from torch import Tensor, nn
 import feed
 import recipe
 from data import loader, sources, stream, workers
-from irv2 import checkpoint, config, distributed, engine, figures, finetune, rundir, weights
+from irv2 import (
+    checkpoint,
+    config,
+    distributed,
+    engine,
+    figures,
+    finetune,
+    program,
+    rundir,
+    weights,
+)
 from irv2.config import Config
 from irv2.distributed import World
 from irv2.jsonl import JsonLines
@@ -382,7 +392,7 @@ def main() -> int:
         ):
             return train(cfg, arguments.resume, world, stop)
 
-    return distributed.exit_status(
+    return program.exit_status(
         body,
         MISTAKES,
         of_one_rank=(sources.ImageError, sources.StorageError, workers.WorkerError),

@@ -34,7 +34,17 @@ import exam
 from data import loader, sources, stream, workers
 from data.protocols import PROTOCOLS
 from exam import Exam, LabelFiles
-from irv2 import checkpoint, distributed, engine, imagenet_names, jsonl, rundir, trained, weights
+from irv2 import (
+    checkpoint,
+    distributed,
+    engine,
+    imagenet_names,
+    jsonl,
+    program,
+    rundir,
+    trained,
+    weights,
+)
 from irv2.distributed import World
 from irv2.folding import fold_batch_norm
 from irv2.metrics import Collector, Predictions, Scored
@@ -387,7 +397,7 @@ def main() -> int:
             validate(arguments, world)
         return 0
 
-    return distributed.exit_status(
+    return program.exit_status(
         body,
         MISTAKES,
         of_one_rank=(sources.ImageError, sources.StorageError, workers.WorkerError),

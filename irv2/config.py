@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from pydantic import (
 )
 
 from irv2 import strict_yaml
+from irv2.urls import without_secrets
 
 # Keys that may differ when a run is continued: they move the same run to another place.
 MACHINE_KEYS = frozenset(
@@ -167,7 +167,7 @@ class Data(Section):
     @field_validator("train", "val")
     @classmethod
     def _holds_no_secret(cls, value: str) -> str:
-        if "://" in value and value != _without_secrets(value):
+        if "://" in value and value != without_secrets(value):
             raise ValueError(
                 "a URL is written without user, password, ? and #; credentials are taken from the "
                 "environment, ~/.aws, the machine's role or ~/.netrc"
@@ -372,26 +372,19 @@ def _parse(text: str, where: str) -> Any:
 def _apply(tree: dict, override: str) -> None:
     key, equals, value = override.partition("=")
     section, dot, name = key.partition(".")
-    if not (equals and dot and section and name):
-        raise ConfigError(f"{override}: an override is written section.key=value")
+    if not (equals and dot and section and name) or "://" in key:
+        told = without_secrets(override)
+        raise ConfigError(f"{told}: an override is written section.key=value")
     entries = tree.setdefault(section, {})
     if not isinstance(entries, dict):
         raise ConfigError(f"{section}: must be a section of key: value lines")
-    entries[name] = _parse(value, override)
-
-
-def _without_secrets(text: str) -> str:
-    """A text whose URLs have lost user, password, query and fragment."""
-    text = re.sub(r"://[^/\s]*@", "://…@", text)
-    # Keys of S3 may hold a slash: what stands behind the colon is one unless it is a port.
-    text = re.sub(r"://[^/\s]*:(?!\d+(/|$))\S*@", "://…@", text)
-    return re.sub(r"(://[^\s?#'\"]*[?#])[^\s'\"]+", r"\1…", text)
+    entries[name] = _parse(value, without_secrets(override))
 
 
 def _explain(fault: Any) -> str:
     """One pydantic fault -> key, value, reason and, for an unknown name, the nearest valid one."""
     key = ".".join(str(part) for part in fault["loc"])
-    value = _without_secrets(repr(fault["input"]))
+    value = without_secrets(repr(fault["input"]))
     told = f"{key}={value if len(value) <= 100 else value[:99] + '…'}"
     if fault["type"] == "missing":
         return f"{key}: must be given (in the YAML, or as {key}=… on the command line)"

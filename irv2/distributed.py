@@ -7,10 +7,8 @@ import inspect
 import os
 import platform
 import secrets
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -43,12 +41,6 @@ class World:
     def is_main(self) -> bool:
         """True on the one rank that writes files and talks."""
         return self.rank == 0
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by its sum over all ranks."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
 
     def average_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its mean over all ranks, in one collective. All of one dtype."""
@@ -217,41 +209,6 @@ def _is_listed(path: Path) -> bool:
         return path.name in os.listdir(path.parent)
     except OSError:
         return False
-
-
-def exit_status(
-    body: Callable[[], int],
-    mistakes: tuple[type[Exception], ...],
-    of_one_rank: tuple[type[Exception], ...],
-) -> int:
-    """What a program's body returns, or 1 after one line on stderr if a mistake ended it.
-
-    All ranks of a machine meet the same `mistakes`, so one of them speaks; what `of_one_rank`
-    names, and what the system refuses, may be met by any. A collective that fails because another
-    rank has left needs no traceback: that rank has told why.
-    """
-    program, rank = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0))
-    speaker = f"{program}: rank {rank}" if rank > 0 else program
-    try:
-        return body()
-    except mistakes as error:
-        is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-        if is_first_here or isinstance(error, (*of_one_rank, OSError)):
-            print(f"{speaker}: {error}", file=sys.stderr, flush=True)
-        return 1
-    except RuntimeError as error:
-        words = ("closed by peer", "reset by peer", "Timed out waiting")  # gloo's
-        if not (isinstance(error, dist.DistError) or any(word in str(error) for word in words)):
-            raise
-        reason = str(error).strip().splitlines()[0][:200]
-        print(
-            f"{speaker}: ends, as another rank has ended or hangs ({reason})",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
 
 
 def keep_freed_memory() -> None:

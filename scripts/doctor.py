@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import feed
 import recipe
 from data.sources import DataError
-from irv2 import checkpoint, config, distributed
+from irv2 import checkpoint, config, distributed, program
 from irv2.config import ConfigError
 from irv2.distributed import WorldError
 from scripts.checks import images, machine
@@ -162,7 +162,7 @@ def main() -> int:
             checkpoint.write_atomically(report, lambda file: file.write(text.encode()))
         return 1 if FAIL in levels else 0
 
-    return distributed.exit_status(body, (OSError,), of_one_rank=())
+    return program.exit_status(body, (OSError,), of_one_rank=())
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import loader, sources, transforms
 from data.to_input import ToInput
-from irv2 import checkpoint, distributed, weights
+from irv2 import checkpoint, program, weights
 from irv2.trained import Trained
 from scripts import formats, pictures, subjects
 from scripts.formats import FORMATS, ExportError, Run
@@ -187,7 +187,7 @@ def main() -> int:
         export(arguments)
         return 0
 
-    return distributed.exit_status(body, MISTAKES, of_one_rank=())
+    return program.exit_status(body, MISTAKES, of_one_rank=())
 
 
 if __name__ == "__main__":

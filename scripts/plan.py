@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from irv2 import checkpoint, config, distributed
+from irv2 import checkpoint, config, program
 from irv2.config import Config, Model
 from irv2.distributed import WorldError
 from scripts.arguments import positive
@@ -271,7 +271,7 @@ def main() -> int:
         return 0
 
     mistakes = (config.ConfigError, PlanError, WorldError, OSError)
-    return distributed.exit_status(body, mistakes, of_one_rank=())
+    return program.exit_status(body, mistakes, of_one_rank=())
 
 
 if __name__ == "__main__":

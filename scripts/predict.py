@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.to_input import ToInput
-from irv2 import checkpoint, distributed, imagenet_names, weights
+from irv2 import checkpoint, distributed, imagenet_names, program, weights
 from irv2.folding import fold_batch_norm
 from irv2.trained import Trained
 from scripts import pictures, subjects
@@ -172,7 +172,7 @@ def main() -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
 
-    return distributed.exit_status(body, MISTAKES, of_one_rank=())
+    return program.exit_status(body, MISTAKES, of_one_rank=())
 
 
 if __name__ == "__main__":

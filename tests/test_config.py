@@ -231,6 +231,10 @@ def test_a_url_with_a_secret_is_refused_without_showing_it(tmp_path, key, url):
         config.load(path, [f"{key}={url}"])
     assert "secret" not in str(caught.value)
     assert "ret@" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"://.*an override is written section\.key=") as caught:
+        config.load(path, [url])  # the key was forgotten
+    assert "secret" not in str(caught.value)
+    assert "ret@" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["https://host:8080/a@b/", "s3://bucket/a@b", "http://host:80"])

@@ -424,7 +424,6 @@ def _rank_main(rank: int, size: int, port: int, directory: str) -> None:
         found["place"] = (world.rank, world.size, world.is_main)
         found["any"] = [world.any(flag) for flag in (False, rank == 1, rank == 0, True)]
         found["votes"] = world.votes(False, rank == 1, True)
-        found["sum"] = world.sum_(torch.tensor([rank + 1, 10])).tolist()
         averaged = [torch.full((2, 2), float(rank)), torch.tensor(4.0 * rank)]
         world.average_(averaged)
         found["average"] = [tensor.tolist() for tensor in averaged]
@@ -490,7 +489,6 @@ def test_any_is_true_on_every_rank_if_it_is_true_on_one(ranks):
 
 
 def test_sums_and_averages_are_over_all_ranks(ranks):
-    assert [found["sum"] for found in ranks] == [[3, 20]] * 2
     assert [found["average"] for found in ranks] == [[[[0.5, 0.5], [0.5, 0.5]], 2.0]] * 2
 
 
@@ -536,7 +534,6 @@ def test_an_evaluation_by_two_ranks_counts_every_image_once(ranks):
 def test_a_world_of_one_needs_no_process_group():
     assert not torch.distributed.is_initialized()
     tensor = torch.tensor([1.0, 2.0])
-    assert ALONE.sum_(tensor) is tensor
     ALONE.average_([tensor])
     assert ALONE.same(3)
     assert tensor.tolist() == [1.0, 2.0]
