@@ -67,6 +67,8 @@ def _is_plain(x: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and type(x) in (Tensor, nn.Parameter)
         and x.numel() > 0
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 

@@ -26,7 +26,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ from scripts.benchmarks.network import Case
 from scripts.pages import has_section, replace_section
 
 WHAT = ("train", "infer", "optimizer", "start", "data", "checkpoint", "scaling")
-MODULES = {"data": loading, "checkpoint": saving, "scaling": scaling, "remote": remote}
+MODULES = {"data": loading, "scaling": scaling, "remote": remote}  # on the CPU, wherever they run
 Found = dict[str, Any]
 
 
@@ -86,6 +86,8 @@ def benchmarks(arguments: argparse.Namespace, device: torch.device) -> Iterator[
             )
         elif what == "data" and arguments.end_to_end:
             yield Benchmark("data-end-to-end", lambda: end_to_end.measure(rounds), end_to_end.table)
+        elif what == "checkpoint":
+            yield Benchmark(f"checkpoint{on}", lambda: saving.measure(rounds), saving.table)
         else:
             module = MODULES[what]
             yield Benchmark(what, lambda module=module: module.measure(rounds), module.table)
@@ -122,8 +124,10 @@ def network_benchmark(
     )
 
 
-def machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+def machine(names: Iterable[str]) -> str:
+    """What the benchmarks of these names were measured on, and with."""
+    on_gpu = torch.cuda.is_available() and not MODULES.keys() >= set(names)
+    device = torch.cuda.get_device_name() if on_gpu else cpu_name()
     versions = ", ".join(f"{name} {version}" for name, version in rundir.software().items())
     return f"{device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores; {versions}"
 
@@ -196,7 +200,7 @@ def main() -> int:
                 return 1
             print(f"{benchmark.name}: results agree", flush=True)
         found = benchmark.measure()
-        text = f"{benchmark.table(found)}\n\n{machine()}"
+        text = f"{benchmark.table(found)}\n\n{machine([benchmark.name])}"
         print(f"{text}\n", flush=True)
         results[benchmark.name] = found
         if arguments.page is not None:
@@ -209,7 +213,7 @@ def main() -> int:
 def write_figures(path: Path, results: dict[str, Found]) -> None:
     """One benchmark's figures, or several by name, with the machine."""
     only = next(iter(results.values())) if len(results) == 1 else results
-    content = json.dumps({**only, "machine": machine()}, indent=2) + "\n"
+    content = json.dumps({**only, "machine": machine(results)}, indent=2) + "\n"
     checkpoint.write_atomically(path, lambda file: file.write(content.encode()))
 
 

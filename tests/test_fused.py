@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from irv2 import fused
 from irv2.blocks import BLOCK8, BLOCK17, BLOCK35, MIXED_6A, Block, Conv, ConvNormAct, NormOptions
@@ -312,6 +313,20 @@ def test_blocks_write_over_each_others_results_unless_somebody_watches(monkeypat
     assert torch.equal(folded(x), alone)
     assert len(seen) == 8 and all(torch.equal(view, copy) for view, copy in seen)
     assert len(wrote) == 4
+
+
+@torch.no_grad()
+def test_what_watches_or_transforms_operations_finds_plain_ones(folded):
+    plain = copy.deepcopy(folded).double()  # for which there are no fused operations
+    x = images(2, 3, 75, 83)
+    counts = []
+    for model in (folded, plain):
+        with FlopCounterMode(display=False) as counter:
+            model(x.to(next(model.parameters()).dtype))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+    mapped = torch.vmap(folded)(x[:, None])
+    assert torch.allclose(mapped[:, 0], folded(x), rtol=1e-4, atol=1e-5)
 
 
 def test_with_gradients_wanted_a_folded_network_has_them(folded):

@@ -274,9 +274,10 @@ def test_a_run_may_begin_amid_faults(made, url, impatient):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_faults_that_do_not_pass_are_told_with_the_objects_name(url, impatient, workers):
+def test_faults_that_do_not_pass_are_told_with_the_objects_name(url, workers):
     with faulty(url, lambda path, number: ERROR if number > 6 else PASS) as (at, _):
-        source = open_source(at, storage(timeout_s=1))
+        source = open_source(at)
+        source.store.timeout_s = 2
         with pytest.raises(StorageError) as caught:
             batches(source, 0, 8, workers)
     assert re.match(
@@ -287,7 +288,8 @@ def test_faults_that_do_not_pass_are_told_with_the_objects_name(url, impatient, 
 
 def test_a_server_that_is_gone_is_told_by_its_url(made, impatient):
     with serving(made) as at:
-        source = open_source(at, storage(timeout_s=0.5))
+        source = open_source(at)
+    source.store.timeout_s = 0.5
     for attempt in (lambda: source.read(3), lambda: open_source(at, storage(timeout_s=0.5))):
         with pytest.raises(DataError, match=f"{at}.*: .*; the same command goes on when"):
             attempt()

@@ -188,7 +188,7 @@ def start_script(text: str) -> subprocess.Popen[str]:
 
 def test_workers_keep_no_program_from_ending():
     program = start_script(MISTAKE)
-    _, error = program.communicate(timeout=30)
+    _, error = program.communicate(timeout=120)
     assert program.returncode == 1
     assert error.endswith("ValueError: a mistake\n")
 

@@ -45,9 +45,9 @@ EVAL_CROP = 0.8975
 def measure(rounds: int) -> dict[str, Any]:
     """Rows of the table by name: each compares two ways in turn, `rounds` times."""
     keep_freed_memory()
-    torch.set_num_threads(1)
     rows: dict[str, Any] = {}
     with (
+        one_thread(),
         tempfile.TemporaryDirectory() as directory,
         tqdm(total=15, unit="row", disable=not sys.stderr.isatty()) as bar,
     ):
@@ -86,6 +86,17 @@ def measure(rounds: int) -> dict[str, Any]:
         rows["index_mib"] = (memory[large] - memory[shards]) / 2**20
         bar.update(2)
     return rows
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch's operations run on a single thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
