@@ -97,7 +97,8 @@ class InceptionResnetV2(nn.Module):
         """[B, in_chans, H, W] float in [-1, 1] -> logits [B, num_classes].
 
         In training mode with the auxiliary head: (logits, auxiliary logits).
-        Raises ValueError for a side under 75 px (299 px where the auxiliary head runs).
+        Raises ValueError for a side under 75 px (299 px where the auxiliary head runs). PyTorch
+        2.14 convolves wrongly in bfloat16 on CPUs with AMX what is under 107 px wide and higher.
         """
         use_aux = self.training and self.aux is not None
         _check_image_size(x, MIN_AUX_IMAGE_SIZE if use_aux else MIN_IMAGE_SIZE)

@@ -69,14 +69,19 @@ class Tally:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--report", type=Path, metavar="FILE", help="write the tally of faults into this page"
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write tables into this page: of faults with -m soak, others with -m cluster",
     )
 
 
 def pytest_terminal_summary(terminalreporter: object, config: pytest.Config) -> None:
     tallies: defaultdict[str, Tally] = defaultdict(Tally)
+    is_soak = False  # else the page keeps the tally of a longer run than this one
     for outcome in ("passed", "failed"):
         for test in terminalreporter.stats.get(outcome, []):
+            is_soak = is_soak or "soak" in test.keywords
             kinds = [kind for name, kind in test.user_properties if name == "fault"]
             for kind in kinds if test.when == "call" else []:
                 tallies[kind].injected += 1
@@ -89,7 +94,7 @@ def pytest_terminal_summary(terminalreporter: object, config: pytest.Config) -> 
     )
     verdict = f"{injected} faults injected, {survived} survived"
     terminalreporter.write_line(verdict)
-    if (page := config.getoption("--report")) is not None:
+    if is_soak and (page := config.getoption("--report")) is not None:
         head = [
             f"**{verdict}**",
             "",

@@ -47,7 +47,6 @@ def submit(
         "PYTHON": sys.executable,
         "PROGRAM": program,
         "LOGS": str(logs),
-        "MAX_RESTARTS": "0",
         "PORT": str(free_port()),
         "RANKS_PER_NODE": str(ranks_per_node),
     }
