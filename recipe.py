@@ -87,6 +87,7 @@ def micro_batch(cfg: Config, num_classes: int, world: World, before: int | None 
     if cfg.train.micro_batch != "auto":
         return cfg.train.micro_batch
     room = world.smallest(memory_room(world.device, world.size))
+    # Again, as a rank on another host may not see yet what the run has taken before.
     return world.smallest(largest_micro_batch(cfg, num_classes, world.size, room, before))
 
 

@@ -22,23 +22,14 @@ from torch import Tensor, nn
 import feed
 import recipe
 from data import loader, sources, stream, workers
-from irv2 import (
-    checkpoint,
-    config,
-    distributed,
-    engine,
-    figures,
-    finetune,
-    program,
-    rundir,
-    weights,
-)
+from irv2 import checkpoint, config, distributed, engine, figures, finetune, rundir, weights
 from irv2.config import Config
 from irv2.distributed import World
 from irv2.jsonl import JsonLines
 from irv2.logbook import Logbook
 from irv2.metrics import Pace, Predictions
 from irv2.preemption import Stopped, StopRequest, until_stopped
+from irv2.program import exit_status
 from irv2.saving import BackgroundSaver
 from irv2.schedule import Schedule, period_ended
 
@@ -392,7 +383,7 @@ def main() -> int:
         ):
             return train(cfg, arguments.resume, world, stop)
 
-    return program.exit_status(
+    return exit_status(
         body,
         MISTAKES,
         of_one_rank=(sources.ImageError, sources.StorageError, workers.WorkerError),

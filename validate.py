@@ -34,20 +34,11 @@ import exam
 from data import loader, sources, stream, workers
 from data.protocols import PROTOCOLS
 from exam import Exam, LabelFiles
-from irv2 import (
-    checkpoint,
-    distributed,
-    engine,
-    imagenet_names,
-    jsonl,
-    program,
-    rundir,
-    trained,
-    weights,
-)
+from irv2 import checkpoint, distributed, engine, imagenet_names, jsonl, rundir, trained, weights
 from irv2.distributed import World
 from irv2.folding import fold_batch_norm
 from irv2.metrics import Collector, Predictions, Scored
+from irv2.program import exit_status
 from irv2.trained import Trained
 from report import evaluation, reference, result
 from report.result import Result
@@ -397,7 +388,7 @@ def main() -> int:
             validate(arguments, world)
         return 0
 
-    return program.exit_status(
+    return exit_status(
         body,
         MISTAKES,
         of_one_rank=(sources.ImageError, sources.StorageError, workers.WorkerError),

@@ -67,6 +67,18 @@ def start(
     )
 
 
+def start_script(text: str) -> subprocess.Popen[str]:
+    """Start a Python program that is a text; it can import the project and the tests' modules."""
+    return subprocess.Popen(
+        [sys.executable, "-c", text],
+        cwd=ROOT,
+        env=environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     """Wait for the end of a program."""
     out, err = process.communicate(timeout=300)

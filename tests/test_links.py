@@ -129,7 +129,9 @@ def table(found: dict[str, Any]) -> str:
 
 
 def of_this_machine(compute_s: float, update_s: float) -> steptime.Device:
-    return steptime.Device(MICRO_BATCH / compute_s, 0.0, update_s, overlaps=False)
+    return steptime.Device(
+        MICRO_BATCH / compute_s, overhead_s=0.0, update_s=update_s, overlaps=False
+    )
 
 
 @pytest.mark.cluster

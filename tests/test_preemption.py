@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
-from programs import ROOT, environment
+from programs import start_script
 
 GRACE_S = 0.5
 HANGING = f"""
@@ -39,14 +38,7 @@ time.sleep(60)
 
 @pytest.fixture
 def started(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", request.param],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_script(request.param)
     limit = threading.Timer(120, process.kill)  # for what would wait for its words for ever
     limit.start()
     assert process.stdout.readline() == "ready\n"

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from itertools import count
 import pytest
 import torch
 from numbered import Numbered
-from programs import ROOT, environment, is_alive
+from programs import is_alive, start_script
 
 from data.loader import load
 from data.sources import DataError, Source
@@ -172,18 +171,6 @@ batches = endless(Numbered(), Workers(2))
 next(batches)
 raise ValueError("a mistake")
 """
-
-
-def start_script(text: str) -> subprocess.Popen[str]:
-    """A Python program of its own that can import this module."""
-    return subprocess.Popen(
-        [sys.executable, "-c", text],
-        cwd=ROOT,
-        env=environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def test_workers_keep_no_program_from_ending():
