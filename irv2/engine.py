@@ -135,7 +135,7 @@ def train_step(
     """
     train_mode(state.model, options.freeze_bn)
     statistics = running_statistics(state.model)
-    statistics_before = torch._foreach_clone(statistics) if statistics else []
+    statistics_before = [s.clone() for s in statistics]
     total = torch.zeros((), device=world.device)
     for part in range(options.accumulation):
         x, labels = next(batches)

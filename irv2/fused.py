@@ -270,6 +270,8 @@ def _conv_add(
     """x + conv(y) for a 1x1 convolution by oneDNN, and ReLU, in one pass."""
     once, ops = [1, 1], torch.ops.mkldnn
     how = (weight, bias, [0, 0], once, once, 1, "add", 1.0, "relu" if relu else None, [], None)
+    if not in_place and y.shape[2:] == (1, 1):  # before 2.12 the form with a new result fails here
+        x, in_place = x.clone(), True
     if in_place:
         return ops._convolution_pointwise_.binary(x, y, *how)
     return ops._convolution_pointwise.binary(y, x, *how)

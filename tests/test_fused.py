@@ -299,7 +299,7 @@ def test_blocks_write_over_each_others_results_unless_somebody_watches(monkeypat
     folded = fold_batch_norm(randomised(inception_resnet_v2(7, blocks=(3, 2, 2))))
     calls = count_calls(monkeypatch, fused, "_conv_add")
     wrote = count_calls(monkeypatch, torch.ops.mkldnn._convolution_pointwise_, "binary")
-    x = images(2, 3, 75, 83)
+    x = images(2, 3, 107, 107)  # whose smallest maps are of 2x2 positions
     alone = folded(x)
     assert (len(calls), len(wrote)) == (8, 4)
 
