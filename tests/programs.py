@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from fork_server import Program
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,32 +51,45 @@ def environment() -> dict[str, str]:
 
 
 def start(
-    program: str, *arguments: object, ranks: int = 1, torchrun: tuple[str, ...] = ()
+    program: str | Path,
+    *arguments: object,
+    ranks: int = 1,
+    torchrun: tuple[str, ...] | None = None,
+    as_user: bool = False,
+    stdin: int | None = None,
 ) -> subprocess.Popen[str]:
-    """Start a program, under torchrun if there are several ranks or options for it."""
-    python = [sys.executable]
-    if ranks > 1 or torchrun:
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        python += [*torchrun, "--"]
-    command = [*python, ROOT / program, *arguments]
-    return subprocess.Popen(
-        [str(part) for part in command],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """Start a program of the repository, by the fork server.
+
+    as_user: by a Python of its own. torchrun: so, with these options of it; else several ranks are
+    forked, too.
+    """
+    command = [str(ROOT / program), *map(str, arguments)]
+    if torchrun is not None:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command, as_user = [*launch, *torchrun, "--", *command], True
+    elif ranks > 1:
+        command = [str(ROOT / "tests" / "ranks.py"), str(ranks), *command]
+    return _start(command, as_user, stdin)
 
 
 def start_script(text: str) -> subprocess.Popen[str]:
     """Start a Python program that is a text; it can import the project and the tests' modules."""
-    return subprocess.Popen(
-        [sys.executable, "-c", text],
-        cwd=ROOT,
-        env=environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    return _start(["-c", text], as_user=False, cwd=ROOT)
+
+
+def _start(
+    command: list[str], as_user: bool, stdin: int | None = None, cwd: Path | None = None
+) -> subprocess.Popen[str]:
+    """Start Python with this command line, its output in pipes."""
+    kind = subprocess.Popen if as_user else Program
+    return kind(
+        [sys.executable, *command] if as_user else command,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=environment(),
+        cwd=cwd,
     )
 
 

@@ -1,0 +1,152 @@
+"""Programs started by forking a process that has already imported what they import.
+
+A start of Python that imports torch, torchvision and timm takes 7 s of a core, a fork of a process
+that has done so a few milliseconds. A forked program is otherwise what a shell starts: it has its
+own pid, standard streams, environment and `__main__`, is a child of the process that asked for it,
+hears signals, and ends as an interpreter ends. What it does not show is that its imports work, and
+what is read from the environment at an import; some programs are therefore started anew (`as_user`
+in programs.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORTED = ("train", "validate", "irv2.native.norm", "irv2.native.update", "data.prepare.imagenet")
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class Program(subprocess.Popen):
+    """A forked program; a subprocess.Popen in every other respect.
+
+    args: a Python file and its arguments, or "-c", a text and its arguments.
+    """
+
+    def _execute_child(
+        self, args, _executable, _preexec_fn, _close_fds, _pass_fds, cwd, env, _startupinfo,
+        _creationflags, _shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *_others,
+    ):  # fmt: skip
+        streams = [own if own != -1 else i for i, own in enumerate((p2cread, c2pwrite, errwrite))]
+        request = {"argv": list(args), "cwd": str(cwd or Path.cwd()), "env": dict(env)}
+        self.pid = _ask(request, streams)
+        self._child_created = True
+        for own in {p2cread, c2pwrite, errwrite} - {-1}:
+            os.close(own)
+
+
+def _ask(request: dict, streams: list[int]) -> int:
+    """Send a request with three file descriptors to the server; returns the program's pid."""
+    channel, content = _server(os.getpid()), json.dumps(request).encode()
+    try:
+        socket.send_fds(channel, [len(content).to_bytes(8, "big")], streams)
+        channel.sendall(content)
+        return int.from_bytes(_received(channel, 8), "big")
+    except (OSError, EOFError):
+        raise ChildProcessError("the fork server has ended; it has said why on stderr") from None
+
+
+@functools.cache
+def _server(_own_pid: int) -> socket.socket:
+    """Start this process's server, which ends when its end of the channel is closed."""
+    # A program's parent ends at once, so that the program becomes a child of this process.
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    ours, theirs = socket.socketpair()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, __file__, str(theirs.fileno())]
+    subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+    theirs.close()
+    return ours
+
+
+# ------------------------------------------------------------------------------ in the server
+
+
+def serve(channel: socket.socket) -> dict | None:
+    """Fork at each request; returns the request in each forked program, None at the end."""
+    while True:
+        head, streams, _, _ = socket.recv_fds(channel, 8, 3)
+        if not head:
+            return None
+        request = json.loads(_received(channel, int.from_bytes(head, "big")))
+        read, write = os.pipe()
+        if (middle := os.fork()) == 0:
+            if (pid := os.fork()) == 0:
+                for number, own in enumerate(streams):
+                    os.dup2(own, number)
+                for own in (*streams, read, write):
+                    os.close(own)
+                channel.close()
+                return request
+            os.write(write, pid.to_bytes(8, "big"))
+            os._exit(0)
+        os.waitpid(middle, 0)
+        channel.sendall(os.read(read, 8))
+        for own in (*streams, read, write):
+            os.close(own)
+
+
+def warm() -> None:
+    """Do what a program's first resized image and first figure do: load machine code and fonts."""
+    resample = importlib.import_module("data.resample")
+    image, view = np.zeros((8, 8, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)
+    resample.resize(image, view, box=resample.Box(0, 0, 8, 8), size=(4, 4))
+    figure = Figure(layout="constrained")
+    figure.add_subplot().set_title("words")
+    FigureCanvasAgg(figure).draw()
+
+
+def _received(channel: socket.socket, size: int) -> bytes:
+    """Exactly `size` bytes. Raises EOFError where the channel ends before."""
+    content = b""
+    while len(content) < size:
+        if not (more := channel.recv(size - len(content))):
+            raise EOFError
+        content += more
+    return content
+
+
+def become(request: dict) -> None:
+    """Run the program that a request describes, in this process."""
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    tempfile.tempdir = None  # as the environment says
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    program, *arguments = request["argv"]
+    if program == "-c":
+        text, *arguments = arguments
+        sys.argv = ["-c", *arguments]
+        sys.path[0] = ""
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(text, "<string>", "exec"), main.__dict__)
+    else:
+        sys.argv = [program, *arguments]
+        sys.path[0] = str(Path(program).resolve().parent)
+        runpy.run_path(program, run_name="__main__")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the programs' to hear, and pytest's
+    sys.path.insert(1, str(ROOT))
+    for name in IMPORTED:
+        importlib.import_module(name)
+    warm()
+    if (request := serve(socket.socket(fileno=int(sys.argv[1])))) is not None:
+        become(request)
