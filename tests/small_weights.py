@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from test_folding import randomised
+from small_network import randomised
 
 from irv2 import weights
 from irv2.model import inception_resnet_v2

@@ -16,8 +16,8 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from small_network import randomised
 from small_weights import SYNSETS, VIEW, WORDS, write_small_weights
-from test_folding import randomised
 
 from irv2 import imagenet_names, weights
 from irv2.model import inception_resnet_v2

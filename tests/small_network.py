@@ -1,0 +1,91 @@
+"""Small networks, their batches of random images, and how far two results are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from irv2.distributed import World
+from irv2.engine import TrainState, running_average
+from irv2.optim import RMSpropTF, parameter_groups
+
+ALONE = World(0, 1, torch.device("cpu"))
+CLASSES, LR = 6, 0.1
+Batch = tuple[Tensor, Tensor]
+
+
+def small_network(drop_rate: float = 0.0) -> nn.Module:
+    """Convolution, batch norm with statistics of its own, dropout, classifier."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(drop_rate),
+        nn.Linear(8 * 4 * 4, CLASSES),
+    )
+    with torch.no_grad():
+        network[1].running_mean.normal_()
+        network[1].running_var.uniform_(0.5, 2.0)
+    return network
+
+
+def new_state(network: nn.Module, ema_decay: float = 0.9) -> TrainState:
+    """A run's state before its first step, without loss scaling."""
+    groups = parameter_groups(network, weight_decay=1e-3)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return TrainState(network, running_average(network, ema_decay), RMSpropTF(groups, LR), scaler)
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """The module, its batch norms' values drawn anew: 0 and 1 would hide mistakes. Evaluates."""
+    generator = torch.Generator().manual_seed(1)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (norm.running_mean, -0.2, 0.2),
+                (norm.running_var, 0.1, 0.4),
+                (norm.weight.data, 0.5, 1.5),
+                (norm.bias.data, -0.2, 0.2),
+            ):
+                tensor.uniform_(low, high, generator=generator)
+    return module.eval()
+
+
+def images(count: int, seed: int = 0) -> Batch:
+    """Images [count, 3, 6, 6] and labels, as `small_network` takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 3, 6, 6, generator=generator)
+    return x, torch.randint(CLASSES, (count,), generator=generator)
+
+
+def pieces(batch: Batch, size: int) -> Iterator[Batch]:
+    """The batch cut into micro-batches."""
+    return zip(*(part.split(size) for part in batch))
+
+
+def numbered(
+    batches: Iterable[Batch], first: int = 0
+) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """Batches with the numbers of their images, as an evaluation takes them."""
+    for x, labels in batches:
+        yield x, labels, list(range(first, first + len(x)))
+        first += len(x)
+
+
+def trainable(network: nn.Module) -> Tensor:
+    """Every parameter, in one vector."""
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with memory of its own."""
+    return {name: value.clone() for name, value in state.items()}
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Norm of the difference / norm of theirs."""
+    return ((ours - theirs).norm() / theirs.norm()).item()
