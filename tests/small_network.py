@@ -41,17 +41,21 @@ def new_state(network: nn.Module, ema_decay: float = 0.9) -> TrainState:
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """The module, its batch norms' values drawn anew: 0 and 1 would hide mistakes. Evaluates."""
-    generator = torch.Generator().manual_seed(1)
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            for tensor, low, high in (
-                (norm.running_mean, -0.2, 0.2),
-                (norm.running_var, 0.1, 0.4),
-                (norm.weight.data, 0.5, 1.5),
-                (norm.bias.data, -0.2, 0.2),
-            ):
-                tensor.uniform_(low, high, generator=generator)
+    """The module with no layer at a neutral value, which would hide mistakes; it evaluates.
+
+    Weights and statistics keep activations near 1, so that images make a difference.
+    """
+    torch.manual_seed(1)
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.normal_(layer.bias, std=0.1)
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, std=0.1)
+            nn.init.normal_(layer.running_mean, std=0.1)
+            nn.init.uniform_(layer.running_var, 0.5, 1.5)
     return module.eval()
 
 

@@ -1,5 +1,8 @@
 """The network against timm's port, the model card's numbers and TF-slim's definition."""
 
+from __future__ import annotations
+
+import copy
 import math
 from collections import Counter
 
@@ -7,60 +10,46 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
+from small_network import copied, randomised, relative
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
-from irv2.model import inception_resnet_v2
+from irv2.folding import fold_batch_norm
+from irv2.model import InceptionResnetV2, inception_resnet_v2
 
 TOLERANCE = 1e-5  # norm of the difference / norm of the reference
 BATCHES_BEFORE = 7  # the counter of every batch norm in the random state
 SMALL = (1, 1, 1)  # one of each residual block: every kind of layer at a quarter of the cost
 
 
-def randomize(model):
-    """Weights and statistics that keep activations near 1, and no layer at a neutral value."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.normal_(module.bias, std=0.1)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            module.num_batches_tracked.fill_(BATCHES_BEFORE)
+def small(**options) -> InceptionResnetV2:
+    torch.manual_seed(0)
+    return inception_resnet_v2(**{"num_classes": 10, "blocks": SMALL, **options})
 
 
-def small(seed=0, randomized=False, **options):
-    torch.manual_seed(seed)
-    model = inception_resnet_v2(num_classes=10, blocks=SMALL, **options)
-    if randomized:
-        randomize(model)
-    return model
-
-
-def images(*shape, seed=1, dtype=torch.float32):
+def images(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(shape, generator=generator, dtype=dtype) * 2 - 1
 
 
-def clone(state):
-    return {name: value.clone() for name, value in state.items()}
+def shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
 
 
-def relative_error(ours, reference):
-    return ((ours - reference).norm() / reference.norm()).item()
+def assert_holds(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The state has every expected entry, bit by bit."""
+    assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
 
 
-def shapes(state):
-    return {name: tuple(value.shape) for name, value in state.items()}
-
-
-def modules_of(model, kind):
+def modules_of(model: nn.Module, kind: type) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
-def record_outputs(module):
+def batch_counters(state: dict[str, Tensor]) -> set[int]:
+    return {int(v) for name, v in state.items() if name.endswith("num_batches_tracked")}
+
+
+def record_outputs(module: nn.Module) -> list[Tensor]:
     """The list that fills with a copy of every output of the module."""
     outputs = []
     module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output.clone()))
@@ -73,10 +62,10 @@ def record_outputs(module):
 @pytest.fixture(scope="module")
 def models():
     """(ours, timm's, the state that timm's was given), dropout off."""
-    torch.manual_seed(0)
-    peer = timm.create_model("inception_resnet_v2", drop_rate=0.0)
-    randomize(peer)
-    return inception_resnet_v2(drop_rate=0.0), peer, clone(peer.state_dict())
+    peer = randomised(timm.create_model("inception_resnet_v2", drop_rate=0.0))
+    for norm in modules_of(peer, nn.BatchNorm2d):
+        norm.num_batches_tracked.fill_(BATCHES_BEFORE)
+    return inception_resnet_v2(drop_rate=0.0), peer, copied(peer.state_dict())
 
 
 @pytest.fixture
@@ -91,25 +80,26 @@ def pair(models):
         model.zero_grad()
 
 
+def assert_same_logits(pair: list[nn.Module], x: Tensor) -> None:
+    ours, reference = (model(x) for model in pair)
+    assert 0.01 < reference.std() < 100, "the reference carries no signal"
+    assert relative(ours, reference) <= TOLERANCE
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(1, 3, 299, 299), (2, 3, 75, 75), (2, 3, 96, 131)])
 def test_logits_equal_timm_in_evaluation(pair, shape):
-    ours, reference = (model.eval()(images(*shape)) for model in pair)
-    assert 0.01 < reference.std() < 100, "the reference carries no signal"
-    assert relative_error(ours, reference) <= TOLERANCE
+    assert_same_logits([model.eval() for model in pair], images(*shape))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(2, 3, 299, 299), (16, 3, 75, 75), (8, 3, 96, 131)])
 def test_logits_and_running_statistics_equal_timm_in_training(pair, shape):
-    ours, reference = (model.train()(images(*shape)) for model in pair)
-    assert 0.01 < reference.std() < 100, "the reference carries no signal"
-    assert relative_error(ours, reference) <= TOLERANCE
-
+    assert_same_logits([model.train() for model in pair], images(*shape))
     ours, reference = (model.state_dict() for model in pair)
     for name in (name for name in reference if "running" in name):
-        assert relative_error(ours[name], reference[name]) <= TOLERANCE, name
-    assert {int(v) for k, v in ours.items() if k.endswith("num_batches_tracked")} == {8}
+        assert relative(ours[name], reference[name]) <= TOLERANCE, name
+    assert batch_counters(ours) == {BATCHES_BEFORE + 1}
 
 
 def gradients(model):
@@ -126,8 +116,9 @@ def gradients(model):
 @pytest.mark.parametrize(
     ("dtype", "training", "shape"),
     [
-        (torch.float64, False, (1, 3, 299, 299)),
-        (torch.float64, True, (2, 3, 299, 299)),
+        pytest.param(torch.float64, False, (1, 3, 299, 299), marks=pytest.mark.soak),
+        pytest.param(torch.float64, True, (2, 3, 299, 299), marks=pytest.mark.soak),
+        (torch.float64, False, (1, 3, 96, 131)),
         (torch.float64, True, (2, 3, 96, 131)),
         (torch.float32, False, (2, 3, 96, 131)),
         (torch.float32, False, (2, 3, 75, 75)),
@@ -175,66 +166,59 @@ def test_state_dict_round_trip_is_bit_identical(models):
         for value in (*model.parameters(), *model.buffers()):
             value.zero_()
     ours.load_state_dict(given, strict=True)
-    returned = ours.state_dict()
-    assert all(torch.equal(returned[name], value) for name, value in given.items())
-
-    peer.load_state_dict(returned, strict=True)
-    returned = peer.state_dict()
-    assert all(torch.equal(returned[name], value) for name, value in given.items())
+    assert_holds(ours.state_dict(), given)
+    peer.load_state_dict(ours.state_dict(), strict=True)
+    assert_holds(peer.state_dict(), given)
 
 
-def test_loading_leaves_the_callers_state_dict_as_it_was():
+@pytest.fixture
+def model_and_state() -> tuple[InceptionResnetV2, dict[str, Tensor]]:
+    """A small network, and a copy of its state that a test may harm."""
     model = small()
-    state = clone(model.state_dict())
+    return model, copied(model.state_dict())
+
+
+def test_loading_leaves_the_callers_state_dict_as_it_was(model_and_state):
+    model, state = model_and_state
     before = dict(state)
     model.load_state_dict(state)
     assert list(state) == list(before)
     assert all(state[name] is value for name, value in before.items())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_missing_entry_is_reported_under_timm_name(model_and_state):
+    model, state = model_and_state
+    for name in (
         "repeat.0.branch0.conv.weight",
         "repeat.0.branch2.0.bn.running_var",
         "mixed_7a.branch1.0.bn.weight",
         "repeat_1.0.branch1.1.conv.weight",
-    ],
-)
-def test_missing_entry_is_reported_under_timm_name(name):
-    model = small()
-    state = clone(model.state_dict())
-    del state[name]
-    with pytest.raises(RuntimeError, match="Missing key") as error:
-        model.load_state_dict(state)
-    assert f'"{name}"' in str(error.value)
-    assert "heads" not in str(error.value)
+    ):
+        with pytest.raises(RuntimeError, match="Missing key") as error:
+            model.load_state_dict({key: state[key] for key in state if key != name})
+        assert f'"{name}"' in str(error.value)
+        assert "heads" not in str(error.value)
 
 
-def test_missing_entry_is_reported_for_a_model_on_another_device():
-    model = small()
-    state = clone(model.state_dict())
+def test_missing_entry_is_reported_for_a_model_on_another_device(model_and_state):
+    model, state = model_and_state
     del state["repeat.0.branch1.0.conv.weight"]
     with pytest.raises(RuntimeError, match=r'Missing key.*"repeat\.0\.branch1\.0\.conv\.weight"'):
         model.to("meta").load_state_dict(state, assign=True)
 
 
-def test_partial_load_changes_only_the_entries_it_is_given():
-    model = small()
-    before = clone(model.state_dict())
-    given = "repeat.0.branch1.0.conv.weight"
-    result = model.load_state_dict({given: before[given] + 1}, strict=False)
-    after = model.state_dict()
+def test_partial_load_changes_only_the_entries_it_is_given(model_and_state):
+    model, before = model_and_state
+    given = {"repeat.0.branch1.0.conv.weight": before["repeat.0.branch1.0.conv.weight"] + 1}
+    result = model.load_state_dict(given, strict=False)
     assert set(result.missing_keys) >= {"repeat.0.branch0.conv.weight", "classif.weight"}
     assert not any("heads" in name for name in result.missing_keys)
-    assert torch.equal(after[given], before[given] + 1)
-    assert all(torch.equal(after[name], before[name]) for name in before if name != given)
+    assert_holds(model.state_dict(), before | given)
 
 
-def test_misshaped_entries_are_reported_under_timm_names():
+def test_misshaped_entries_are_reported_under_timm_names(model_and_state):
     """31 and 33 filters for 32 and 32 would still join to the right total."""
-    model = small()
-    state = clone(model.state_dict())
+    model, state = model_and_state
     names = ["repeat.0.branch1.0.conv.weight", "repeat.0.branch2.0.conv.weight"]
     for name, filters in zip(names, (31, 33)):
         state[name] = torch.zeros(filters, 320, 1, 1)
@@ -245,9 +229,9 @@ def test_misshaped_entries_are_reported_under_timm_names():
     assert "heads" not in str(error.value)
 
 
-def test_unknown_entry_is_reported():
-    model = small()
-    state = model.state_dict() | {"repeat.0.branch3.conv.weight": torch.zeros(32, 320, 1, 1)}
+def test_unknown_entry_is_reported(model_and_state):
+    model, state = model_and_state
+    state["repeat.0.branch3.conv.weight"] = torch.zeros(32, 320, 1, 1)
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"repeat\.0\.branch3\.conv\.weight"'):
         model.load_state_dict(state)
 
@@ -258,8 +242,7 @@ def test_state_without_batch_counters_loads_as_it_does_in_timm(models):
     old = {k: v for k, v in given.items() if not k.endswith("num_batches_tracked")}
     for model in (peer, ours):
         model.load_state_dict(old, strict=True)
-    state = ours.state_dict()
-    assert all(torch.equal(state[name], value) for name, value in old.items())
+    assert_holds(ours.state_dict(), old)
 
 
 def test_parallel_pointwise_convolutions_are_merged(models):
@@ -326,10 +309,10 @@ def test_multiply_adds_at_299():
     assert counts["classifier"] == 1_536_000
 
 
-@pytest.mark.parametrize("size", [(299, 381), (381, 299)])
-def test_multiply_adds_of_the_model_card(size):
+def test_multiply_adds_of_the_model_card():
     """The card counted a 299x381 image, without the classifier; which side is long is the same."""
-    counts = multiply_adds(*size)
+    counts = multiply_adds(299, 381)
+    assert counts == multiply_adds(381, 299)
     assert counts.pop("classifier") == 1_536_000
     assert counts == {
         "convolutions": 16_909_138_496,
@@ -452,7 +435,7 @@ def test_auxiliary_head_reads_the_end_of_the_block17_stack():
 @torch.no_grad()
 def test_auxiliary_head_is_slim():
     """5x5 average with stride 3, 1x1x128, 5x5x768 without padding, linear: one position at 299."""
-    head = small(aux_logits=True, randomized=True).eval().aux
+    head = randomised(small(aux_logits=True)).aux
     state = head.state_dict()
 
     def layer(x, name):
@@ -474,22 +457,23 @@ def test_auxiliary_head_is_slim():
 # ---------------------------------------------------------------------- image sizes
 
 
-@pytest.mark.parametrize("size", [(74, 74), (74, 300), (300, 74)])
-@pytest.mark.parametrize("training", [True, False])
-def test_image_under_75_px_is_refused(size, training):
+def test_image_under_75_px_is_refused():
     with torch.device("meta"):
-        model, image = small().train(training), torch.empty(2, 3, *size)
-    with pytest.raises(ValueError, match=rf"{size[0]}x{size[1]}.*at least 75 px"):
-        model(image)
+        model = small()
+    for size in ((74, 74), (74, 300), (300, 74)):
+        for training in (True, False):
+            with pytest.raises(ValueError, match=rf"{size[0]}x{size[1]}.*at least 75 px"):
+                model.train(training)(torch.empty(2, 3, *size, device="meta"))
 
 
-@pytest.mark.parametrize("size", [(298, 298), (298, 400), (400, 298)])
-def test_image_under_299_px_is_refused_where_the_auxiliary_head_runs(size):
+def test_image_under_299_px_is_refused_where_the_auxiliary_head_runs():
     with torch.device("meta"):
-        model, image = small(aux_logits=True), torch.empty(2, 3, *size)
-    with pytest.raises(ValueError, match=rf"{size[0]}x{size[1]}.*at least 299 px"):
-        model.train()(image)
-    assert model.eval()(image).shape == (2, 10)
+        model = small(aux_logits=True)
+    for size in ((298, 298), (298, 400), (400, 298)):
+        image = torch.empty(2, 3, *size, device="meta")
+        with pytest.raises(ValueError, match=rf"{size[0]}x{size[1]}.*at least 299 px"):
+            model.train()(image)
+        assert model.eval()(image).shape == (2, 10)
 
 
 def test_75_px_leaves_one_position():
@@ -518,7 +502,7 @@ def training_pass(model, x, frozen_norms=False):
 def test_gradient_checkpointing_changes_nothing(frozen_norms):
     x = images(4, 3, 96, 96)
     plain, saving = (
-        small(randomized=True, drop_rate=0.0, grad_checkpointing=on) for on in (False, True)
+        randomised(small(drop_rate=0.0, grad_checkpointing=on)) for on in (False, True)
     )
     losses = [training_pass(model, x, frozen_norms) for model in (saving, plain)]
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
@@ -528,9 +512,7 @@ def test_gradient_checkpointing_changes_nothing(frozen_norms):
         torch.testing.assert_close(
             ours[name], expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item(), msg=name
         )
-    batches = BATCHES_BEFORE + (not frozen_norms)
-    counters = [v for k, v in ours.items() if k.endswith("num_batches_tracked")]
-    assert all(counter == batches for counter in counters)
+    assert batch_counters(ours) == {0 if frozen_norms else 1}
 
 
 def test_gradient_checkpointing_runs_residual_blocks_again_in_training_only():
@@ -567,6 +549,92 @@ def test_dropout_acts_on_the_pooled_features_in_training_only(drop_rate):
 
 def test_in_chans_and_num_classes_are_honoured():
     with torch.device("meta"):
-        model = inception_resnet_v2(num_classes=7, in_chans=1, blocks=SMALL).eval()
+        model = small(num_classes=7, in_chans=1).eval()
         image = torch.empty(2, 1, 75, 75)
     assert model(image).shape == (2, 7)
+
+
+# ---------------------------------------------------------------------- batch norm folded
+
+
+@torch.inference_mode()
+def test_folded_logits_are_those_of_timms_network(pair):
+    ours, theirs = (model.eval() for model in pair)
+    x = images(2, 3, 75, 75)
+    expected = theirs(x)
+    assert expected.std(0).max() > 1e-2 * expected.abs().max()  # the images make a difference
+    assert relative(fold_batch_norm(ours)(x), expected) <= 1e-5
+    doubled = fold_batch_norm(ours.double())(x.double())
+    assert relative(doubled, theirs.double()(x.double())) <= 1e-12
+
+
+@torch.inference_mode()
+def test_no_batch_norm_is_left_and_the_original_is_as_it_was():
+    model = randomised(small()).train()
+    before = copied(model.state_dict())
+    folded = fold_batch_norm(model)
+    assert not modules_of(folded, nn.BatchNorm2d)
+    assert not folded.training
+    assert model.training
+    nn.init.zeros_(folded.conv2d_1a.conv.weight)  # shares no memory
+    assert before.keys() == model.state_dict().keys()
+    assert_holds(model.state_dict(), before)
+
+
+@torch.inference_mode()
+def test_state_dict_has_timms_names_with_biases_and_loads_into_another_folded_network():
+    model = randomised(small())
+    folded = fold_batch_norm(model)
+    state = folded.state_dict()
+    expected = set()
+    for name in model.state_dict():
+        stem, _, last = name.rpartition(".")
+        if not stem.endswith(".bn"):
+            expected.add(name)
+        elif last == "bias":
+            expected.add(f"{stem.removesuffix('.bn')}.conv.bias")
+    assert set(state) == expected
+    unfolded = small()
+    other, x = fold_batch_norm(unfolded), images(2, 3, 75, 75)
+    assert not torch.equal(other(x), folded(x))
+    other.load_state_dict(state)
+    assert torch.equal(other(x), folded(x))
+    with pytest.raises(RuntimeError, match=r"conv2d_1a\.bn"):
+        unfolded.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------- compiled
+
+
+def graphs(monkeypatch: pytest.MonkeyPatch, model: InceptionResnetV2) -> int:
+    """How many graphs are made for a step of the compiled network, which is to change nothing.
+
+    They are run by PyTorch's own operations, which is quick to set up.
+    """
+    torch._dynamo.reset()
+    counters.clear()
+    plain = copy.deepcopy(model)
+    compile_module = nn.Module.compile
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+        model.compile_regions()
+    x = images(4, 3, 75, 75)
+    for each in (model, plain):
+        each.train()(x).square().sum().backward()
+    # Batch norm cancels block8.conv2d.bias: its gradient is rounding noise around 0.
+    floor = 1e-4 * max(p.grad.norm() for p in plain.parameters())
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters()):
+        difference = (ours.grad - theirs.grad).norm()
+        assert difference <= 0.05 * theirs.grad.norm() + floor, name  # single ReLUs may switch
+    statistics = zip(model.buffers(), plain.buffers())
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in statistics)
+    return counters["stats"]["unique_graphs"]
+
+
+def test_repeats_of_a_block_share_one_graph(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
+    single = graphs(monkeypatch, small(drop_rate=0.0))
+    model = small(drop_rate=0.0, blocks=(3, 2, 2))
+    names = list(model.state_dict())
+    assert 8 < single == graphs(monkeypatch, model)
+    assert list(model.state_dict()) == names

@@ -1,4 +1,4 @@
-"""The optimizer against TensorFlow's recorded steps and timm's port; the parameter groups."""
+"""RMSProp against TensorFlow's recorded steps and timm's port, also in one pass; the groups."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 import timm.optim
 import torch
+from small_network import relative
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from irv2 import engine, update
 from irv2.model import inception_resnet_v2
+from irv2.native import threads
+from irv2.native import update as native
 from irv2.optim import RMSpropTF, parameter_groups
 
 RECORDED = Path(__file__).parent / "data" / "tensorflow.json"
@@ -25,8 +30,9 @@ def tensors(values: list) -> list[Tensor]:
 
 def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """|ours - theirs| / |theirs| over all tensors together."""
-    ours, theirs = (torch.cat([t.detach().flatten().double() for t in ts]) for ts in (ours, theirs))
-    return ((ours - theirs).norm() / theirs.norm()).item()
+    return relative(
+        *(torch.cat([t.detach().flatten().double() for t in ts]) for ts in (ours, theirs))
+    )
 
 
 def settings(recorded: dict) -> dict:
@@ -52,9 +58,13 @@ def replay(kind: type, recorded: dict) -> tuple[torch.optim.Optimizer, list[list
     return optimizer, steps
 
 
-def movements(steps: list[list[Tensor]], recorded: dict) -> list[Tensor]:
-    """How far every parameter is from its start, so that the start's size hides nothing."""
-    return [p - start for step in steps for p, start in zip(step, tensors(recorded["initial"]))]
+def distance_moved(steps: list[list[Tensor]], recorded: dict) -> float:
+    """Distance of all movements from the start to TensorFlow's: the start's size hides nothing."""
+    start = tensors(recorded["initial"])
+    theirs = [tensors(values) for values in recorded["values"]]
+    return distance(
+        *([p - s for step in run for p, s in zip(step, start)] for run in (steps, theirs))
+    )
 
 
 def test_recorded_trajectories_cover_the_papers_values_and_a_change_of_learning_rate():
@@ -63,33 +73,29 @@ def test_recorded_trajectories_cover_the_papers_values_and_a_change_of_learning_
     assert len(TRAJECTORIES) == 3
 
 
-@pytest.mark.parametrize("name", TRAJECTORIES)
-def test_every_step_equals_tensorflows(name: str):
-    recorded = TRAJECTORIES[name]
+@pytest.mark.parametrize("recorded", TRAJECTORIES.values(), ids=TRAJECTORIES)
+def test_every_step_equals_tensorflows(recorded):
     _, steps = replay(RMSpropTF, recorded)
-    theirs = [tensors(values) for values in recorded["values"]]
-    assert distance(movements(steps, recorded), movements(theirs, recorded)) < 1e-6
-    for ours, expected in zip(steps, theirs):
-        assert distance(ours, expected) < 1e-6
+    assert distance_moved(steps, recorded) < 1e-6
+    for ours, expected in zip(steps, recorded["values"]):
+        assert distance(ours, tensors(expected)) < 1e-6
 
 
-@pytest.mark.parametrize("name", TRAJECTORIES)
-def test_slots_equal_tensorflows(name: str):
-    recorded = TRAJECTORIES[name]
+@pytest.mark.parametrize("recorded", TRAJECTORIES.values(), ids=TRAJECTORIES)
+def test_slots_equal_tensorflows(recorded):
     optimizer, _ = replay(RMSpropTF, recorded)
-    states = list(optimizer.state.values())
-    mean_squares = [state["square_avg"] for state in states]
-    momenta = [state["momentum_buffer"] for state in states]
-    assert distance(mean_squares, tensors(recorded["final_mean_square"])) < 1e-6
-    assert distance(momenta, tensors(recorded["final_momentum"])) < 1e-6
+    for slot, theirs in (
+        ("square_avg", "final_mean_square"),
+        ("momentum_buffer", "final_momentum"),
+    ):
+        ours = [state[slot] for state in optimizer.state.values()]
+        assert distance(ours, tensors(recorded[theirs])) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["slim", "lr_change"])
-def test_the_comparison_would_notice_torchs_rmsprop(name: str):
-    recorded = TRAJECTORIES[name]
-    _, steps = replay(torch.optim.RMSprop, recorded)
-    theirs = [tensors(values) for values in recorded["values"]]
-    assert distance(movements(steps, recorded), movements(theirs, recorded)) > 0.1
+def test_the_comparison_would_notice_torchs_rmsprop():
+    for name in ("slim", "lr_change"):
+        _, steps = replay(torch.optim.RMSprop, TRAJECTORIES[name])
+        assert distance_moved(steps, TRAJECTORIES[name]) > 0.1, name
 
 
 def two_groups() -> tuple[list[nn.Parameter], list[dict]]:
@@ -105,12 +111,12 @@ def two_groups() -> tuple[list[nn.Parameter], list[dict]]:
 def random_gradients(params: list[nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator)
+        p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.5])
 @pytest.mark.parametrize("eps", [1.0, 1e-3])
-def test_weight_decay_equals_timms_over_twenty_steps(eps: float, momentum: float):
+def test_weight_decay_equals_timms_over_twenty_steps(eps, momentum):
     hyper = {"lr": 0.03, "alpha": 0.9, "eps": eps, "momentum": momentum}
     (ours, our_groups), (theirs, their_groups) = two_groups(), two_groups()
     start = copy.deepcopy(ours)
@@ -166,7 +172,7 @@ def test_the_closure_is_run_with_gradients_and_its_loss_returned():
     assert p.item() == pytest.approx(2.0 - 0.045 * 4 / (2.5 + 1) ** 0.5, rel=1e-6)
 
 
-def test_a_restored_optimizer_continues_bit_by_bit(tmp_path: Path):
+def test_a_restored_optimizer_continues_bit_by_bit(tmp_path):
     (params, groups), (copied, copied_groups) = two_groups(), two_groups()
     optimizer = RMSpropTF(groups, **PAPER)
     for step in range(5):
@@ -187,9 +193,8 @@ def test_a_restored_optimizer_continues_bit_by_bit(tmp_path: Path):
     assert all(torch.equal(a, b) for a, b in zip(params, copied))
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
+def test_a_hyper_parameter_out_of_range_is_refused_by_name():
+    for name, value in (
         ("lr", -0.1),
         ("lr", float("nan")),
         ("alpha", -0.1),
@@ -198,11 +203,9 @@ def test_a_restored_optimizer_continues_bit_by_bit(tmp_path: Path):
         ("momentum", -0.1),
         ("momentum", 1.0),
         ("weight_decay", -1e-4),
-    ],
-)
-def test_a_hyper_parameter_out_of_range_is_refused_by_name(name: str, value: float):
-    with pytest.raises(ValueError, match=rf"{name}={value}"):
-        RMSpropTF([nn.Parameter(torch.zeros(1))], **{**PAPER, name: value})
+    ):
+        with pytest.raises(ValueError, match=rf"{name}={value}"):
+            RMSpropTF([nn.Parameter(torch.zeros(1))], **{**PAPER, name: value})
 
 
 # ---------------------------------------------------------------------------------- groups
@@ -214,16 +217,14 @@ def network(request: pytest.FixtureRequest) -> nn.Module:
         return inception_resnet_v2(aux_logits=True, bn_scale=request.param)
 
 
-def test_every_trainable_parameter_of_the_network_is_in_exactly_one_group(
-    network: nn.Module,
-):
+def test_every_trainable_parameter_of_the_network_is_in_exactly_one_group(network):
     grouped = [id(p) for group in parameter_groups(network, 4e-5) for p in group["params"]]
     trainable = [id(p) for p in network.parameters() if p.requires_grad]
     assert len(grouped) == len(set(grouped))
     assert sorted(grouped) == sorted(trainable)
 
 
-def test_only_batch_norm_is_free_of_weight_decay(network: nn.Module):
+def test_only_batch_norm_is_free_of_weight_decay(network):
     decayed, free = parameter_groups(network, 4e-5)
     assert (decayed["weight_decay"], free["weight_decay"]) == (4e-5, 0.0)
     names = {id(p): name for name, p in network.named_parameters()}
@@ -248,8 +249,104 @@ def test_a_frozen_parameter_is_in_no_group():
     assert [id(p) for p in free["params"]] == [id(model[1].bias)]
 
 
-@pytest.mark.parametrize("layer", [nn.PReLU(), nn.LayerNorm(4), nn.Conv1d(1, 1, 1)])
-def test_a_layer_without_a_rule_is_refused_by_name(layer: nn.Module):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(layer))
-    with pytest.raises(ValueError, match=rf"1\.0.*{type(layer).__name__}"):
-        parameter_groups(model, 0.1)
+def test_a_layer_without_a_rule_is_refused_by_name():
+    for layer in (nn.PReLU(), nn.LayerNorm(4), nn.Conv1d(1, 1, 1)):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(layer))
+        with pytest.raises(ValueError, match=rf"1\.0.*{type(layer).__name__}"):
+            parameter_groups(model, 0.1)
+
+
+# ---------------------------------------------------------------------------------- one pass
+
+needs_threads = pytest.mark.skipif(
+    not threads.available(), reason="PyTorch's threads: none we know"
+)
+
+
+def layers() -> nn.Sequential:
+    """Layers of sizes that do and do not fill vectors, one in channels-last memory, one frozen."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 17, 3), nn.BatchNorm2d(17), nn.Linear(64, 65), nn.Linear(3, 1)
+    )
+    model[0].to(memory_format=torch.channels_last)
+    model[3].requires_grad_(False)
+    return model
+
+
+def distances(ours: nn.Module, theirs: nn.Module) -> dict[str, float]:
+    reference = theirs.state_dict()
+    return {
+        name: relative(value.double(), reference[name].double())
+        for name, value in ours.state_dict().items()
+        if value.is_floating_point()
+    }
+
+
+@needs_threads
+@pytest.mark.parametrize("clip_norm", [None, 2.0, 1e6])
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_five_steps_equal_timms(monkeypatch, clip_norm, one_pass):
+    """Clipping, RMSProp and the running average in one pass, against timm's three."""
+    if not one_pass:
+        monkeypatch.setattr(native, "fits", lambda slots: False)
+    ours, theirs = layers(), layers()
+    state = engine.TrainState(
+        ours,
+        engine.running_average(ours, 0.999),
+        RMSpropTF(parameter_groups(ours, 0.01), lr=0.045),
+        torch.amp.GradScaler("cpu", enabled=False),
+    )
+    groups = parameter_groups(theirs, 0.01)
+    for group in groups:
+        group.pop("lr_scale")
+    peer = timm.optim.RMSpropTF(groups, **PAPER)
+    average = ModelEmaV3(theirs, 0.999, use_warmup=True, warmup_gamma=9.0, warmup_power=1.0)
+    for step in range(5):
+        for model in (ours, theirs):
+            random_gradients([p for p in model.parameters() if p.requires_grad], step)
+            model[1].running_mean += step
+        norm = update.gradient_norm(ours.parameters())
+        expected = nn.utils.clip_grad_norm_(theirs.parameters(), clip_norm or float("inf"))
+        torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+        update.apply(state, torch.tensor(True), norm, clip_norm, [], [])
+        peer.step()
+        average.update(theirs, step=step + 2)
+        state.step += 1
+    for found in (distances(ours, theirs), distances(state.ema.module, average.module)):
+        assert max(found.values()) < 1e-6, found
+    assert distances(ours, layers())["2.weight"] > 1e-3
+
+
+def slots(*layouts: Tensor) -> list[native.Slots]:
+    return [native.Slots(*layouts)]
+
+
+@needs_threads
+def test_pytorch_learns_of_the_changes():
+    """Else a graph that was recorded before would compute with other numbers than it was given."""
+    p, weight = torch.ones(5), torch.ones(5, requires_grad=True)
+    loss = (weight * p).sum()
+    native.rmsprop(slots(p, *torch.ones(4, 5)), native.Rates(1, 0, 0.9, 1, 0.9, 0.1, 0.5))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@needs_threads
+def test_the_norm_tells_of_one_number_that_is_not_finite():
+    tensors = [torch.ones(5), torch.ones(10_000)]
+    assert native.norm(tensors).item() == pytest.approx(10_005**0.5, rel=1e-7)
+    for value in (float("nan"), float("inf")):
+        tensors[1][7_777] = value
+        assert not native.norm(tensors).isfinite()
+
+
+@needs_threads
+def test_what_does_not_lie_alike_in_memory_is_left_to_pytorchs_operations():
+    plain = torch.zeros(4, 3, 2, 2)
+    turned = plain.contiguous(memory_format=torch.channels_last)
+    assert native.fits(slots(*[plain] * 5)) and native.fits(slots(*[turned] * 5))
+    assert not native.fits(slots(plain, turned, plain, plain, plain))
+    assert not native.fits(slots(*[plain.double()] * 5))
+    assert not native.fits(slots(*[plain[:, :2]] * 5))
+    assert native.fits(slots(plain[:, :, :1, :1].contiguous(), *[torch.zeros(4, 3, 1, 1)] * 4))
