@@ -130,15 +130,14 @@ def become(request: dict) -> None:
     tempfile.tempdir = None  # as the environment says
     signal.signal(signal.SIGINT, signal.default_int_handler)
     program, *arguments = request["argv"]
+    more = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     if program == "-c":
         text, *arguments = arguments
-        sys.argv = ["-c", *arguments]
-        sys.path[0] = ""
+        sys.argv, sys.path[:1] = ["-c", *arguments], ["", *more]
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         exec(compile(text, "<string>", "exec"), main.__dict__)
     else:
-        sys.argv = [program, *arguments]
-        sys.path[0] = str(Path(program).resolve().parent)
+        sys.argv, sys.path[:1] = [program, *arguments], [str(Path(program).resolve().parent), *more]
         runpy.run_path(program, run_name="__main__")
 
 

@@ -77,18 +77,26 @@ def start_script(text: str) -> subprocess.Popen[str]:
     return _start(["-c", text], as_user=False, cwd=ROOT)
 
 
+def run_script_on_ranks(ranks: int, text: str) -> None:
+    """Run a Python program that is a text as several ranks, to their end, which must be good."""
+    command = [str(ROOT / "tests" / "ranks.py"), str(ranks), "-c", text]
+    result = finish(_start(command, as_user=False, cwd=ROOT))
+    assert result.returncode == 0, result.stderr
+
+
 def _start(
     command: list[str], as_user: bool, stdin: int | None = None, cwd: Path | None = None
 ) -> subprocess.Popen[str]:
     """Start Python with this command line, its output in pipes."""
     kind = subprocess.Popen if as_user else Program
+    paths = {} if cwd is None else {"PYTHONPATH": f"{cwd}{os.pathsep}{cwd / 'tests'}"}
     return kind(
         [sys.executable, *command] if as_user else command,
         stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(),
+        env=environment() | paths,
         cwd=cwd,
     )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from irv2.distributed import World
-from irv2.engine import TrainState, running_average
+from irv2.engine import StepOptions, TrainState, running_average, train_step
 from irv2.optim import RMSpropTF, parameter_groups
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -78,6 +78,17 @@ def numbered(
     for x, labels in batches:
         yield x, labels, list(range(first, first + len(x)))
         first += len(x)
+
+
+def train(state: TrainState, micro_batch: int, steps: int = 3, batch: int = 8, **options) -> list:
+    """Take steps of `batch` images cut into micro-batches; (loss, gradient norm) of each."""
+    options = StepOptions(accumulation=batch // micro_batch, **options)
+    results = []
+    for step in range(steps):
+        batches = pieces(images(batch, seed=step), micro_batch)
+        loss, norm = train_step(state, state.model, batches, LR, options, ALONE)
+        results.append((loss.item(), norm.item()))
+    return results
 
 
 def trainable(network: nn.Module) -> Tensor:

@@ -1,6 +1,8 @@
-"""Class weights against a closed form and scikit-learn; tests/test_engine.py has the rest."""
+"""Label smoothing, the auxiliary loss and class weights against closed forms and scikit-learn."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
@@ -66,3 +68,32 @@ def test_the_auxiliary_loss_is_weighted_as_well():
     expected = loss(x, labels) + 0.4 * loss(aux, labels)
     assert loss((x, aux), labels).item() == pytest.approx(expected.item(), rel=1e-6)
     assert loss(x, labels).item() != pytest.approx(Loss()(x, labels).item(), rel=0.01)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_label_smoothing_mixes_the_label_with_the_uniform_distribution(smoothing):
+    logits = np.random.default_rng(0).normal(size=(5, 7)) * 3
+    labels = np.array([0, 6, 3, 3, 1])
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    target = np.eye(7)[labels] * (1 - smoothing) + smoothing / 7
+    expected = -(target * log_p).sum(1).mean()
+    loss = Loss(label_smoothing=smoothing)(torch.tensor(logits).float(), torch.tensor(labels))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_auxiliary_loss_is_added_with_its_weight():
+    generator = torch.Generator().manual_seed(0)
+    logits, aux_logits = (torch.randn(4, 5, generator=generator) for _ in range(2))
+    labels = torch.tensor([0, 1, 2, 4])
+    for weight in (0.4, 0.0, 1.5):
+        loss = Loss(0.1, aux_weight=weight)
+        expected = loss(logits, labels) + weight * loss(aux_logits, labels)
+        assert loss((logits, aux_logits), labels).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_loss_is_computed_in_float32():
+    logits = torch.tensor([[10.0, 0.0, -3.0]]).bfloat16()
+    loss = Loss(label_smoothing=0.0)(logits, torch.tensor([0]))
+    assert loss.dtype == torch.float32
+    expected = math.log1p(math.exp(-10) + math.exp(-13))
+    assert loss.item() == pytest.approx(expected, rel=1e-2)

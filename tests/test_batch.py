@@ -1,16 +1,86 @@
-"""train.micro_batch=auto: as many images as memory holds, and the same experiment."""
+"""How the global batch is divided among ranks and micro-batches, and what memory has to say."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
 
 import recipe
 from irv2 import config, memory, rundir
-from irv2.distributed import World, WorldError
+from irv2.distributed import World, WorldError, divide_batch
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "ranks", "expected"),
+    [
+        (640, 32, 20, (32, 1)),  # the paper's machine
+        (640, 32, 1, (32, 20)),
+        (640, 32, 8, (20, 4)),
+        (640, 64, 8, (40, 2)),
+        (32, 32, 1, (32, 1)),
+        (32, 64, 2, (16, 1)),
+        (96, 32, 2, (24, 2)),
+        (7, 32, 7, (1, 1)),
+    ],
+)
+def test_the_batch_is_divided_into_the_largest_equal_parts(
+    global_batch, micro_batch, ranks, expected
+):
+    assert divide_batch(global_batch, micro_batch, ranks) == expected
+
+
+def test_every_division_makes_the_global_batch_of_parts_no_larger_than_asked():
+    for global_batch in range(1, 65):
+        for ranks in (1, 2, 3, 4, 8):
+            for micro_batch in (1, 2, 5, 8, 32):
+                try:
+                    size, accumulation = divide_batch(global_batch, micro_batch, ranks)
+                except WorldError:
+                    continue
+                assert size * accumulation * ranks == global_batch
+                assert min(micro_batch, global_batch // ranks) / 2 <= size <= micro_batch
+
+
+@pytest.mark.parametrize(("global_batch", "ranks"), [(640, 6), (640, 7), (100, 8), (74, 3)])
+def test_a_number_of_ranks_that_does_not_divide_the_batch_names_values_that_work(
+    global_batch, ranks
+):
+    with pytest.raises(WorldError) as caught:
+        divide_batch(global_batch, 32, ranks)
+    message = str(caught.value)
+    assert message.startswith(f"train.global_batch={global_batch} ")
+    assert f"{ranks} ranks" in message
+    near = re.search(r"start (\d+)(?: or (\d+))? ranks", message).groups()
+    for other in filter(None, near):
+        assert global_batch % int(other) == 0
+    fitting = int(re.search(r"set train\.global_batch=(\d+)", message)[1])
+    divide_batch(fitting, 32, ranks)
+
+
+def test_more_ranks_than_images_are_refused_with_a_batch_that_works():
+    with pytest.raises(WorldError, match=r"start 3 ranks, or set train\.global_batch=8"):
+        divide_batch(3, 32, 8)
+
+
+def test_a_share_without_equal_parts_near_the_micro_batch_names_values_that_work():
+    with pytest.raises(WorldError) as caught:
+        divide_batch(74, 32, 2)  # 37 images a rank, a prime
+    message = str(caught.value)
+    assert "37 images a rank" in message
+    micro_batches = re.search(r"train\.micro_batch=(\d+) or (\d+)", message).groups()
+    assert micro_batches == ("1", "37")
+    for micro_batch in map(int, micro_batches):
+        divide_batch(74, micro_batch, 2)
+    fitting = int(re.search(r"or train\.global_batch=(\d+)", message)[1])
+    assert divide_batch(fitting, 32, 2) == (32, fitting // 64)
+
+
+# ---------------------------------------------------------------------- train.micro_batch=auto
 
 
 def configured(*overrides: tuple[str, dict]) -> config.Config:

@@ -1,0 +1,86 @@
+"""An evaluation of a network: every image counted once, by one view or several."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from small_network import (
+    ALONE,
+    LR,
+    images,
+    new_state,
+    numbered,
+    pieces,
+    small_network,
+    train,
+    trainable,
+)
+from torch import nn
+
+from irv2 import engine
+from irv2.engine import EvalOptions, StepOptions, train_step
+
+
+def test_an_evaluation_counts_every_image_and_changes_nothing():
+    network = small_network(drop_rate=0.5)
+    x, labels = images(23)
+    before = copy.deepcopy(network.state_dict())
+    seen = []
+    result = engine.evaluate(
+        network, numbered(pieces((x, labels), 5)), ALONE, on_batch=lambda n, _: seen.append(n)
+    )
+    with torch.no_grad():
+        logits = network.eval()(x)
+    best = logits.argsort(1, descending=True)
+    assert result.images == 23
+    assert result.top1_correct == (best[:, 0] == labels).sum().item()
+    assert result.top5_correct == (best[:, :5] == labels[:, None]).any(1).sum().item()
+    expected = nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+    assert result.loss.sum() == pytest.approx(expected, rel=1e-6)
+    assert seen == [5, 5, 5, 5, 3]
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_step_after_an_evaluation_trains_again():
+    straight, interrupted = (new_state(small_network(drop_rate=0.5)) for _ in range(2))
+    train(straight, 8, steps=2)
+    train(interrupted, 8, steps=1)
+    engine.evaluate(interrupted.model, numbered([images(4)]), ALONE)
+    batches = iter([images(8, seed=1)])
+    train_step(interrupted, interrupted.model, batches, LR, StepOptions(), ALONE)
+    assert torch.equal(trainable(straight.model), trainable(interrupted.model))
+
+
+def test_several_views_of_an_image_count_as_the_mean_of_their_softmax():
+    network = small_network()
+    x, labels = images(4)
+    views = torch.stack([x, x.roll(1, 2), x.roll(1, 3)], 1)  # [4, 3, 3, 6, 6]
+    with torch.no_grad():
+        every = torch.stack([network.eval()(views[:, v]).softmax(1) for v in range(3)])
+        mirrored = torch.stack([network(views[:, v].flip(3)).softmax(1) for v in range(3)])
+    flat = views.flatten(0, 1)
+    for is_mirrored, expected in ((False, every.mean(0)), (True, (every + mirrored).mean(0) / 2)):
+        for at_once in (None, 5):
+            options = EvalOptions(mirrored=is_mirrored, at_once=at_once)
+            (batch,) = engine.scored(network, [(flat, labels, [0, 1, 2, 3])], options)
+            assert torch.allclose(batch.scores.exp(), expected, atol=1e-6)
+
+
+def test_classes_that_do_not_compete_are_never_answers():
+    network = small_network()
+    x, labels = images(40)
+    competing = torch.tensor([True, False, True, True, False, True])
+    mine = competing[labels]
+    x, labels = x[mine], labels[mine]
+    result = engine.evaluate(
+        network, numbered([(x, labels)]), ALONE, EvalOptions(competing=competing)
+    )
+    places = competing.nonzero().squeeze(1)
+    with torch.no_grad():
+        logits = network.eval()(x)[:, places]
+    expected = [places[i].item() for i in logits.argmax(1)]
+    assert result.top[:, 0].tolist() == expected
+    assert result.top1_correct == sum(e == label for e, label in zip(expected, labels.tolist()))
+    assert result.probability.sum(1) == pytest.approx(1.0)
