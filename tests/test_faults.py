@@ -13,14 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import (
-    children,
-    finish,
-    log_lines,
-    run,
-    start,
-    wait_for,
-)
+from calling import call
+from programs import children, finish, log_lines, run, start, wait_for
 from small_run import (
     HARMED,
     STEPS,
@@ -37,6 +31,7 @@ from small_run import (
     steps,
 )
 
+import train
 from irv2 import checkpoint, jsonl
 
 # ---------------------------------------------------------------------------------- killed
@@ -58,20 +53,6 @@ def test_a_run_killed_in_its_saves_ends_as_if_it_had_not_been(
     assert result.returncode == 0, result.stderr
     assert f"continuing after step {STEPS} " in result.stdout
     assert_same_end(tmp_path / "run", undisturbed)
-
-
-# ---------------------------------------------------------------------------------- moved
-
-
-def test_ranks_and_workers_may_change_in_the_middle_of_an_epoch(
-    config, undisturbed, tmp_path, inject: Inject
-):
-    for until, (ranks, workers) in {2: (1, 0), 4: (2, 2), STEPS: (1, 1)}.items():
-        inject("another number of ranks and workers")
-        limits = (f"data.workers={workers}", f"train.max_steps={until}")
-        result = run("train.py", *arguments(config, tmp_path / "run", *limits), ranks=ranks)
-        assert result.returncode == 0, result.stderr
-    assert_same_batches(tmp_path / "run", undisturbed)
 
 
 # ---------------------------------------------------------------------------------- damaged
@@ -99,10 +80,9 @@ def test_only_damaged_checkpoints_are_an_error(config, undisturbed, tmp_path, in
     shutil.copytree(undisturbed, tmp_path / "run")
     for path in checkpoint.found(tmp_path / "run" / "checkpoints"):
         (path / "meta.json").unlink()
-    result = run("train.py", *arguments(config, tmp_path / "run"))
-    assert result.returncode == 1
-    assert "none of its 2 checkpoints can be read" in result.stderr
-    assert "Traceback" not in result.stderr
+    status, _, error = call(train, *arguments(config, tmp_path / "run"))
+    assert status == 1
+    assert "none of its 2 checkpoints can be read" in error
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
 
 
@@ -139,27 +119,23 @@ def test_a_disk_that_stays_full_is_an_error_and_costs_no_older_checkpoint(
 # ---------------------------------------------------------------------------------- stopped
 
 
-@pytest.mark.parametrize(
-    ("fault", "moment", "number", "status"),
-    [
-        ("slow-save=0", "step 3/", signal.SIGINT, 130),
-        ("slow-save=2", "save begins", signal.SIGTERM, 75),
-        ("slow-evaluation=1", "evaluation begins", signal.SIGUSR1, 75),
-    ],
-)
-def test_a_stopped_run_loses_no_finished_step(
-    config, undisturbed, tmp_path, inject: Inject, fault, moment, number, status
-):
-    """It is continued with other workers."""
-    inject(f"{signal.Signals(number).name} at '{moment}'")
-    process = start(HARMED, fault, *arguments(config, tmp_path / "run", "data.workers=2"))
-    wait_for(process, moment)
-    process.send_signal(number)
-    stopped = finish(process)
-    assert stopped.returncode == status, stopped.stderr
-    last = log_lines(tmp_path / "run", "train")[-1]["step"]
-    assert f"stopped after step {last}; the same command continues" in stopped.stdout
-    assert steps(tmp_path / "run")[-1] == last
+def test_a_stopped_run_loses_no_finished_step(config, undisturbed, tmp_path, inject: Inject):
+    """Ctrl-C between two saves, SIGTERM in a save, SIGUSR1 in an evaluation, each continued."""
+    for fault, moment, number, status, workers in (
+        ("slow-save=0", "step 1/", signal.SIGINT, 130, 2),
+        ("slow-save=2", "save begins", signal.SIGTERM, 75, 0),
+        ("slow-evaluation=1", "evaluation begins", signal.SIGUSR1, 75, 2),
+    ):
+        inject(f"{number.name} at '{moment}'")
+        place = arguments(config, tmp_path / "run", f"data.workers={workers}")
+        process = start(HARMED, fault, *place)
+        wait_for(process, moment)
+        process.send_signal(number)
+        stopped = finish(process)
+        assert stopped.returncode == status, stopped.stderr
+        last = log_lines(tmp_path / "run", "train")[-1]["step"]
+        assert f"stopped after step {last}; the same command continues" in stopped.stdout
+        assert steps(tmp_path / "run")[-1] == last
     result = run("train.py", *arguments(config, tmp_path / "run"))
     assert result.returncode == 0, result.stderr
     assert_same_end(tmp_path / "run", undisturbed)
@@ -178,7 +154,7 @@ def test_a_second_signal_leaves_at_once(config, tmp_path, inject: Inject):
 
 def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(config, tmp_path, inject: Inject):
     inject("SIGTERM on one rank")
-    process = start("train.py", *arguments(config, tmp_path / "run"), ranks=2)
+    process = start("train.py", *arguments(config, tmp_path / "run"), ranks=2, torchrun=())
     wait_for(process, "step 1/")
     os.kill(rank_pids(process)[1], signal.SIGTERM)
     stopped = finish(process)
@@ -239,31 +215,57 @@ def spoil(folder: Path, count: int) -> list[str]:
     return [str(path) for path in paths]
 
 
-def test_unusable_training_images_are_replaced_listed_and_counted(config, tmp_path, inject: Inject):
-    """Stopped and continued with other ranks and workers, the list is that of one run."""
-    shutil.copytree(config.parent / "train", tmp_path / "train")
-    spoiled = spoil(tmp_path / "train", 2)
-    for _ in spoiled:
-        inject("unusable training image")
-    data = f"data.train={tmp_path / 'train'}"
-    place = arguments(config, tmp_path / "one", data, "data.workers=1")
-    result = run("train.py", *place)
-    assert result.returncode == 0, result.stderr
-    place = arguments(config, tmp_path / "two", data)
-    assert run("train.py", *place, "train.max_steps=2", ranks=2).returncode == 0
-    assert run("train.py", *place).returncode == 0
-    assert_same_batches(tmp_path / "two", tmp_path / "one")
+@pytest.fixture(scope="module")
+def spoiled(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder of training images, and the paths of those that are none."""
+    folder = tmp_path_factory.mktemp("spoiled") / "train"
+    shutil.copytree(config.parent / "train", folder)
+    return folder, spoil(folder, 2)
 
-    listed = [jsonl.read(tmp_path / name / "bad_images.jsonl") for name in ("one", "two")]
+
+@pytest.fixture(scope="module")
+def moved(config: Path, spoiled: tuple[Path, list[str]]) -> tuple[Path, Path]:
+    """Two runs over the spoiled images: one in one go, one that changes its ranks and workers."""
+    data, place = f"data.train={spoiled[0]}", spoiled[0].parent
+    one, two = (arguments(config, place / name, data) for name in ("one", "two"))
+    for command, ranks in (
+        ([*one, "data.workers=1"], 1),
+        ([*two, "data.workers=0", "train.max_steps=2"], 1),
+        ([*two, "data.workers=2", "train.max_steps=4"], 2),
+        ([*two, "data.workers=1"], 1),
+    ):
+        result = run("train.py", *command, ranks=ranks)
+        assert result.returncode == 0, result.stderr
+    return place / "one", place / "two"
+
+
+def test_ranks_and_workers_may_change_in_the_middle_of_an_epoch(moved, inject: Inject):
+    inject("another number of ranks and workers")
+    one, two = moved
+    assert_same_batches(two, one)
+    assert [line["step"] for line in log_lines(two, "train")] == list(range(1, STEPS + 1))
+
+
+def test_unusable_training_images_are_replaced_listed_and_counted(
+    moved, spoiled, undisturbed, inject: Inject
+):
+    """Stopped and continued with other ranks and workers, the list is that of one run."""
+    for _ in spoiled[1]:
+        inject("unusable training image")
+    one, two = moved
+    listed = [jsonl.read(run / "bad_images.jsonl") for run in moved]
     assert listed[0] == listed[1]
     first_epoch = [line for line in listed[0] if line["epoch"] == 0]
-    assert sorted(line["name"] for line in first_epoch) == spoiled
+    assert sorted(line["name"] for line in first_epoch) == spoiled[1]
     assert all("not a known kind of image" in line["reason"] for line in listed[0])
-    for step, batch in ledger(tmp_path / "one").items():
+    sound = ledger(undisturbed)
+    for step, batch in ledger(one).items():
         here = {line["index"] for line in listed[0] if line["step"] == step}
         assert here <= {index for index, _ in batch}
-    final = checkpoint_of(tmp_path / "two", STEPS)
-    assert final.meta["bad_images"] == len(listed[0])
+        assert [pair for pair in batch if pair[0] not in here] == [
+            pair for pair in sound[step] if pair[0] not in here
+        ]
+    assert checkpoint_of(two, STEPS).meta["bad_images"] == len(listed[0])
 
 
 def test_too_many_unusable_images_end_the_run(config, tmp_path, inject: Inject):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
-from programs import log_lines, run
+import torch
+from calling import call
+from programs import run
 from small_run import (
     IMAGES,
     STEPS,
@@ -14,28 +19,31 @@ from small_run import (
     ledger,
 )
 
+import feed
+import train
+import validate
+from data import loader
+from irv2.config import load
+from irv2.distributed import World
+from scripts import make_shards
 from scripts.benchmarks.range_server import serving
 
 
 def test_a_run_may_move_to_shards_in_the_middle_of_an_epoch(config, undisturbed, shards, tmp_path):
-    for moves in (["train.max_steps=2"], [f"train.max_steps={STEPS}", f"data.train={shards}"]):
-        result = run("train.py", *arguments(config, tmp_path / "run", *moves))
-        assert result.returncode == 0, result.stderr
-    assert_same_batches(tmp_path / "run", undisturbed)
-    ours, theirs = (checkpoint_of(d, STEPS).parts for d in (tmp_path / "run", undisturbed))
-    assert differing(ours, theirs) == []
-
-
-def test_a_run_may_move_on_to_an_object_store(config, undisturbed, shards, tmp_path):
-    pytest.importorskip("aiohttp", reason="remote shards are NOT tested: requirements-remote.txt")
+    """And on to an object store, where that can be tested."""
+    place = arguments(config, tmp_path / "run")
+    moves = [["train.max_steps=2"], ["train.max_steps=4", f"data.train={shards}"]]
     with serving(shards) as url:
         away = (f"data.train={url}", f"data.cache_dir={tmp_path / 'cache'}", "data.workers=2")
-        for moves in (["train.max_steps=2"], [f"train.max_steps={STEPS}", *away]):
-            result = run("train.py", *arguments(config, tmp_path / "run", *moves))
+        here = (f"data.train={shards}",)
+        for more in (*moves, away if find_spec("aiohttp") else here):
+            result = run("train.py", *place, *more)
             assert result.returncode == 0, result.stderr
     assert_same_batches(tmp_path / "run", undisturbed)
     ours, theirs = (checkpoint_of(d, STEPS).parts for d in (tmp_path / "run", undisturbed))
     assert differing(ours, theirs) == []
+    if not find_spec("aiohttp"):
+        pytest.skip("remote shards are NOT tested: requirements-remote.txt")
 
 
 def test_a_window_shows_every_image_once_an_epoch_in_another_order(
@@ -51,52 +59,57 @@ def test_a_window_shows_every_image_once_an_epoch_in_another_order(
 
 
 def test_a_window_over_folders_is_refused(config, tmp_path):
-    result = run("train.py", *arguments(config, tmp_path / "run", "data.shuffle_window=4"))
-    assert result.returncode == 1
-    assert "data.shuffle_window=4 is for shards" in result.stderr
-    assert "scripts/make_shards.py" in result.stderr
+    status, _, error = call(train, *arguments(config, tmp_path / "run", "data.shuffle_window=4"))
+    assert status == 1
+    assert "data.shuffle_window=4 is for shards" in error
+    assert "scripts/make_shards.py" in error
     assert not (tmp_path / "run").exists()
 
 
-def test_mixing_and_augmenting_give_the_same_images_on_two_ranks(config, tmp_path):
-    """Stronger recipes, too, follow from (seed, epoch, index). Losses tell of what the network saw:
-    with frozen statistics and no dropout they are those of the images alone."""
-    plain = ("train.max_steps=1", "model.drop_rate=0", "model.freeze_bn=true")
+def first_batch(config: Path, rank: int, ranks: int, recipe: tuple[str, ...]) -> loader.Batch:
+    """What a rank takes first, images and labels as the network gets them."""
+    cfg = load(config, ["train.micro_batch=4", *recipe])
+    world = World(rank, ranks, torch.device("cpu"))
+    source, _ = feed.open_sources(cfg)
+    order = feed.training_order(cfg, source)
+    batches = feed.training_batches(cfg, source, order, 4, 4 // ranks, world)
+    batch = next(batches)
+    batches.close()
+    return batch
+
+
+def test_mixing_and_augmenting_give_the_same_images_on_two_ranks(config):
+    """Stronger recipes, too, follow from (seed, epoch, index)."""
     strong = ("data.mixup=0.2", "data.cutmix=1", "data.rand_augment=9", "data.random_erasing=0.3")
-    losses = []
-    for number, (ranks, recipe) in enumerate([(1, strong), (2, strong), (1, ())]):
-        directory = tmp_path / str(number)
-        result = run("train.py", *arguments(config, directory, *plain, *recipe), ranks=ranks)
-        assert result.returncode == 0, result.stderr
-        losses.append(log_lines(directory, "train")[0]["loss"])
-    assert ledger(tmp_path / "0") == ledger(tmp_path / "1")
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert losses[0] != pytest.approx(losses[2], rel=1e-3)
+    whole, plain = (first_batch(config, 0, 1, recipe) for recipe in (strong, ()))
+    halves = [first_batch(config, rank, 2, strong) for rank in range(2)]
+    assert torch.equal(whole.images, torch.cat([half.images for half in halves]))
+    assert torch.equal(whole.labels, torch.cat([half.labels for half in halves]))
+    assert whole.keys == [key for half in halves for key in half.keys]
+    assert not any(map(torch.equal, whole.images, plain.images))
 
 
 def test_pairs_need_micro_batches_of_an_even_size(config, tmp_path):
     odd = ("data.mixup=0.2", "train.micro_batch=1")
-    result = run("train.py", *arguments(config, tmp_path / "run", *odd))
-    assert result.returncode == 1
-    assert "micro-batches of 1 images cannot be paired" in result.stderr
+    status, _, error = call(train, *arguments(config, tmp_path / "run", *odd))
+    assert status == 1
+    assert "micro-batches of 1 images cannot be paired" in error
 
 
 def test_shards_of_scaled_images_are_refused_for_evaluation_unless_allowed(config, tmp_path):
     out = tmp_path / "val"
-    scaled = ("--shorter-side", 30)
-    result = run("scripts/make_shards.py", config.parent / "val", "--out", out, *scaled)
-    assert result.returncode == 0, result.stderr
+    assert call(make_shards, config.parent / "val", "--out", out, "--shorter-side", 30).status == 0
     place = arguments(config, tmp_path / "run", f"data.val={out}", "train.max_steps=1")
-    result = run("train.py", *place)
-    assert result.returncode == 1
-    assert "data.allow_resized=true" in result.stderr
+    refused = call(train, *place)
+    assert refused.status == 1
+    assert "data.allow_resized=true" in refused.err
     result = run("train.py", *place, "data.allow_resized=true")
     assert result.returncode == 0, result.stderr
-    assert run("validate.py", "--run", tmp_path / "run").returncode == 0  # the run has allowed it
+    assert call(validate, "--run", tmp_path / "run").status == 0  # the run has allowed it
     best = ("--weights", tmp_path / "run" / "best.safetensors", "--data", out)
-    refused = run("validate.py", *best)
-    assert refused.returncode == 1
-    assert "allow these: --allow-resized" in refused.stderr
-    allowed = run("validate.py", *best, "--allow-resized")
-    assert allowed.returncode == 0, allowed.stderr
-    assert f"{out}, scaled down to a shorter side of 30 px" in allowed.stdout
+    refused = call(validate, *best)
+    assert refused.status == 1
+    assert "allow these: --allow-resized" in refused.err
+    allowed = call(validate, *best, "--allow-resized")
+    assert allowed.status == 0, allowed.err
+    assert f"{out}, scaled down to a shorter side of 30 px" in allowed.out
