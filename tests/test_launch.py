@@ -1,4 +1,4 @@
-"""What can be checked of scripts/launch without a cluster; with one: test_slurm.py."""
+"""What can be checked of scripts/launch without a cluster; with one: cluster/test_slurm.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Several hosts, of network namespaces on this machine, started as docs/reliability.md tells:
 
-python -m pytest -m cluster tests/test_hosts.py --report docs/reliability.md
+python -m pytest -m cluster tests/cluster/test_hosts.py --report docs/reliability.md
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import namespaces
 import pytest
 from namespaces import Host, finished, hosts, wait_for
 from programs import run
@@ -19,17 +18,11 @@ from small_run import HARMED, STEPS, arguments, assert_same_batches, assert_same
 
 from scripts.pages import replace_section
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("network_namespaces")]
 Note = Callable[[str, str], None]
 # Ends after step 6, as STEPS says.
 OF_SIX = ("train.global_batch=6", "train.micro_batch=6", "train.epochs=2.5")
 OF_EIGHT = ("train.global_batch=8", "train.micro_batch=8", "train.epochs=3.2")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _rights() -> None:
-    if (reason := namespaces.reason_against()) is not None:
-        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")

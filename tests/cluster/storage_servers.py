@@ -9,7 +9,6 @@ from __future__ import annotations
 import getpass
 import importlib.util
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ports import free_port
 
 NGINX_CONF = """
 daemon off;
@@ -37,12 +38,6 @@ http {{
 
 class ServerMissingError(RuntimeError):
     """A server cannot be had on this machine."""
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def find_nginx(folder: Path) -> Path:

@@ -1,6 +1,6 @@
 """scripts/launch/slurm.sbatch on a real Slurm, unpacked and started for these tests.
 
-python -m pytest -m cluster tests/test_slurm.py --report docs/reliability.md
+python -m pytest -m cluster tests/cluster/test_slurm.py --report docs/reliability.md
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
+from ports import free_port
 from programs import ROOT, environment
 from slurm_cluster import Slurm
 from small_run import STEPS, arguments, assert_same_end, steps
-from test_engine import free_port
 
 from scripts.pages import replace_section
 

@@ -1,6 +1,6 @@
 r"""The long versions of test_faults.py, for docs/reliability.md:
 
-python -m pytest -m "soak or not soak" tests/test_faults.py tests/test_soak.py \
+python -m pytest -m "soak or not soak" tests/test_faults.py tests/cluster/test_soak.py \
     --report docs/reliability.md
 """
 

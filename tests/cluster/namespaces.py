@@ -121,7 +121,7 @@ class Host:
 def delay_line(namespace: str, switch: str, port: str, delay_ms: float) -> subprocess.Popen[str]:
     """A slow cable from a host to a port of the switch."""
     ends = [namespace, INTERFACE, switch, port]
-    command = [sys.executable, str(ROOT / "tests" / "delay_line.py"), *ends, str(delay_ms)]
+    command = [sys.executable, str(Path(__file__).with_name("delay_line.py")), *ends, str(delay_ms)]
     cable = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert cable.stdout is not None and cable.stdout.readline() == "ready\n"
     for place, device in ((namespace, INTERFACE), (switch, port)):

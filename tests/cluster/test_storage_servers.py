@@ -1,7 +1,7 @@
 """Training from real servers of objects, nginx and S3, whose answers are slow, refused, cut off or
 of another object: the same batches and weights, or an end that names the object.
 
-`pytest -m cluster tests/test_storage_servers.py`
+`pytest -m cluster tests/cluster/test_storage_servers.py`
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Steps of two hosts over limited and delayed links, beside what scripts/plan.py's model predicts:
 
-python -m pytest -m cluster tests/test_links.py --report docs/reliability.md
+python -m pytest -m cluster tests/cluster/test_links.py --report docs/reliability.md
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import namespaces
 import pytest
 from namespaces import finished, hosts
 from programs import ROOT, finish, log_lines, start
@@ -57,12 +56,6 @@ CASES = [
     Case(200, accumulation=4),
     Case(200, delay_ms=5),
 ]
-
-
-@pytest.fixture
-def rights() -> None:
-    if (reason := namespaces.reason_against()) is not None:
-        pytest.skip(reason)
 
 
 def step_s(directory: Path) -> float:
@@ -135,7 +128,7 @@ def of_this_machine(compute_s: float, update_s: float) -> steptime.Device:
 
 
 @pytest.mark.cluster
-@pytest.mark.usefixtures("rights")
+@pytest.mark.usefixtures("network_namespaces")
 def test_steps_over_limited_links(config, tmp_path, request):
     """Times go into the report, and as JSON beside it, before they are compared."""
     once, four = (two_apart_s(config, tmp_path, accumulation) for accumulation in (1, 4))
