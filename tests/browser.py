@@ -47,3 +47,11 @@ def assert_shown(page, sections: list[str]) -> None:
         assert box["width"] > 300 and box["height"] > 40, name
         pixels = np.asarray(Image.open(io.BytesIO(section.screenshot())).convert("L"))
         assert (pixels < 128).mean() > 0.0005 and pixels.std() > 3, name
+
+
+def cells(page, table: str) -> list[list[str]]:
+    """Text of a table's body, row by row."""
+    return page.eval_on_selector_all(
+        f"{table} tbody tr",
+        "rows => rows.map(row => [...row.cells].map(cell => cell.innerText.trim()))",
+    )

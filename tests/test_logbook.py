@@ -1,87 +1,194 @@
-"""log.jsonl and what else a run says."""
+"""log.jsonl, whose records outlive full disks and crashes, and what else a run says."""
 
 from __future__ import annotations
 
 import json
+import math
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from irv2 import jsonl
+import pytest
+from written_runs import eval_line, train_line
+
+from irv2.jsonl import JsonLines, cut_back, read
 from irv2.logbook import Logbook
 
 
-def train_line(step: int) -> dict:
-    return {
-        "step": step,
-        "images_seen": 8 * step,
-        "epoch": step / 4,
-        "loss": 1.0 / step,
-        "lr": 0.045,
-        "grad_norm": float("inf") if step == 2 else 1.0,
-        "images_per_s": 40.0,
-        "data_wait": 0.25,
-    }
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "log.jsonl"
 
 
-def eval_line(step: int, top1: float) -> dict:
-    line = {"step": step, "epoch": step / 4, "weights": "ema", "top1": top1, "top5": 100.0}
-    line["mean_per_class"] = top1
-    return {**line, "loss": 0.5, "images": 12}
+def write(path: Path, *records: dict[str, Any], step: int = 0) -> JsonLines:
+    """Append records to a file; returns what was open."""
+    lines = JsonLines(path, step, say=print)
+    for record in records:
+        lines.append(record)
+    lines.close()
+    return lines
 
 
-def write_run(directory: Path) -> None:
-    log = Logbook(directory, step=0, total_steps=6)
+def losses(*steps: int) -> list[dict[str, Any]]:
+    return [{"step": step, "loss": step / 3} for step in steps]
+
+
+def steps_of(path: Path) -> list[int]:
+    return [line["step"] for line in read(path)]
+
+
+# ---------------------------------------------------------------------------------- JSON lines
+
+
+def test_lines_come_back_as_they_were(path):
+    write(path, *losses(1, 2))
+    assert read(path) == losses(1, 2)
+    assert read(path.with_name("absent.jsonl")) == []
+
+
+def test_no_file_is_made_before_there_is_a_line(path):
+    lines = JsonLines(path, step=0, say=print)
+    lines.sync()
+    lines.close()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_going_on_drops_the_lines_of_later_steps(path):
+    write(path, *losses(1, 2, 3, 4))
+    lines = write(path, {"step": 3}, step=2)
+    assert [line["step"] for line in lines.kept] == [1, 2]
+    assert steps_of(path) == [1, 2, 3]
+    assert [line["step"] for line in cut_back(path, 1)] == [1]
+    assert steps_of(path) == [1]
+
+
+def test_a_line_that_a_crash_cut_short_is_dropped_where_the_run_goes_on(path):
+    write(path, *losses(1, 2))
+    path.write_bytes(path.read_bytes()[:-7])
+    write(path, {"step": 2}, step=2)
+    assert read(path) == [*losses(1), {"step": 2}]
+    assert path.read_text().count("\n") == 2
+
+
+def test_numbers_that_are_not_finite_are_null(path):
+    write(path, {"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.1})
+    text = path.read_text()
+    assert json.loads(text) == {"step": 1, "loss": None, "grad_norm": None, "lr": 0.1}
+    assert "NaN" not in text and "Infinity" not in text
+
+
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """Files may not grow past so many bytes: a write fails part of the way, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:  # before pytest reports, perhaps into a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("then", ["append", "sync", "close"])
+def test_lines_wait_until_the_disk_has_room_again(path, then):
+    said = []
+    lines = JsonLines(path, step=0, say=said.append)
+    with small_files(40):
+        for step in (1, 2, 3):
+            lines.append({"step": step, "text": "x" * 8})
+    assert path.stat().st_size == 40
+    assert len(said) == 1 and "log.jsonl: cannot be written" in said[0]
+    if then == "append":
+        lines.append({"step": 4, "text": ""})
+        assert steps_of(path) == [1, 2, 3, 4]
+    elif then == "sync":
+        lines.sync()
+        assert steps_of(path) == [1, 2, 3]
+    lines.close()
+    assert steps_of(path)[:3] == [1, 2, 3]
+    assert len(said) == 1
+
+
+def test_lines_that_are_lost_are_told(path):
+    said = []
+    lines = JsonLines(path, step=0, say=said.append)
+    with small_files(40):
+        lines.append({"step": 1, "text": "x" * 80})
+        lines.close()
+    assert "LOST" in said[-1]
+
+
+def test_what_is_no_record_is_left_out(path):
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n3\n{"no": "step"}\n{"step": "x"}\n{"step": 2}\n')
+    assert steps_of(path) == [1, 2]
+
+
+# ---------------------------------------------------------------------------------- the logbook
+
+
+def trained(step: int) -> dict[str, Any]:
+    return train_line(step, grad_norm=math.inf if step == 2 else 1.0, data_wait=0.25)
+
+
+def evaluated(step: int, top1: float) -> dict[str, Any]:
+    return eval_line(step, "ema", top1, mean_per_class=top1)
+
+
+@pytest.fixture
+def run(path: Path) -> Path:
+    """The log of a run of 6 steps, evaluated after each second one."""
+    log = Logbook(path.parent, step=0, total_steps=6)
     for step in range(1, 7):
-        log.train(train_line(step))
+        log.train(trained(step))
         if step % 2 == 0:
-            log.eval(eval_line(step, top1=90.0 - step))
+            log.eval(evaluated(step, top1=90.0 - step))
     log.close()
+    return path
 
 
-def test_the_mean_over_classes_is_said_where_it_is_not_top1(tmp_path: Path, capsys) -> None:
+def test_the_mean_over_classes_is_said_where_it_is_not_top1(tmp_path, capsys):
     log = Logbook(tmp_path, step=0, total_steps=6)
-    log.eval(eval_line(2, top1=80.0))
-    log.eval({**eval_line(4, top1=80.0), "mean_per_class": 71.25})
+    log.eval(evaluated(2, top1=80.0))
+    log.eval({**evaluated(4, top1=80.0), "mean_per_class": 71.25})
     log.close()
     balanced, unbalanced = capsys.readouterr().out.splitlines()
     assert "classes" not in balanced
     assert "top-1 80.00 %  top-5 100.00 %  mean of classes 71.25 %" in unbalanced
 
 
-def test_going_on_drops_the_lines_of_lost_steps_and_keeps_the_best(tmp_path: Path) -> None:
-    write_run(tmp_path)
-    log = Logbook(tmp_path, step=3, total_steps=6)
+def test_going_on_drops_the_lines_of_lost_steps_and_keeps_the_best(run):
+    log = Logbook(run.parent, step=3, total_steps=6)
     assert log.best_top1() == 88.0
     assert log.has_eval(2, "ema") and not log.has_eval(2, "raw") and not log.has_eval(4, "ema")
-    log.train(train_line(4))
+    log.train(trained(4))
     log.close()
-    steps = [(line["kind"], line["step"]) for line in jsonl.read(tmp_path / "log.jsonl")]
+    steps = [(line["kind"], line["step"]) for line in read(run)]
     assert steps == [("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("train", 4)]
 
 
-def test_a_damaged_line_costs_only_itself(tmp_path: Path) -> None:
-    write_run(tmp_path)
-    path = tmp_path / "log.jsonl"
-    lines = path.read_text().splitlines()
+def test_a_damaged_line_costs_only_itself(run):
+    lines = run.read_text().splitlines()
     lines[1] = lines[1][:20]
-    path.write_text("\n".join(lines))
-    assert len(jsonl.read(path)) == len(lines) - 1
+    run.write_text("\n".join(lines))
+    assert len(read(run)) == len(lines) - 1
 
 
-def test_every_line_is_json_also_where_a_number_is_not_finite(tmp_path: Path) -> None:
-    write_run(tmp_path)
-
+def test_every_line_is_json_also_where_a_number_is_not_finite(run):
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    parsed = [json.loads(line, parse_constant=refuse) for line in lines]
+    parsed = [json.loads(line, parse_constant=refuse) for line in run.read_text().splitlines()]
     assert parsed[1]["grad_norm"] is None
 
 
-def test_other_ranks_write_nothing(tmp_path: Path, capsys) -> None:
+def test_other_ranks_write_nothing(tmp_path, capsys):
     log = Logbook(None, step=0, total_steps=6)
-    log.train(train_line(1))
-    log.eval(eval_line(1, 50.0))
+    log.train(trained(1))
+    log.eval(evaluated(1, 50.0))
     log.text("config", "a: 1", 0)
     with log.progress(10, "evaluating") as bar:
         bar.update(10)
@@ -90,22 +197,22 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tensorboard_without_room_ends_itself_not_the_run(tmp_path, capsys) -> None:
-    log = Logbook(tmp_path, step=0, total_steps=6)
+def test_a_tensorboard_without_room_ends_itself_not_the_run(path, capsys):
+    log = Logbook(path.parent, step=0, total_steps=6)
 
     def fail(*_arguments: object, **_options: object) -> None:
         raise OSError(28, "No space left on device")
 
     log._board.add_scalar = fail
     for step in (1, 2):
-        log.train(train_line(step))
+        log.train(trained(step))
     log.text("config", "x", 2)
     log.close()
     assert capsys.readouterr().out.count("TensorBoard shows nothing more") == 1
-    assert [line["step"] for line in jsonl.read(tmp_path / "log.jsonl")] == [1, 2]
+    assert steps_of(path) == [1, 2]
 
 
-def test_a_name_that_is_no_text_can_be_said(tmp_path, capsys) -> None:
+def test_a_name_that_is_no_text_can_be_said(tmp_path, capsys):
     log = Logbook(tmp_path, step=0, total_steps=6)
     log.say("caf\udce9.jpg")
     log.close()

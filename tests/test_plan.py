@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from calling import call
 from programs import ROOT, run
 
 import recipe
@@ -155,11 +156,8 @@ def test_the_batch_stops_scaling_where_fixed_costs_outweigh_the_images():
     cluster = dataclasses.replace(IDEAL, device=fixed)
     whole = dataclasses.replace(RUN, micro_batch=640)
     for least in (0.8, 0.5, 0.2):
-        fitting = [
-            n
-            for n in range(1, 641)
-            if 640 % n == 0 and (0.1 + 0.64) / (n * (0.1 + 0.64 / n)) >= least
-        ]
+        shares = [n for n in range(1, 641) if 640 % n == 0]
+        fitting = [n for n in shares if (0.1 + 0.64) / (n * (0.1 + 0.64 / n)) >= least]
         assert prediction.most_ranks(whole, cluster, least, 1024) == fitting[-1]
     assert prediction.most_ranks(whole, IDEAL, 0.99, 1024) == 640
 
@@ -172,8 +170,12 @@ def test_ranks_that_cannot_share_the_batch_are_refused_as_train_py_would():
 # ---------------------------------------------------------------------------------- the network
 
 
+def built(**sections: dict) -> config.Config:
+    return config.build({"data": {"train": "a", "val": "b"}, **sections})
+
+
 def test_the_network_is_counted_as_it_is_known():
-    cfg = config.build({"data": {"train": "a", "val": "b"}})
+    cfg = built()
     weight = network.weigh(cfg, 1000)
     assert weight.parameters == 55_843_464
     assert weight.gradients.size == 4 * 55_843_464
@@ -184,8 +186,7 @@ def test_images_that_ask_for_more_take_longer_in_proportion():
     device = devices.load().devices["h100"]
 
     def work(**model: object) -> float:
-        tree = {"model": model, "data": {"train": "a", "val": "b", "image_size": 299}}
-        return plan.work_of(config.build(tree), 1000, device)
+        return plan.work_of(built(model=model), 1000, device)
 
     assert work() == 1
     assert work(grad_checkpointing=True) == pytest.approx(4 / 3)
@@ -194,14 +195,8 @@ def test_images_that_ask_for_more_take_longer_in_proportion():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradients_and_checkpoint_have_the_bytes_of_their_tensors(frozen):
-    tree = {
-        "model": {"blocks": [1, 1, 1]},
-        "data": {"train": "a", "val": "b"},
-        "train": {"reduce_dtype": "bf16"},
-    }
-    if frozen:
-        tree["model"] |= {"freeze": "backbone", "init": "weights.safetensors"}
-    cfg = config.build(tree)
+    freeze = {"freeze": "backbone", "init": "weights.safetensors"} if frozen else {}
+    cfg = built(model={"blocks": [1, 1, 1], **freeze}, train={"reduce_dtype": "bf16"})
     state = recipe.new_state(cfg, 10, torch.device("cpu"))
     trained = [p for p in state.model.parameters() if p.requires_grad]
     for parameter in trained:
@@ -302,12 +297,12 @@ def test_a_measured_cpu_is_planned_with(tmp_path):
     (tmp_path / "cpu.json").write_text(json.dumps({"cases": [case()]}))
     measured = ("--measured", tmp_path / "cpu.json", "--gpus", 2, "--classes", 10)
     quickstart = ROOT / "configs" / "quickstart.yaml"
-    result = run("scripts/plan.py", quickstart, *measured, "--images", 1437)
-    assert result.returncode == 0, result.stderr
-    assert "quickstart: 4 epochs of 1,437 images, 75 px" in result.stdout
-    (row,) = (line for line in result.stdout.splitlines() if line.startswith("| 2 |"))
+    status, out, err = call(plan, quickstart, *measured, "--images", 1437)
+    assert status == 0, err
+    assert "quickstart: 4 epochs of 1,437 images, 75 px" in out
+    (row,) = (line for line in out.splitlines() if line.startswith("| 2 |"))
     assert " 16 (89%) " in row  # 1.6 s of 1.8
-    assert "Too" not in result.stdout  # both are fp32's
+    assert "Too" not in out  # both are fp32's
 
 
 @pytest.mark.parametrize(
@@ -323,7 +318,7 @@ def test_a_measured_cpu_is_planned_with(tmp_path):
     ],
 )
 def test_a_mistake_is_told_in_one_line(arguments, words):
-    result = run("scripts/plan.py", RECIPE, *arguments)
-    assert result.returncode == 1
-    assert words in result.stderr
-    assert result.stderr.count("\n") == 1
+    status, _, err = call(plan, RECIPE, *arguments)
+    assert status == 1
+    assert words in err
+    assert err.count("\n") == 1

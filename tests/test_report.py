@@ -1,12 +1,15 @@
-"""The page of an evaluation, in a browser, against counts made otherwise."""
+"""The pages that report on training runs and evaluations: in a browser, against other counts."""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import io
+import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +17,21 @@ import numpy as np
 import programs
 import pytest
 import torch
-from browser import WIDTHS, assert_shown, opened
+from browser import WIDTHS, assert_shown, cells, opened
+from calling import call
 from PIL import Image
 from sklearn.metrics import confusion_matrix, recall_score
+from written_runs import eval_line, train_line, write_run
 
 from irv2.metrics import Collector, Scored
 from irv2.statistics import wilson
 from report import evaluation, page
 from report.evaluation import Evaluation
+from scripts import report
+from scripts.pages import replace_section
 
+EXAMPLE = programs.ROOT / "docs" / "results" / "fashion_mnist"
+OF_ONE = ["README.md", "config.yaml", "curves.png", "index.html", "log.jsonl", "validate.json"]
 SECTIONS = ["headline", "facts", "classes", "pairs", "mistakes", "calibration", "sizes"]
 IMAGES, CLASSES, EMPTY = 420, 8, 5
 HOSTILE = "<script>alert(1)</script>"
@@ -31,6 +40,9 @@ LOG = [
     {"kind": "train", "step": 2, "epoch": 1.0, "loss": 1.0, "lr": 0.1, "images_per_s": 9.5},
     {"kind": "eval", "step": 2, "epoch": 1.0, "weights": "ema", "top1": 60.0, "top5": 99.0},
 ]
+
+
+# ---------------------------------------------------------------------------------- evaluations
 
 
 def made(scores: torch.Tensor, labels: torch.Tensor) -> Evaluation:
@@ -76,12 +88,11 @@ def written(scores, labels, tmp_path_factory) -> Path:
     return folder
 
 
-def cells(opened_page, table: str) -> list[list[str]]:
-    """Text of a table's body, row by row."""
-    return opened_page.eval_on_selector_all(
-        f"{table} tbody tr",
-        "rows => rows.map(row => [...row.cells].map(cell => cell.innerText.trim()))",
-    )
+@pytest.fixture
+def shown(chromium, written) -> Iterator:
+    """The evaluation's page, opened."""
+    with opened(chromium, written / "index.html", 1280) as opened_page:
+        yield opened_page
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -98,26 +109,25 @@ def test_every_section_is_shown_without_a_network(chromium, written, width):
     assert HOSTILE not in html and "http://www.w3.org" not in html.partition("<svg")[0]
 
 
-def test_figures_are_those_of_scikit_learn(chromium, written, scores, labels):
+def test_figures_are_those_of_scikit_learn(shown, scores, labels):
     answers = scores.argmax(1).numpy()
     matrix = confusion_matrix(labels, answers, labels=range(CLASSES))
     right = int(np.trace(matrix))
     low, high = wilson(right, IMAGES)
     mean = 100 * recall_score(labels, answers, average=None, labels=np.unique(labels)).mean()
-    with opened(chromium, written / "index.html", 1280) as shown:
-        headline = shown.locator("#headline").inner_text()
-        for text in (
-            f"{100 * right / IMAGES:.2f} %",
-            f"{low:.2f} \u2013 {high:.2f}",
-            f"{right} of {IMAGES} images",
-            f"{mean:.2f} %",
-            f"over {CLASSES - 1} classes",
-        ):
-            assert text in headline.replace("\xa0", " ")
-        found = [row[1:] for row in cells(shown, ".matrix")]
-        assert np.array_equal(np.array(found, int), matrix)
-        pairs = cells(shown, "#pairs table")
-        classes = {row[0]: row for row in cells(shown, "#per-class")}
+    headline = shown.locator("#headline").inner_text()
+    for text in (
+        f"{100 * right / IMAGES:.2f} %",
+        f"{low:.2f} \u2013 {high:.2f}",
+        f"{right} of {IMAGES} images",
+        f"{mean:.2f} %",
+        f"over {CLASSES - 1} classes",
+    ):
+        assert text in headline.replace("\xa0", " ")
+    found = [row[1:] for row in cells(shown, ".matrix")]
+    assert np.array_equal(np.array(found, int), matrix)
+    pairs = cells(shown, "#pairs table")
+    classes = {row[0]: row for row in cells(shown, "#per-class")}
     wrong = matrix - np.diag(np.diag(matrix))
     assert [int(row[1]) for row in pairs] == sorted(wrong.ravel().tolist())[:-11:-1]
     commonest = int(wrong.max())
@@ -131,36 +141,31 @@ def test_figures_are_those_of_scikit_learn(chromium, written, scores, labels):
     assert classes[f"n{EMPTY:02}"][2:5] == ["0", "0", "\u2013"]
 
 
-def test_headers_sort(chromium, written):
-    with opened(chromium, written / "index.html", 1280) as shown:
-        first = cells(shown, "#per-class")
-        for column, key in (
-            (0, lambda row: row[0]),
-            (2, lambda row: int(row[2])),
-            (3, lambda row: int(row[3])),
-        ):
-            header = shown.locator("#per-class th").nth(column)
-            header.locator("button").click()
-            assert header.get_attribute("aria-sort") == "ascending"
-            assert cells(shown, "#per-class") == sorted(first, key=key)
-            header.locator("button").press("Enter")
-            assert header.get_attribute("aria-sort") == "descending"
-            assert cells(shown, "#per-class") == sorted(first, key=key, reverse=True)
-            assert shown.locator("#per-class th[aria-sort]").count() == 1
-        header = shown.locator("#per-class th").nth(4)
-        for reverse in (False, True):  # what has no figure stays last
-            header.locator("button").click()
-            shares = [row[4] for row in cells(shown, "#per-class")]
-            known = [float(text) for text in shares[:-1]]
-            assert shares[-1] == "\u2013" and known == sorted(known, reverse=reverse)
+def test_headers_sort(shown):
+    first = cells(shown, "#per-class")
+    keys = {0: lambda row: row[0], 2: lambda row: int(row[2]), 3: lambda row: int(row[3])}
+    for column, key in keys.items():
+        header = shown.locator("#per-class th").nth(column)
+        header.locator("button").click()
+        assert header.get_attribute("aria-sort") == "ascending"
+        assert cells(shown, "#per-class") == sorted(first, key=key)
+        header.locator("button").press("Enter")
+        assert header.get_attribute("aria-sort") == "descending"
+        assert cells(shown, "#per-class") == sorted(first, key=key, reverse=True)
+        assert shown.locator("#per-class th[aria-sort]").count() == 1
+    header = shown.locator("#per-class th").nth(4)
+    for reverse in (False, True):  # what has no figure stays last
+        header.locator("button").click()
+        shares = [row[4] for row in cells(shown, "#per-class")]
+        known = [float(text) for text in shares[:-1]]
+        assert shares[-1] == "\u2013" and known == sorted(known, reverse=reverse)
 
 
-def test_the_most_confident_mistakes_come_first(chromium, written, scores, labels):
+def test_the_most_confident_mistakes_come_first(shown, scores, labels):
     softmax = torch.softmax(scores.double(), 1)
     sure, answers = softmax.max(1)
     mistakes = torch.where(answers != labels, sure, -1).argsort(descending=True)[:24].tolist()
-    with opened(chromium, written / "index.html", 1280) as shown:
-        captions = shown.locator("#mistakes figcaption").all_inner_texts()
+    captions = shown.locator("#mistakes figcaption").all_inner_texts()
     for caption, image in zip(captions, mistakes):
         said, true, name = caption.replace("\xa0", " ").splitlines()
         assert said.endswith(f", {100 * sure[image]:.1f} %")
@@ -203,9 +208,8 @@ def test_tables_beside_the_page(written, scores, labels):
         assert shares == pytest.approx(top.values.tolist(), rel=1e-4)
     table = list(csv.DictReader(io.StringIO((written / "per_class.csv").read_text("utf-8"))))
     assert [line["class"] for line in table] == [f"n{i:02}" for i in range(CLASSES)]
-    assert [line["images"] for line in table] == [
-        str(int((labels == i).sum())) for i in range(CLASSES)
-    ]
+    counts = torch.bincount(labels, minlength=CLASSES).tolist()
+    assert [line["images"] for line in table] == list(map(str, counts))
     assert table[EMPTY]["top1"] == ""
 
 
@@ -271,3 +275,143 @@ def test_what_is_less_than_everything_is_not_rounded_up_to_it():
 def test_report_does_without_torch():
     code = "import sys, report.evaluation, report.run; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=programs.ROOT, check=True)
+
+
+# ---------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """A run of 6 steps, evaluated after each second one."""
+    lines = [train_line(step, data_wait=0.25) for step in range(1, 7)]
+    for step in (2, 4, 6):
+        lines += [eval_line(step, "ema", 90.0 - step), eval_line(step, "raw", 20.0)]
+    config = {"run": {"name": "study <b>"}, "optim": {"lr": 0.045, "eps": 1.0}}
+    return write_run(tmp_path / "study", lines, config)
+
+
+def rows_of(summary: str) -> dict[str, str]:
+    """What a run's summary says, by the first word of its lines."""
+    return dict(line.split(maxsplit=1) for line in summary.splitlines())
+
+
+def test_a_run_is_summed_up_and_drawn(study, tmp_path):
+    (study / "validate.json").write_text(json.dumps(eval_line(2, "ema", 1.0)))
+    out = tmp_path / "out"
+    command = [sys.executable, "scripts/report.py", study, "--out", out]
+    done = subprocess.run(command, cwd=programs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(done.stdout)
+    assert rows["top-1"] == "84.00 %"  # averaged, of the last step, not of the older validate.json
+    assert rows["pace"] == "40 images/s (median), 25% of the time on data"
+    assert rows["time"].startswith("0 min 1 s")
+    page = (out / "README.md").read_text()
+    assert page.startswith("# study <b>") and "| 1.50 | ema | 84.00 |" in page
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in out.iterdir()) == OF_ONE
+    for name in ("log.jsonl", "config.yaml", "validate.json"):
+        assert (out / name).read_bytes() == (study / name).read_bytes()
+
+
+def test_what_validate_measured_of_the_last_step_counts(study):
+    result = {"top1": 50.0, "top5": 75.0, "images": 40, "weights": "ema", "step": 6}
+    (study / "validate.json").write_text(json.dumps(result))
+    rows = rows_of(call(report, study).out)
+    assert rows["top-1"] == "50.00 %" and rows["evaluated"].startswith("40 images")
+    (study / "validate.json").write_text('{"top1": 50.0, "step": 6}')
+    rows = rows_of(call(report, study).out)
+    assert (rows["top-1"], rows["top-5"], rows["evaluated"]) == ("50.00 %", "\u2013", "\u2013")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_of_a_run_that_an_older_version_made(chromium, tmp_path, width):
+    status, _, stderr = call(report, EXAMPLE, "--out", tmp_path)
+    assert status == 0, stderr
+    low, high = wilson(9008, 10_000)
+    with opened(chromium, tmp_path / "index.html", width) as shown:
+        assert_shown(shown, ["headline", "curves", "results"])
+        assert "90.08 %" in shown.locator("#headline").inner_text()
+        assert f"{low:.2f} \u2013 {high:.2f}" in shown.locator("#results").inner_text()
+        assert shown.locator("#curves svg").count() == 4
+        assert shown.locator("#differences").count() == 0
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_runs_stand_side_by_side(chromium, study, tmp_path, width):
+    config = {"run": {"name": "other"}, "optim": {"lr": 0.1, "eps": 1.0}, "ema": {"decay": 0.9}}
+    other = write_run(tmp_path / "other", [train_line(1), train_line(2, loss=None)], config)
+    out = tmp_path / "out"
+    status, stdout, stderr = call(report, study, other, "--out", out)
+    assert status == 0, stderr
+    assert stdout.count("trained ") == 2 and "no evaluation yet" in stdout
+    assert [path.name for path in out.iterdir()] == ["index.html"]
+    with opened(chromium, out / "index.html", width) as shown:
+        assert_shown(shown, ["headline", "curves", "results", "differences"])
+        assert cells(shown, "#differences") == [
+            ["run.name", "study <b>", "other"],
+            ["optim.lr", "0.045", "0.1"],
+            ["ema.decay", "\u2013", "0.9"],
+        ]
+        results = cells(shown, "#results")
+        assert [row[0] for row in results] == ["study <b>", "other"]
+        assert results[0][1] == "84.00 %" and results[1][1] == "\u2013"
+        assert [row[4:6] for row in results] == [["1.5", "6"], ["0.5", "2"]]
+        # A line for each run, in its own colour.
+        colours = shown.eval_on_selector_all(
+            "#curves .legend .swatch", "all => all.map(e => getComputedStyle(e).backgroundColor)"
+        )
+        drawn = shown.eval_on_selector_all(
+            "#curves svg:first-of-type path", "all => all.map(e => getComputedStyle(e).stroke)"
+        )
+        assert len(set(colours)) == 2 and set(colours) <= set(drawn)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(study, tmp_path):
+    twin = tmp_path / "twin"
+    shutil.copytree(study, twin)
+    assert call(report, study, twin, "--out", tmp_path / "out")[0] == 0
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert str(twin) in html and "Nothing: every key has the same value." in html
+
+
+def test_a_run_that_is_still_training_has_curves(tmp_path):
+    run = write_run(tmp_path / "run", [train_line(1), {"kind": "bad_step", "step": 2}], {})
+    status, stdout, stderr = call(report, run, "--out", tmp_path / "out")
+    assert status == 0, stderr
+    rows = rows_of(stdout)
+    assert rows["evaluated"] == "no evaluation yet" and "top-1" not in rows
+    assert "no evaluation yet" in (tmp_path / "out" / "index.html").read_text()
+    assert (tmp_path / "out" / "README.md").read_text().startswith("# run\n")
+
+
+def test_the_page_may_be_written_into_the_run_itself(study):
+    log = (study / "log.jsonl").read_bytes()
+    assert call(report, study, "--out", study)[0] == 0
+    assert (study / "log.jsonl").read_bytes() == log and (study / "index.html").exists()
+
+
+@pytest.mark.parametrize("name", ["nothing", "config.yaml", "validate.json"])
+def test_what_is_no_run_is_one_line(study, tmp_path, name):
+    if name == "nothing":
+        (study / "log.jsonl").unlink()
+    else:
+        (study / name).write_text("[a, {b: \n - c")
+    status, stdout, stderr = call(report, EXAMPLE, study, "--out", tmp_path / "out")
+    assert status == 1 and stderr.count("\n") == 1, stderr
+    assert str(study) in stderr and stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------- the docs
+
+
+def test_only_the_named_section_is_replaced(tmp_path):
+    page = tmp_path / "page.md"
+    around = "top\n<!-- a: begin -->\n{}\n<!-- a: end -->\n<!-- b: begin -->\n<!-- b: end -->"
+    page.write_text(around.format("old"))
+    for text in ("new\n", "newer"):
+        replace_section(page, "a", text)
+    assert page.read_text() == around.format("newer")
+    with pytest.raises(ValueError, match="no section 'c'"):
+        replace_section(page, "c", "lost")
+    assert page.read_text() == around.format("newer")
