@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -45,70 +44,80 @@ def test_a_file_is_created_and_replaced(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_writer_that_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_path, error):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A file with something in it."""
+    (tmp_path / "file").write_bytes(b"old")
+    return tmp_path / "file"
 
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_writer_that_fails_half_way_leaves_the_old_file_and_nothing_else(old, error):
     def write(file) -> None:
         file.write(b"half of the n")
         file.flush()
         raise error
 
     with pytest.raises(type(error)):
-        write_atomically(path, write)
-    assert path.read_bytes() == b"old"
-    assert names(tmp_path) == ["file"]
+        write_atomically(old, write)
+    assert old.read_bytes() == b"old"
+    assert names(old.parent) == ["file"]
 
 
-def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
+def test_the_old_file_is_there_until_the_new_one_is_whole(old):
     seen = []
 
     def write(file) -> None:
         file.write(b"new")
         file.flush()
-        seen.append(path.read_bytes())
+        seen.append(old.read_bytes())
 
-    write_atomically(path, write)
+    write_atomically(old, write)
     assert seen == [b"old"]
 
 
-def test_content_reaches_the_disk_before_the_name_and_the_name_before_the_return(
-    tmp_path, monkeypatch
-):
-    path, events = tmp_path / "file", []
-    fsync, replace = os.fsync, os.replace
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
+    """What is flushed (a path, its size if it is a file) and renamed (the new path), in order."""
+    seen: list[tuple[str, object]] = []
+    fsync, replace, rename = os.fsync, os.replace, Path.rename
 
     def spy_fsync(descriptor: int) -> None:
         target = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        size = target.stat().st_size if target.is_file() else None
-        events.append(("fsync", "directory" if size is None else size))
+        seen.append(("fsync", target, target.stat().st_size if target.is_file() else None))
         fsync(descriptor)
 
     def spy_replace(source, target) -> None:
-        events.append(("replace", Path(target)))
+        seen.append(("rename", Path(target)))
         replace(source, target)
+
+    def spy_rename(source: Path, target: Path) -> Path:
+        seen.append(("rename", target))
+        return rename(source, target)
 
     monkeypatch.setattr(os, "fsync", spy_fsync)
     monkeypatch.setattr(os, "replace", spy_replace)
-    write_atomically(path, lambda file: file.write(b"12345"))
-    assert events == [("fsync", 5), ("replace", path), ("fsync", "directory")]
+    monkeypatch.setattr(Path, "rename", spy_rename)
+    return seen
 
 
-def test_a_failed_fsync_leaves_the_old_file(tmp_path, monkeypatch):
+def test_content_reaches_the_disk_before_the_name_and_the_name_before_the_return(tmp_path, events):
     path = tmp_path / "file"
-    path.write_bytes(b"old")
+    write_atomically(path, lambda file: file.write(b"12345"))
+    (flush, _, size), *rest = events
+    assert (flush, size) == ("fsync", 5)
+    assert rest == [("rename", path), ("fsync", tmp_path, None)]
 
+
+def test_a_failed_fsync_leaves_the_old_file(old, monkeypatch):
     def fail(descriptor: int) -> None:
         raise OSError("input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="input/output"):
-        write_atomically(path, lambda file: file.write(b"new"))
-    assert path.read_bytes() == b"old"
-    assert names(tmp_path) == ["file"]
+        write_atomically(old, lambda file: file.write(b"new"))
+    assert old.read_bytes() == b"old"
+    assert names(old.parent) == ["file"]
 
 
 # ---------------------------------------------------------------------------------- a run's
@@ -138,28 +147,16 @@ def test_the_checksums_are_those_of_sha256sum(tmp_path):
 
 
 def test_everything_reaches_the_disk_before_the_name_and_the_name_before_the_return(
-    tmp_path, monkeypatch
+    tmp_path, events
 ):
-    events = []
-    fsync, rename = os.fsync, Path.rename
-
-    def spy_fsync(descriptor: int) -> None:
-        events.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
-        fsync(descriptor)
-
-    def spy_rename(source: Path, target: Path) -> Path:
-        events.append(("rename", target.name))
-        return rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", spy_fsync)
-    monkeypatch.setattr(Path, "rename", spy_rename)
     save(tmp_path, 1)
+    new, final = tmp_path / ".step-000000001.new", tmp_path / "step-000000001"
     files = ["model.safetensors", "ema.safetensors", "meta.json", "SHA256SUMS"]
-    assert events == [
-        *(("fsync", name) for name in files),
-        ("fsync", ".step-000000001.new"),
-        ("rename", "step-000000001"),
-        ("fsync", tmp_path.name),
+    assert [event[:2] for event in events] == [
+        *(("fsync", new / name) for name in files),
+        ("fsync", new),
+        ("rename", final),
+        ("fsync", tmp_path),
     ]
 
 
@@ -336,19 +333,20 @@ def test_a_part_that_its_checksums_leave_out_is_missed(tmp_path):
     assert "does not name the parts" in refused(path)
 
 
+def sign(path: Path, *more: str) -> None:
+    """Write a checkpoint's checksums anew, of its files and `more`, as sha256sum makes them."""
+    files = sorted([*(file.name for file in path.iterdir() if file.name != checkpoint.SUMS), *more])
+    command = ["sha256sum", *files]
+    sums = subprocess.run(command, cwd=path, capture_output=True, text=True, check=True).stdout
+    (path / checkpoint.SUMS).write_text(sums)
+
+
 def test_names_in_a_checkpoint_cannot_lead_out_of_it(tmp_path):
     (path,) = save(tmp_path, 1)
-    shutil.copy(path / "ema.safetensors", tmp_path / "outside.safetensors")
+    (path / "ema.safetensors").rename(tmp_path / "outside.safetensors")
     meta = {"step": 1, "parts": ["model", "../outside"]}
     (path / "meta.json").write_text(json.dumps(meta))
-    listed = [("../outside.safetensors", tmp_path / "outside.safetensors")]
-    listed += [(name, path / name) for name in ("meta.json", "model.safetensors")]
-    digests = {
-        name: subprocess.run(["sha256sum", file], capture_output=True, text=True).stdout[:64]
-        for name, file in listed
-    }
-    lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
-    (path / "SHA256SUMS").write_text("".join(lines))
+    sign(path, "../outside.safetensors")
     assert "meta.json is not a checkpoint's" in refused(path)
 
 
@@ -357,11 +355,6 @@ def test_files_of_another_kind_are_refused_though_their_checksums_match(tmp_path
     (path,) = save(tmp_path, 1)
     for file in ("ema.safetensors", "meta.json"):
         (path / file).write_bytes(content)
-        sums = [
-            subprocess.run(["sha256sum", f.name], cwd=path, capture_output=True, text=True).stdout
-            for f in sorted(path.iterdir())
-            if f.name != "SHA256SUMS"
-        ]
-        (path / "SHA256SUMS").write_text("".join(sums))
+        sign(path)
         with pytest.raises(CheckpointError, match=r"step-000000001: "):
             checkpoint.load(path)

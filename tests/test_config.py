@@ -6,6 +6,7 @@ Mistakes at every single key are in test_config_mistakes.py.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 from pathlib import Path
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from irv2 import config
+from irv2 import config, program, weights
 from irv2.config import ConfigError
+from irv2.urls import without_secrets
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = [
@@ -37,6 +39,7 @@ PROMISED = {
     "log": ["every_steps"],
 }
 MINIMAL = "data: {train: images/train, val: images/val}\n"
+SECRET_URL = "https://me:s3cr3t@host.example:8080/a/b?X-Amz-Signature=s3cr3t"
 
 
 def load(directory: Path, text: str = MINIMAL, *overrides: str) -> config.Config:
@@ -46,13 +49,16 @@ def load(directory: Path, text: str = MINIMAL, *overrides: str) -> config.Config
     return config.load(path, overrides)
 
 
+def built(**sections: dict) -> config.Config:
+    """The config of these entries and the required ones."""
+    data = {"train": "a", "val": "b", **sections.pop("data", {})}
+    return config.build({"data": data, **sections})
+
+
 def faults(**sections: dict) -> list[str]:
     """The lines of the error of a config that has nothing else wrong."""
-    tree = {"data": {"train": "a", "val": "b"}}
-    for section, entries in sections.items():
-        tree[section] = {**tree.get(section, {}), **entries}
     with pytest.raises(ConfigError) as caught:
-        config.build(tree)
+        built(**sections)
     return str(caught.value).splitlines()
 
 
@@ -127,22 +133,21 @@ def test_a_dumped_config_reads_back_the_same(tmp_path):
 # ---------------------------------------------------------------------------------- every key
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_every_key_is_described(key):
-    description = next(d for k, _, d in config.fields() if k == key)
-    assert len(description) >= 8
+def test_every_key_is_described():
     table = config.describe()
-    assert re.search(rf"^  {re.escape(key)} \(.+\)$", table, re.MULTILINE)
-    assert description in table
+    for key, _, description in config.fields():
+        assert len(description) >= 8, key
+        assert re.search(rf"^  {re.escape(key)} \(.+\)$", table, re.MULTILINE), key
+        assert description in table, key
 
 
 def test_every_default_is_itself_accepted():
-    tree = {"data": {"train": "a", "val": "b"}}
+    tree: dict[str, dict] = {}
     for key, default in DEFAULTS.items():
         section, name = key.split(".")
         if default is not ...:
             tree.setdefault(section, {})[name] = copy.deepcopy(default)
-    assert config.build(tree) == config.build({"data": {"train": "a", "val": "b"}})
+    assert built(**tree) == built()
 
 
 # ---------------------------------------------------------------------------------- mistakes
@@ -193,14 +198,14 @@ def test_keys_that_contradict_each_other_are_both_named(sections, keys):
 
 
 def test_keys_that_just_agree_are_accepted():
-    data = {"train": "a", "val": "b", "image_size": 299}
-    agreeing = {
-        "model": {"aux_logits": True},
-        "schedule": {"warmup_epochs": 4.9, "min_lr": 0.1},
-        "train": {"epochs": 5},
-        "optim": {"lr": 0.1},
-    }
-    assert config.build({"data": data, **agreeing}).model.aux_logits
+    agreeing = built(
+        model={"aux_logits": True},
+        data={"image_size": 299},
+        schedule={"warmup_epochs": 4.9, "min_lr": 0.1},
+        train={"epochs": 5},
+        optim={"lr": 0.1},
+    )
+    assert agreeing.model.aux_logits
 
 
 def test_all_mistakes_are_reported_together(tmp_path):
@@ -213,7 +218,7 @@ def test_all_mistakes_are_reported_together(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("key", ["data.train", "data.val", "data.trian"])
+@pytest.mark.parametrize("key", ["data.train", "data.val", "data.trian", None])
 @pytest.mark.parametrize(
     "url",
     [
@@ -225,31 +230,26 @@ def test_all_mistakes_are_reported_together(tmp_path):
     ],
 )
 def test_a_url_with_a_secret_is_refused_without_showing_it(tmp_path, key, url):
-    path = tmp_path / "study.yaml"
-    path.write_text(MINIMAL)
-    with pytest.raises(ConfigError, match=f"{key}=.*://") as caught:
-        config.load(path, [f"{key}={url}"])
-    assert "secret" not in str(caught.value)
-    assert "ret@" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"://.*an override is written section\.key=") as caught:
-        config.load(path, [url])  # the key was forgotten
+    """None: where the key was forgotten."""
+    override = url if key is None else f"{key}={url}"
+    words = r"://.*an override is written section\.key=" if key is None else f"{key}=.*://"
+    with pytest.raises(ConfigError, match=words) as caught:
+        load(tmp_path, MINIMAL, override)
     assert "secret" not in str(caught.value)
     assert "ret@" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["https://host:8080/a@b/", "s3://bucket/a@b", "http://host:80"])
 def test_a_url_without_one_is_accepted(tmp_path, url):
-    path = tmp_path / "study.yaml"
-    path.write_text(MINIMAL)
-    assert config.load(path, [f"data.train={url}"]).data.train == url
+    assert load(tmp_path, MINIMAL, f"data.train={url}").data.train == url
 
 
 @pytest.mark.parametrize("text", ["", "train: {epochs: 1}\n", "data:\n", "data: {}\n"])
 def test_required_keys_are_asked_for_by_name(tmp_path, text):
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, text)
-    assert re.search(r"data\.train: must be given", str(caught.value))
-    assert re.search(r"data\.val: must be given", str(caught.value))
+    for key in ("data.train", "data.val"):
+        assert f"{key}: must be given" in str(caught.value)
 
 
 def test_a_section_whose_lines_are_all_commented_out_is_one_left_out(tmp_path):
@@ -309,6 +309,36 @@ def test_a_missing_file_and_a_directory_are_refused_by_name(tmp_path):
         config.load(tmp_path)
 
 
+# ------------------------------------------------------------------------------- secrets of URLs
+
+
+def test_what_is_no_secret_stays():
+    for text in (
+        "https://host.example:8080/a/b: no such object",
+        "s3://bucket/train-00001.tar: 503, tried again",
+        "runs/a@b: why? because #1",
+        "timm:inception_resnet_v2.tf_in1k: not available",
+    ):
+        assert without_secrets(text) == text
+
+
+def test_user_password_query_and_fragment_go():
+    shown = "https://…@host.example:8080/a/b?…"
+    assert without_secrets(f"at {SECRET_URL} now") == f"at {shown} now"
+    assert without_secrets(f"{SECRET_URL}: no") == f"{shown}: no"
+    assert without_secrets("s3://KEY:sec/ret@bucket/a") == "s3://…@bucket/a"
+    assert without_secrets("https://host/a#s3cr3t") == "https://host/a#…"
+    assert "s3cr3t" not in without_secrets(f"{Path(SECRET_URL)}: no such file")
+
+
+@pytest.mark.parametrize("read", [weights.read, config.load], ids=["weights", "config"])
+def test_programs_do_not_repeat_them(read, capsys):
+    body = functools.partial(read, SECRET_URL)
+    assert program.exit_status(body, (ValueError,), of_one_rank=()) == 1
+    said = capsys.readouterr().err
+    assert "host.example" in said and "no such" in said and "s3cr3t" not in said
+
+
 # ------------------------------------------------------------------------------- files in configs/
 
 
@@ -341,9 +371,9 @@ def test_a_config_of_this_repository_loads_and_points_editors_at_the_schema(path
 # ------------------------------------------------------------------------------- continuing a run
 
 
-def changed(key: str, value: object, before: dict | None = None) -> list[str]:
-    """What differs once `key` of a default config has been changed."""
-    before = before or config.build({"data": {"train": "a", "val": "b"}}).model_dump()
+def changed(key: str, value: object, **sections: dict) -> list[str]:
+    """What differs once `key` of a config has been changed."""
+    before = built(**sections).model_dump()
     after = copy.deepcopy(before)
     section, name = key.split(".")
     assert after[section][name] != value
@@ -355,35 +385,32 @@ def test_machine_keys_are_keys():
     assert set(KEYS) >= config.MACHINE_KEYS
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_continuing_a_run_notices_its_experiment_but_not_its_machine(key):
-    found = changed(key, "something else")
-    is_free = key in config.MACHINE_KEYS or key == "train.epochs"
-    assert len(found) == (0 if is_free else 1)
-    assert all(line.startswith(f"{key}: ") and "'something else'" in line for line in found)
+def test_continuing_a_run_notices_its_experiment_but_not_its_machine():
+    for key in KEYS:
+        lines = changed(key, "something else")
+        is_free = key in config.MACHINE_KEYS or key == "train.epochs"
+        assert len(lines) == (0 if is_free else 1), key
+        assert all(line.startswith(f"{key}: ") and "'something else'" in line for line in lines)
 
 
-@pytest.mark.parametrize(
-    "key", ["run.seed", "train.global_batch", "optim.lr", "data.image_size", "model.blocks"]
-)
-def test_what_makes_another_experiment_is_no_machine_key(key):
-    assert key not in config.MACHINE_KEYS
+def test_what_makes_another_experiment_is_no_machine_key():
+    keys = {"run.seed", "train.global_batch", "optim.lr", "data.image_size", "model.blocks"}
+    assert not config.MACHINE_KEYS & keys
 
 
-@pytest.mark.parametrize("key", ["train.micro_batch", "data.workers", "data.train", "run.device"])
-def test_a_run_may_move_to_another_machine(key):
-    assert key in config.MACHINE_KEYS
+def test_a_run_may_move_to_another_machine():
+    keys = {"train.micro_batch", "data.workers", "data.train", "run.device"}
+    assert keys <= config.MACHINE_KEYS
 
 
 def test_a_staircase_run_may_be_made_longer_but_a_cosine_one_may_not():
-    tree = {"data": {"train": "a", "val": "b"}, "schedule": {"kind": "cosine"}}
     assert changed("train.epochs", 300.0) == []
-    cosine = config.build(tree).model_dump()
-    assert changed("train.epochs", 300.0, before=cosine) == ["train.epochs: 200 -> 300.0"]
+    lines = changed("train.epochs", 300.0, schedule={"kind": "cosine"})
+    assert lines == ["train.epochs: 200 -> 300.0"]
 
 
 def test_a_key_that_an_older_config_lacks_has_its_default():
-    before = config.build({"data": {"train": "a", "val": "b"}}).model_dump()
+    before = built().model_dump()
     after = copy.deepcopy(before)
     del before["optim"]["layer_decay"], before["loss"]["class_weights"], before["model"]["init"]
     assert config.differences(before, after) == []
@@ -392,5 +419,5 @@ def test_a_key_that_an_older_config_lacks_has_its_default():
 
 
 def test_equal_configs_do_not_differ():
-    dumped = config.build({"data": {"train": "a", "val": "b"}}).model_dump()
+    dumped = built().model_dump()
     assert config.differences(dumped, copy.deepcopy(dumped)) == []

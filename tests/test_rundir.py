@@ -1,21 +1,25 @@
-"""A run directory: whom it belongs to, and from where a run goes on."""
+"""A run directory: whom it belongs to, from where a run goes on, and what its checkpoints tell."""
 
 from __future__ import annotations
 
+import hashlib
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import time
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
-from programs import ROOT
+from calling import call
 from torch import nn
 
 from irv2 import checkpoint, engine, jsonl, optim, rundir
 from irv2.checkpoint import CheckpointError
 from irv2.config import build
+from scripts import inspect_checkpoint
 
 CONFIG = build({"data": {"train": "a", "val": "b"}}).model_dump()
 EXPERIMENT = rundir.Experiment(CONFIG, ["cat", "dog"], images_per_epoch=100)
@@ -35,11 +39,11 @@ def new_state(step: int = 0) -> engine.TrainState:
     )
 
 
-def save(directory: Path, *steps: int) -> None:
+def save(directory: Path, *steps: int, experiment: rundir.Experiment = EXPERIMENT) -> None:
     for step in steps:
         state = new_state(step)
         store = directory / "checkpoints"
-        checkpoint.save(store, step, state.tensors(), rundir.meta(state, EXPERIMENT))
+        checkpoint.save(store, step, state.tensors(), rundir.meta(state, experiment))
 
 
 def restored(
@@ -49,6 +53,11 @@ def restored(
     state, said = new_state(), []
     rundir.restore(state, directory, resume, experiment, said.append)
     return state.step, state.images_seen, state.model[0].weight[0, 0].item(), said
+
+
+def with_config(section: str, **keys: object) -> rundir.Experiment:
+    """EXPERIMENT with other values in a section of its config."""
+    return replace(EXPERIMENT, config={**CONFIG, section: {**CONFIG[section], **keys}})
 
 
 def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
@@ -92,10 +101,7 @@ def test_a_run_whose_checkpoints_are_none_any_more_never_begins_anew(tmp_path: P
 
 def test_a_checkpoint_of_another_network_among_them_is_passed_over(tmp_path: Path) -> None:
     save(tmp_path, 3)
-    other = rundir.Experiment({**CONFIG, "model": {"blocks": [1, 2, 3]}}, ["cat", "dog"], 100)
-    state = new_state(12)
-    meta = rundir.meta(state, other)
-    checkpoint.save(tmp_path / "checkpoints", 12, state.tensors(), meta)
+    save(tmp_path, 12, experiment=with_config("model", blocks=[1, 2, 3]))
     step, _, _, said = restored(tmp_path)
     assert step == 3
     assert "passed over" in said[0] and "another experiment (model." in said[0]
@@ -104,15 +110,11 @@ def test_a_checkpoint_of_another_network_among_them_is_passed_over(tmp_path: Pat
 def test_a_run_may_begin_from_another_with_another_recipe_but_not_network(tmp_path: Path) -> None:
     save(tmp_path / "old", 5)
     origin = str(tmp_path / "old")
-    slower = {**CONFIG, "optim": {**CONFIG["optim"], "lr": 0.02}}
-    step, _, _, said = restored(
-        tmp_path / "new", origin, rundir.Experiment(slower, ["cat", "dog"], 100)
-    )
+    step, _, _, said = restored(tmp_path / "new", origin, with_config("optim", lr=0.02))
     assert step == 5
     assert "optim.lr: 0.045 -> 0.02" in said[0]
-    other = {**CONFIG, "model": {**CONFIG["model"], "blocks": [1, 1, 1]}}
     with pytest.raises(CheckpointError, match="another experiment"):
-        restored(tmp_path / "new", origin, rundir.Experiment(other, ["cat", "dog"], 100))
+        restored(tmp_path / "new", origin, with_config("model", blocks=[1, 1, 1]))
 
 
 def test_a_run_with_only_damaged_checkpoints_never_begins_anew(tmp_path: Path) -> None:
@@ -141,22 +143,19 @@ def test_never_refuses_a_run_that_is_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (rundir.Experiment(CONFIG, ["cat", "cow"], 100), "classes: 2 before, 2 now, or renamed"),
-        (rundir.Experiment(CONFIG, ["cat", "dog"], 99), "training images: 100 -> 99"),
+        ({"classes": ["cat", "cow"]}, "classes: 2 before, 2 now, or renamed"),
+        ({"images_per_epoch": 99}, "training images: 100 -> 99"),
         (
-            rundir.Experiment(CONFIG, ["cat", "dog"], 100, {"shorter side, px": 400}),
+            {"stored": {"shorter side, px": 400}},
             "training images, shorter side, px: none -> 400",
         ),
-        (
-            rundir.Experiment({**CONFIG, "ema": {"decay": 0.5}}, ["cat", "dog"], 100),
-            "ema.decay: 0.9999 -> 0.5",
-        ),
+        ({"config": {**CONFIG, "ema": {"decay": 0.5}}}, "ema.decay: 0.9999 -> 0.5"),
     ],
 )
 def test_another_experiment_is_refused(tmp_path, other, words) -> None:
     save(tmp_path, 5)
     with pytest.raises(CheckpointError, match=words):
-        restored(tmp_path, experiment=other)
+        restored(tmp_path, experiment=replace(EXPERIMENT, **other))
 
 
 def test_files_of_others_are_refused(tmp_path: Path) -> None:
@@ -169,29 +168,27 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
         restored(tmp_path / "run", str(tmp_path / "step-000000001"))
 
 
-# Takes the lock, leaves a child behind that has inherited its file, waits to be killed.
-HOLDER = """
-import os, sys, time
-from pathlib import Path
-from irv2 import rundir
-held = rundir.lock(Path(sys.argv[1]))
-child = os.fork()
-if child:
-    print(child, flush=True)
-time.sleep(60)
-"""
+def hold(directory: Path, children: Connection) -> None:
+    """Take the lock, leave a child behind that has inherited its file, wait to be killed."""
+    _held = rundir.lock(directory)
+    if child := os.fork():
+        children.send(child)
+    time.sleep(60)
 
 
 def test_two_programs_cannot_work_in_one_run_but_a_dead_one_does_not_hold_it(tmp_path) -> None:
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
-        child = int(holder.stdout.readline())
-        with pytest.raises(CheckpointError, match=r"another train\.py is at work"):
-            rundir.lock(tmp_path / "run")
-        holder.kill()
-        holder.wait()
-        rundir.lock(tmp_path / "run").close()
-        os.kill(child, signal.SIGKILL)
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    holder = fork.Process(target=hold, args=(tmp_path / "run", sender))
+    holder.start()
+    assert receiver.poll(60)
+    child = receiver.recv()
+    with pytest.raises(CheckpointError, match=r"another train\.py is at work"):
+        rundir.lock(tmp_path / "run")
+    holder.kill()
+    holder.join()
+    rundir.lock(tmp_path / "run").close()
+    os.kill(child, signal.SIGKILL)
 
 
 def test_a_ledger_is_cut_back_for_every_rank(tmp_path: Path) -> None:
@@ -205,3 +202,43 @@ def test_a_ledger_is_cut_back_for_every_rank(tmp_path: Path) -> None:
     for rank in range(3):
         lines = jsonl.read(tmp_path / "ledger" / f"rank-{rank}.jsonl")
         assert [line["step"] for line in lines] == [1, 2]
+
+
+# ------------------------------------------------------------------- scripts/inspect_checkpoint.py
+
+
+def test_a_run_shows_its_newest_checkpoint_and_every_files_sha256(tmp_path):
+    save(tmp_path, 3, 12)
+    status, out, _ = call(inspect_checkpoint, tmp_path)
+    assert status == 0
+    newest = rundir.checkpoints(tmp_path)[-1]
+    rows = {line.split()[0]: line for line in out.splitlines() if line}
+    assert rows["step"].split() == ["step", "12"]
+    assert rows["images"].split() == ["images", "seen", "120"]
+    assert "torch" in rows["written"]
+    for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "meta.json"):
+        content = (newest / name).read_bytes()
+        assert rows[name].split()[-1] == hashlib.sha256(content).hexdigest()
+        assert rows[name].split()[-2] == f"{len(content):,}"
+    assert rows["model.safetensors"].split()[1] == "2"  # weight and bias
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_shown(tmp_path):
+    save(tmp_path, 3, 12)
+    newest = rundir.checkpoints(tmp_path)[-1]
+    (newest / "ema.safetensors").write_bytes(b"")
+    status, out, _ = call(inspect_checkpoint, tmp_path)
+    assert status == 0
+    assert f"passed over: {newest}: ema.safetensors does not match" in out
+    assert "step-000000003" in out
+    status, _, error = call(inspect_checkpoint, newest)
+    assert status == 1 and "ema.safetensors does not match" in error
+
+
+def test_what_is_no_checkpoint_is_told_in_a_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    other = checkpoint.save(tmp_path, 1, {"model": {}}, {"step": 1})
+    for path in (tmp_path / "absent", tmp_path / "empty", other):
+        status, _, error = call(inspect_checkpoint, path)
+        assert status == 1
+        assert str(path) in error and error.count("\n") == 1

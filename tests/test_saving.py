@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from irv2 import checkpoint
+from irv2 import checkpoint, saving
 from irv2.checkpoint import CheckpointError
 from irv2.saving import BackgroundSaver
 
@@ -24,10 +23,15 @@ def saver(tmp_path: Path, said: list[str]) -> BackgroundSaver:
     return BackgroundSaver(tmp_path, 2, 0, said.append, ("running_mean",))
 
 
+@pytest.fixture
+def gate() -> threading.Event:
+    """What holds a saver's thread up until it is set."""
+    return threading.Event()
+
+
 def parts(value: float) -> checkpoint.Parts:
-    return {
-        "model": {"weight": torch.full((8,), value), "bn.running_mean": torch.full((3,), value)}
-    }
+    weight, mean = torch.full((8,), value), torch.full((3,), value)
+    return {"model": {"weight": weight, "bn.running_mean": mean}}
 
 
 def loaded(directory: Path, step: int) -> dict[str, torch.Tensor]:
@@ -44,9 +48,9 @@ def test_leaving_waits_until_everything_is_on_the_disk(tmp_path, saver, said):
     assert said == []
 
 
-def test_training_goes_on_while_the_disk_is_slow(tmp_path, saver, monkeypatch):
+def test_training_goes_on_while_the_disk_is_slow(tmp_path, saver, gate, monkeypatch):
     """What changes after the copy does not reach the checkpoint."""
-    gate, save = threading.Event(), checkpoint.save
+    save = checkpoint.save
 
     def slow_save(*arguments) -> Path:
         assert gate.wait(timeout=30)
@@ -63,9 +67,9 @@ def test_training_goes_on_while_the_disk_is_slow(tmp_path, saver, monkeypatch):
     assert torch.equal(loaded(tmp_path, 1)["weight"], torch.ones(8))
 
 
-def test_what_a_forward_changes_is_copied_before_it_begins(tmp_path, saver, monkeypatch):
+def test_what_a_forward_changes_is_copied_before_it_begins(tmp_path, saver, gate, monkeypatch):
     """The thread is held up before it copies anything."""
-    gate, work = threading.Event(), BackgroundSaver._work
+    work = BackgroundSaver._work
 
     def late_work(self, *arguments) -> None:
         assert gate.wait(timeout=30)
@@ -93,29 +97,32 @@ def test_a_save_that_fails_is_said_and_the_next_one_tries_again(tmp_path, saver,
 
     monkeypatch.setattr(checkpoint, "save", fail_once)
     with saver:
-        saver.begin(1, parts(1), {"step": 1})
-        saver.begin(2, parts(2), {"step": 2})
+        saver.begin(1, parts(1.0), {"step": 1})
+        saver.begin(2, parts(2.0), {"step": 2})
         saver.finish()
         assert saver.saved_step == 1
         assert said == ["NOT SAVED, training goes on: step 2: No space left on device"]
-        saver.begin(3, parts(3), {"step": 3})
+        saver.begin(3, parts(3.0), {"step": 3})
     assert saver.saved_step == 3
     assert [checkpoint.step_of(path) for path in checkpoint.found(tmp_path)] == [1, 3]
 
 
-def test_the_time_training_stood_still_is_added_up(saver, monkeypatch):
-    save = checkpoint.save
+def test_the_time_training_stood_still_is_added_up(saver, gate, monkeypatch):
+    now = [0.0]
 
-    def slow_save(*arguments) -> Path:
-        time.sleep(2)
-        return save(*arguments)
+    def slow_save(*_arguments) -> None:
+        assert gate.wait(timeout=30)
+        now[0] += 2.0
 
     monkeypatch.setattr(checkpoint, "save", slow_save)
+    monkeypatch.setattr(saving.time, "perf_counter", lambda: now[0])
     with saver:
         saver.begin(1, parts(1.0), {})
         saver.wait_for_copy()
-        assert saver.stalled_s < 1.5  # not for the disk
-    assert saver.stalled_s >= 1.5  # but in the end for the disk
+        join = saver._thread.join
+        monkeypatch.setattr(saver._thread, "join", lambda: gate.set() or join())
+        assert saver.stalled_s == 0  # not for the disk
+    assert saver.stalled_s == 2  # but in the end for the disk
 
 
 def test_a_save_that_breaks_in_any_way_is_said_and_survived(saver, said, monkeypatch):
