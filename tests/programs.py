@@ -6,13 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from fork_server import Program
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+RANKS = str(ROOT / "tests" / "ranks.py")
+PATHS = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 CONFIG = """
 model: {blocks: [1, 1, 1], bn_momentum: 0.5}
 data: {image_size: 75, workers: 0}
@@ -56,49 +60,45 @@ def start(
     ranks: int = 1,
     torchrun: tuple[str, ...] | None = None,
     as_user: bool = False,
-    stdin: int | None = None,
+    **options: object,
 ) -> subprocess.Popen[str]:
     """Start a program of the repository, by the fork server.
 
-    as_user: by a Python of its own. torchrun: so, with these options of it; else several ranks are
-    forked, too.
+    torchrun: by torchrun, with these options of it; else several ranks are forked, too. as_user: by
+    a Python of its own. options: of subprocess.Popen, as `cwd`, `stdin`, and `env` on top of
+    `environment()`.
     """
     command = [str(ROOT / program), *map(str, arguments)]
     if torchrun is not None:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command, as_user = [*launch, *torchrun, "--", *command], True
-    elif ranks > 1:
-        command = [str(ROOT / "tests" / "ranks.py"), str(ranks), *command]
-    return _start(command, as_user, stdin)
+        return _start([sys.executable, *launch, *torchrun, "--", *command], **options)
+    if as_user:
+        return _start([sys.executable, *command], **options)
+    if ranks > 1:
+        command = [RANKS, str(ranks), *command]
+    return _start(command, Program, **options)
 
 
 def start_script(text: str) -> subprocess.Popen[str]:
     """Start a Python program that is a text; it can import the project and the tests' modules."""
-    return _start(["-c", text], as_user=False, cwd=ROOT)
+    return _start(["-c", text], Program, env=PATHS)
 
 
 def run_script_on_ranks(ranks: int, text: str) -> None:
     """Run a Python program that is a text as several ranks, to their end, which must be good."""
-    command = [str(ROOT / "tests" / "ranks.py"), str(ranks), "-c", text]
-    result = finish(_start(command, as_user=False, cwd=ROOT))
+    result = finish(_start([RANKS, str(ranks), "-c", text], Program, env=PATHS))
     assert result.returncode == 0, result.stderr
 
 
 def _start(
-    command: list[str], as_user: bool, stdin: int | None = None, cwd: Path | None = None
+    command: list[str],
+    kind: type[subprocess.Popen[str]] = subprocess.Popen,
+    env: Mapping[str, str] = MappingProxyType({}),
+    **options: object,
 ) -> subprocess.Popen[str]:
-    """Start Python with this command line, its output in pipes."""
-    kind = subprocess.Popen if as_user else Program
-    paths = {} if cwd is None else {"PYTHONPATH": f"{cwd}{os.pathsep}{cwd / 'tests'}"}
-    return kind(
-        [sys.executable, *command] if as_user else command,
-        stdin=stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment() | paths,
-        cwd=cwd,
-    )
+    """Start a command with its output in pipes, as text if nothing else is said."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return kind(command, env=environment() | env, **{**pipes, **options})
 
 
 def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:

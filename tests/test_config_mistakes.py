@@ -533,26 +533,17 @@ def start_training(folder: Path, harm: dict[str, str]) -> subprocess.Popen[str]:
     folder.mkdir()
     (folder / "harmed.yaml").write_text(text, encoding="utf-8")
     ranks = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
-    kept = {k: v for k, v in programs.environment().items() if not k.startswith("MASTER_")}
-    program = [sys.executable, programs.ROOT / "train.py"]
-    return subprocess.Popen(
-        [*program, "--config", "harmed.yaml", "run.device=cuda"],
-        cwd=folder,
-        env=kept | ranks,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    place = {"MASTER_ADDR": "", "MASTER_PORT": ""}
+    arguments = ("--config", "harmed.yaml", "run.device=cuda")
+    return programs.start("train.py", *arguments, cwd=folder, env=ranks | place)
 
 
 def test_train_py_tells_each_fault_in_a_line_and_leaves_nothing(tmp_path):
-    # All at once, as most of their time goes into imports.
-    started = {name: start_training(tmp_path / name, harm) for name, (harm, _) in HARM.items()}
-    for name, process in started.items():
-        out, err = process.communicate(timeout=120)
-        lines, starts = err.removeprefix("train.py: ").splitlines(), HARM[name][1]
-        assert process.returncode == 1
-        assert len(lines) == len(starts), err
-        assert all(line.startswith(start) for line, start in zip(lines, starts)), err
-        assert out == ""
+    for name, (harm, starts) in HARM.items():
+        ended = programs.finish(start_training(tmp_path / name, harm))
+        lines = ended.stderr.removeprefix("train.py: ").splitlines()
+        assert ended.returncode == 1
+        assert len(lines) == len(starts), lines
+        assert all(line.startswith(start) for line, start in zip(lines, starts)), lines
+        assert ended.stdout == ""
         assert os.listdir(tmp_path / name) == ["harmed.yaml"]

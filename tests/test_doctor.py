@@ -117,7 +117,7 @@ def test_a_missing_split_is_named(project, tmp_path, examine):
     assert f"{tmp_path / 'vall'}: no such data folder" in lines_of(out, FAIL)[0]
 
 
-def test_classes_that_differ_are_named(project, tmp_path, examine):
+def test_classes_that_differ_are_named_beforehand(project, tmp_path, examine):
     (tmp_path / "val" / "c").rename(tmp_path / "val" / "d")
     status, out, _ = examine(project)
     assert status == 1
