@@ -1,22 +1,28 @@
-"""Weights files in and out: timm's own files, ours, and the ones that must be refused."""
+"""Weights files in and out: timm's own files, ours, what they say of themselves, and refusals."""
 
+from __future__ import annotations
+
+import json
 import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from torch import Tensor
 
-from irv2 import weights
+from irv2 import imagenet_names, trained, weights
 from irv2.model import inception_resnet_v2
 from irv2.weights import WeightsError
 
 BLOCKS = (1, 1, 1)
+State = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
-def timm_state():
+def timm_state() -> State:
     """The state of timm's network, shortened to one block a stack to keep the files small."""
     torch.manual_seed(0)
     peer = timm.create_model("inception_resnet_v2", num_classes=10)
@@ -25,10 +31,10 @@ def timm_state():
     for buffer in peer.buffers():
         if buffer.is_floating_point():
             torch.nn.init.uniform_(buffer, 0.5, 1.5)
-    return peer.state_dict()
+    return dict(peer.state_dict())
 
 
-def same(state, expected):
+def same(state: State, expected: State) -> bool:
     return state.keys() == expected.keys() and all(
         state[name].dtype == value.dtype and torch.equal(state[name], value)
         for name, value in expected.items()
@@ -52,7 +58,7 @@ def test_timm_files_load(tmp_path, timm_state, name, save):
     state, metadata = weights.read(str(path))
     assert metadata == {}
     model = weights.build_model(state, str(path), BLOCKS)
-    assert same(model.state_dict(), dict(timm_state))
+    assert same(model.state_dict(), timm_state)
 
 
 def test_what_write_stores_read_returns(tmp_path):
@@ -80,15 +86,15 @@ def test_write_stores_a_model_under_timm_names(tmp_path, timm_state):
     model.load_state_dict(timm_state)
     path = tmp_path / "model.safetensors"
     weights.write(path, model.state_dict(), {})
-    assert same(safetensors.torch.load_file(path), dict(timm_state))
+    assert same(safetensors.torch.load_file(path), timm_state)
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model"])
-def test_nested_state_dict_is_unwrapped(tmp_path, key):
+def test_nested_state_dict_is_unwrapped(tmp_path):
     state = {"a.weight": torch.randn(3)}
     path = tmp_path / "nested.pth"
-    torch.save({key: state, "epoch": 3, "arch": "inception_resnet_v2"}, path)
-    assert same(weights.read(str(path))[0], state)
+    for key in ("state_dict", "model"):
+        torch.save({key: state, "epoch": 3, "arch": "inception_resnet_v2"}, path)
+        assert same(weights.read(str(path))[0], state), key
 
 
 def test_model_is_built_for_the_classes_and_channels_of_a_state():
@@ -101,11 +107,8 @@ def test_model_is_built_for_the_classes_and_channels_of_a_state():
 def test_auxiliary_head_of_a_state_is_left_out():
     state = inception_resnet_v2(num_classes=10, aux_logits=True, blocks=BLOCKS).state_dict()
     assert any(name.startswith("aux.") for name in state)
-    model = weights.build_model(state, "file", BLOCKS)
-    assert same(
-        model.state_dict(),
-        {name: value for name, value in state.items() if not name.startswith("aux.")},
-    )
+    expected = {name: value for name, value in state.items() if not name.startswith("aux.")}
+    assert same(weights.build_model(state, "file", BLOCKS).state_dict(), expected)
 
 
 # ---------------------------------------------------------------------- files that are refused
@@ -114,28 +117,28 @@ def test_auxiliary_head_of_a_state_is_left_out():
 class CreatesFile:
     """A pickle that creates a file when it is loaded as pickles usually are."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = str(path)
 
     def __reduce__(self):
         return open, (self.path, "w")
 
 
-@pytest.mark.parametrize("name", ["evil.pth", "evil.pt", "evil.bin"])
-def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, name):
-    created, path = tmp_path / "created", tmp_path / name
-    torch.save({"a.weight": torch.zeros(1), "b": CreatesFile(created)}, path)
-    with pytest.raises(WeightsError, match=name):
-        weights.read(str(path))
-    assert not created.exists()
-    torch.load(path, weights_only=False)
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path):
+    created = tmp_path / "created"
+    for name in ("evil.pth", "evil.pt", "evil.bin"):
+        torch.save({"a.weight": torch.zeros(1), "b": CreatesFile(created)}, tmp_path / name)
+        with pytest.raises(WeightsError, match=name):
+            weights.read(str(tmp_path / name))
+        assert not created.exists()
+    torch.load(tmp_path / name, weights_only=False)
     assert created.exists(), "the pickle was harmless: the test proves nothing"
 
 
-@pytest.mark.parametrize("name", ["none.pth", "none.safetensors"])
-def test_missing_file_is_named(tmp_path, name):
-    with pytest.raises(WeightsError, match=f"{name}: no such weights file"):
-        weights.read(str(tmp_path / name))
+def test_missing_file_is_named(tmp_path):
+    for name in ("none.pth", "none.safetensors"):
+        with pytest.raises(WeightsError, match=f"{name}: no such weights file"):
+            weights.read(str(tmp_path / name))
 
 
 def test_directory_is_no_weights_file(tmp_path):
@@ -143,28 +146,26 @@ def test_directory_is_no_weights_file(tmp_path):
         weights.read(str(tmp_path))
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
 @pytest.mark.parametrize(
     ("name", "save"),
     [("cut.pth", torch.save), ("cut.safetensors", safetensors.torch.save_file)],
 )
-def test_truncated_file_is_named(tmp_path, name, save, kept):
+def test_truncated_file_is_named(tmp_path, name, save):
     path = tmp_path / name
     save({"a.weight": torch.randn(1000), "b.weight": torch.randn(1000)}, path)
     content = path.read_bytes()
-    path.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(WeightsError, match=name):
-        weights.read(str(path))
+    for kept in (0.0, 0.1, 0.5, 0.99):
+        path.write_bytes(content[: int(kept * len(content))])
+        with pytest.raises(WeightsError, match=name):
+            weights.read(str(path))
 
 
-@pytest.mark.parametrize(
-    "content", [[torch.zeros(1)], {"epoch": 3}, {"state_dict": {"lr": 0.1}}, torch.zeros(2), 5]
-)
-def test_file_without_a_state_dict_is_named(tmp_path, content):
+def test_file_without_a_state_dict_is_named(tmp_path):
     path = tmp_path / "other.pth"
-    torch.save(content, path)
-    with pytest.raises(WeightsError, match=r"other\.pth: holds no state dict"):
-        weights.read(str(path))
+    for content in ([torch.zeros(1)], {"epoch": 3}, {"state_dict": {"lr": 0.1}}, torch.zeros(2), 5):
+        torch.save(content, path)
+        with pytest.raises(WeightsError, match=r"other\.pth: holds no state dict"):
+            weights.read(str(path))
 
 
 def test_error_without_a_message_still_names_the_file(tmp_path, monkeypatch):
@@ -185,21 +186,18 @@ def test_another_architecture_is_refused():
         weights.build_model(state, "resnet18.pth")
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [("classif.bias", (11,)), ("mixed_5b.branch0.conv.weight", (96, 192, 3, 3))],
-)
-def test_entry_of_another_shape_is_refused_by_name(timm_state, name, shape):
-    state = {**timm_state, name: torch.zeros(shape)}
-    with pytest.raises(WeightsError, match=rf"model\.pth: .*size mismatch.*{name}"):
-        weights.build_model(state, "model.pth", BLOCKS)
+def test_entry_of_another_shape_is_refused_by_name(timm_state):
+    for name, shape in (("classif.bias", (11,)), ("mixed_5b.branch0.conv.weight", (96, 192, 3, 3))):
+        state = {**timm_state, name: torch.zeros(shape)}
+        with pytest.raises(WeightsError, match=rf"model\.pth: .*size mismatch.*{name}"):
+            weights.build_model(state, "model.pth", BLOCKS)
 
 
-@pytest.mark.parametrize("name", ["conv2d_1a.bn.weight", "repeat.0.branch1.0.conv.weight"])
-def test_incomplete_state_is_refused_by_name(timm_state, name):
-    state = {key: value for key, value in timm_state.items() if key != name}
-    with pytest.raises(WeightsError, match=rf'model\.pth: .*Missing key.*"{name}"'):
-        weights.build_model(state, "model.pth", BLOCKS)
+def test_incomplete_state_is_refused_by_name(timm_state):
+    for name in ("conv2d_1a.bn.weight", "repeat.0.branch1.0.conv.weight"):
+        state = {key: value for key, value in timm_state.items() if key != name}
+        with pytest.raises(WeightsError, match=rf'model\.pth: .*Missing key.*"{name}"'):
+            weights.build_model(state, "model.pth", BLOCKS)
 
 
 def test_state_that_lost_its_last_block_is_no_smaller_network(timm_state):
@@ -230,15 +228,16 @@ def test_timm_source_asks_for_pretrained_weights(monkeypatch):
     assert metadata == {}
 
 
+ADVICE = "give the file's path instead"
+
+
 @pytest.mark.parametrize("error", [OSError("no route to host\nretried 5 times"), TimeoutError()])
 def test_timm_source_without_a_network_gives_advice(monkeypatch, error):
     def create_model(*_args, **_options):
         raise error
 
     monkeypatch.setattr(timm, "create_model", create_model)
-    with pytest.raises(
-        WeightsError, match=r"^timm:some_name: .*give the file's path instead"
-    ) as raised:
+    with pytest.raises(WeightsError, match=rf"^timm:some_name: .*{ADVICE}") as raised:
         weights.read("timm:some_name")
     assert "\n" not in str(raised.value)
     assert "()" not in str(raised.value), "an error without a message is told by its name"
@@ -246,7 +245,58 @@ def test_timm_source_without_a_network_gives_advice(monkeypatch, error):
 
 def test_unknown_timm_name_gives_advice():
     """timm refuses the name before it would reach for the network."""
-    with pytest.raises(
-        WeightsError, match=r"^timm:no_such_network: .*give the file's path instead"
-    ):
+    with pytest.raises(WeightsError, match=rf"^timm:no_such_network: .*{ADVICE}"):
         weights.read("timm:no_such_network")
+
+
+# ---------------------------------------------------------------------- what a file says of itself
+
+
+def opened(path: Path, state: State, **metadata: str) -> trained.Trained:
+    """What a file is taken for that holds this small network and metadata."""
+    weights.write(path, state, {"blocks": "[1, 1, 1]"} | metadata)
+    return trained.of_weights(str(path))
+
+
+def test_what_metadata_leaves_open_is_as_published(tmp_path, timm_state):
+    path = tmp_path / "a.safetensors"
+    found = opened(path, inception_resnet_v2(1000, blocks=BLOCKS).state_dict())
+    assert found.classes == imagenet_names.synsets()
+    assert found.classes[0] == "n01440764" and imagenet_names.in_words("n01440764") == "tench"
+    assert (found.which, found.step) == ("as published", None)
+    keys = ("val", "image_size", "eval_crop", "eval_interpolation", "mean", "std")
+    view = [None, 299, 0.8975, "bicubic", [0.5] * 3, [0.5] * 3]
+    assert [found.data[key] for key in keys] == view
+    assert opened(path, timm_state).classes is None
+
+
+def test_metadata_go_before_that(tmp_path, timm_state):
+    classes = list("abcdefghij")
+    told = {
+        "classes": classes,
+        "data": {"image_size": 75},
+        "result": {"weights": "raw", "step": 3},
+    }
+    texts = {key: json.dumps(value) for key, value in told.items()}
+    found = opened(tmp_path / "a.safetensors", timm_state, **texts)
+    assert (found.classes, found.which, found.step) == (classes, "raw", 3)
+    assert (found.data["image_size"], found.data["eval_crop"]) == (75, 0.8975)
+
+
+def test_files_that_contradict_themselves_are_refused(monkeypatch, timm_state):
+    grey = inception_resnet_v2(2, in_chans=1, blocks=BLOCKS).state_dict()
+    for state, told, message in (
+        (grey, {}, "is for images of 1 channels, not for RGB"),
+        (timm_state, {"classes": '["a"]'}, "has 10 outputs, but names for 1"),
+        (timm_state, {"classes": '["a", '}, r"metadata is damaged \(classes\)"),
+        (timm_state, {"data": "[1]"}, r"metadata is damaged \(data\)"),
+        (timm_state, {"data": '{"image_size": "x"}'}, r"metadata is damaged \(data\)"),
+        (timm_state, {"data": '{"eval_crop": 0}'}, r"metadata is damaged \(data\)"),
+        (timm_state, {"classes": "[0, 1]"}, r"metadata is damaged \(classes\)"),
+        (timm_state, {"blocks": "[1, 1]"}, r"metadata is damaged \(blocks\)"),
+        (timm_state, {"result": '{"weights": 3}'}, r"metadata is damaged \(result\)"),
+    ):
+        read = state, {"blocks": "[1, 1, 1]"} | told
+        monkeypatch.setattr(weights, "read", lambda _source, read=read: read)
+        with pytest.raises(WeightsError, match=rf"^a\.safetensors: .*{message}"):
+            trained.of_weights("a.safetensors")
