@@ -1,18 +1,28 @@
-"""Exact counts against a plain sort, scikit-learn and torch.topk; the pace of a run by hand."""
+"""Exact counts against a plain sort, scikit-learn and torch.topk; intervals, pace and pictures."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
+from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 import sklearn.metrics
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
+from small_network import ALONE
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from irv2 import metrics
+import feed
+import train
+from data import sources
+from irv2 import config, figures, metrics
+from irv2.logbook import Logbook
 from irv2.metrics import (
     UNRANKED,
     Collector,
@@ -22,6 +32,7 @@ from irv2.metrics import (
     best_answers,
     label_ranks,
 )
+from irv2.statistics import calibration, mcnemar, wilson
 
 
 def plain_rank(logits: list[float], label: int) -> int:
@@ -45,24 +56,33 @@ def counts(found: Predictions) -> list[int]:
     return [found.top1_correct, found.top5_correct, found.images]
 
 
-@pytest.mark.parametrize("levels", [2, 5, 1000])
-def test_ranks_equal_a_plain_sort_with_ties_by_class_index(levels):
-    generator = torch.Generator().manual_seed(levels)
-    logits = torch.randint(levels, (200, 9), generator=generator).float()
-    labels = torch.randint(9, (200,), generator=generator)
+def drawn(images: int, classes: int, seed: int, levels: int | None = None) -> tuple[Tensor, Tensor]:
+    """Random logits, of so many levels that there are ties if these are given, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    if levels is None:
+        logits = torch.randn(images, classes, generator=generator)
+    else:
+        logits = torch.randint(levels, (images, classes), generator=generator).float()
+    return logits, torch.randint(classes, (images,), generator=generator)
+
+
+def assert_ranks_of_a_plain_sort(logits: Tensor, labels: Tensor) -> None:
     expected = [plain_rank(row, label) for row, label in zip(logits.tolist(), labels.tolist())]
     assert label_ranks(logits, labels).tolist() == expected
+
+
+def test_ranks_equal_a_plain_sort_with_ties_by_class_index():
+    for levels in (2, 5, 1000):
+        assert_ranks_of_a_plain_sort(*drawn(200, 9, seed=levels, levels=levels))
 
 
 def test_ranks_of_logits_that_are_not_finite():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randint(4, (300, 6), generator=generator).float()
+    logits, labels = drawn(300, 6, seed=0, levels=4)
+    generator = torch.Generator().manual_seed(1)
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
     chosen = torch.randint(3, logits.shape, generator=generator)
-    logits = torch.where(torch.rand(300, 6, generator=generator) < 0.3, special[chosen], logits)
-    labels = torch.randint(6, (300,), generator=generator)
-    expected = [plain_rank(row, label) for row, label in zip(logits.tolist(), labels.tolist())]
-    assert label_ranks(logits, labels).tolist() == expected
+    is_special = torch.rand(300, 6, generator=generator) < 0.3
+    assert_ranks_of_a_plain_sort(torch.where(is_special, special[chosen], logits), labels)
 
 
 def test_all_equal_logits_do_not_make_every_label_first():
@@ -70,10 +90,10 @@ def test_all_equal_logits_do_not_make_every_label_first():
     assert label_ranks(torch.zeros(8, 8), labels).tolist() == list(range(8))
 
 
-@pytest.mark.parametrize("classes", [2, 10])
-def test_a_network_of_nans_gets_nothing_right(classes):
-    found = collected(torch.full((20, classes), float("nan")), torch.arange(20) % classes)
-    assert counts(found) == [0, 0, 20]
+def test_a_network_of_nans_gets_nothing_right():
+    for classes in (2, 10):
+        found = collected(torch.full((20, classes), float("nan")), torch.arange(20) % classes)
+        assert counts(found) == [0, 0, 20]
 
 
 def test_half_precision_logits_one_bit_apart_are_no_tie():
@@ -83,9 +103,7 @@ def test_half_precision_logits_one_bit_apart_are_no_tie():
 
 
 def test_counts_equal_scikit_learns_and_topks_on_random_logits():
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(523, 20, generator=generator)
-    labels = torch.randint(20, (523,), generator=generator)
+    logits, labels = drawn(523, 20, seed=1)
     found = collected(logits, labels)
     theirs = [
         sklearn.metrics.top_k_accuracy_score(
@@ -108,20 +126,15 @@ def test_the_loss_is_free_of_label_smoothing_and_in_float32_at_least():
     assert found.loss.sum() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("classes", [2, 3, 4, 5])
-def test_with_five_classes_or_fewer_everything_is_among_the_five_best(classes):
-    generator = torch.Generator().manual_seed(classes)
-    logits = torch.randn(50, classes, generator=generator)
-    labels = torch.randint(classes, (50,), generator=generator)
-    top1, top5, images = counts(collected(logits, labels))
-    assert top1 == (logits.argmax(1) == labels).sum().item()
-    assert (top5, images) == (50, 50)
+def test_with_five_classes_or_fewer_everything_is_among_the_five_best():
+    for classes in (2, 3, 4, 5):
+        logits, labels = drawn(50, classes, seed=classes)
+        top1_correct = (logits.argmax(1) == labels).sum().item()
+        assert counts(collected(logits, labels)) == [top1_correct, 50, 50]
 
 
 def test_the_counts_do_not_depend_on_the_batches():
-    generator = torch.Generator().manual_seed(2)
-    logits = torch.randn(64, 10, generator=generator)
-    labels = torch.randint(10, (64,), generator=generator)
+    logits, labels = drawn(64, 10, seed=2)
     results = [counts(collected(logits, labels, batch)) for batch in (1, 5, 64)]
     assert results[0] == results[1] == results[2]
 
@@ -143,9 +156,7 @@ def test_the_mean_over_classes_is_scikit_learns_balanced_accuracy():
 
 
 def test_first_places_and_their_probabilities_are_a_stable_sorts():
-    generator = torch.Generator().manual_seed(4)
-    logits = torch.randint(4, (60, 9), generator=generator).float()
-    labels = torch.randint(9, (60,), generator=generator)
+    logits, labels = drawn(60, 9, seed=4, levels=4)
     found = collected(logits, labels)
     expected = [sorted(range(9), key=lambda i: (-row[i], i))[:5] for row in logits.tolist()]
     assert found.top.tolist() == expected
@@ -155,9 +166,7 @@ def test_first_places_and_their_probabilities_are_a_stable_sorts():
 
 
 def test_confusions_and_mistakes_are_scikit_learns_and_a_plain_sorts():
-    generator = torch.Generator().manual_seed(7)
-    logits = torch.randn(200, 6, generator=generator)
-    labels = torch.randint(6, (200,), generator=generator)
+    logits, labels = drawn(200, 6, seed=7)
     found = collected(logits, labels)
     theirs = sklearn.metrics.confusion_matrix(labels, logits.argmax(1), labels=range(6))
     assert np.array_equal(found.confusion_matrix(6), theirs)
@@ -167,35 +176,39 @@ def test_confusions_and_mistakes_are_scikit_learns_and_a_plain_sorts():
 
 
 def test_of_several_right_answers_the_best_placed_counts():
-    generator = torch.Generator().manual_seed(5)
-    scores = torch.randint(4, (200, 9), generator=generator).float()
-    answers = torch.randint(9, (200, 3), generator=generator)
-    rows = zip(scores.tolist(), answers.tolist())
+    scores, _ = drawn(200, 9, seed=5, levels=4)
+    answers = torch.randint(9, (200, 3), generator=torch.Generator().manual_seed(5))
+    rows = list(zip(scores.tolist(), answers.tolist()))
     expected = [min(row, key=lambda i: (-score[i], i)) for score, row in rows]
     assert best_answers(scores, answers).tolist() == expected
-    assert collected(scores, answers).rank.tolist() == [
-        min(plain_rank(score, i) for i in row)
-        for score, row in zip(scores.tolist(), answers.tolist())
-    ]
+    ranks = [min(plain_rank(score, i) for i in row) for score, row in rows]
+    assert collected(scores, answers).rank.tolist() == ranks
 
 
 def test_what_ranks_found_is_put_together_in_the_order_of_images():
-    generator = torch.Generator().manual_seed(6)
-    logits = torch.randn(10, 6, generator=generator)
-    labels = torch.randint(6, (10,), generator=generator)
-    whole = collected(logits, labels)
+    whole = collected(*drawn(10, 6, seed=6))
+    names = [f.name for f in dataclasses.fields(whole)]
     parts = [
-        Predictions(*(getattr(whole, f.name)[rows] for f in dataclasses.fields(whole)))
+        Predictions(*(getattr(whole, name)[rows] for name in names))
         for rows in (slice(6, 10), slice(0, 6))
     ]
     merged = Predictions.merged(parts)
-    for f in dataclasses.fields(whole):
-        assert np.array_equal(getattr(merged, f.name), getattr(whole, f.name))
+    for name in names:
+        assert np.array_equal(getattr(merged, name), getattr(whole, name)), name
 
 
-def test_pace_counts_images_and_waiting_between_two_readings(monkeypatch):
+# ---------------------------------------------------------------------------------- the pace
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The clock that `Pace` reads, to be moved by hand."""
     now = [100.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_pace_counts_images_and_waiting_between_two_readings(now):
     pace = Pace()
     for _ in range(2):
         with pace.waiting(torch.device("cpu")):
@@ -207,9 +220,7 @@ def test_pace_counts_images_and_waiting_between_two_readings(monkeypatch):
     assert pace.read() == {"images_per_s": 0.0, "data_wait": 0.0}
 
 
-def test_pace_leaves_out_what_came_before_a_restart(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+def test_pace_leaves_out_what_came_before_a_restart(now):
     pace = Pace()
     pace.trained(1000)
     with pace.waiting(torch.device("cpu")):
@@ -218,3 +229,151 @@ def test_pace_leaves_out_what_came_before_a_restart(monkeypatch):
     pace.trained(10)
     now[0] += 1.0
     assert pace.read() == {"images_per_s": 10.0, "data_wait": 0.0}
+
+
+# ---------------------------------------------------------------------------------- statistics
+
+
+def test_the_interval_solves_wilsons_equation():
+    z = 1.959963984540054
+    for correct, images in ((0, 10), (10, 10), (353, 360), (40_217, 50_000)):
+        share = correct / images
+        centre = share + z * z / (2 * images)
+        half = z * math.sqrt(share * (1 - share) / images + z * z / (4 * images**2))
+        expected = [100 * end / (1 + z * z / images) for end in (centre - half, centre + half)]
+        assert wilson(correct, images) == pytest.approx(expected)
+
+
+def test_mcnemar_is_a_two_sided_sign_test_of_the_images_that_differ():
+    first = np.array([True] * 9 + [False] * 2 + [True] * 50 + [False] * 5)
+    second = np.array([False] * 9 + [True] * 2 + [True] * 50 + [False] * 5)
+    found = mcnemar(first, second)
+    tail = sum(math.comb(11, k) for k in (0, 1, 2)) / 2**11
+    assert (found.only_first, found.only_second) == (9, 2)
+    assert found.p_value == pytest.approx(2 * tail)
+    assert mcnemar(first, first).p_value == 1.0
+
+
+def test_calibration_by_hand():
+    confidence = np.array([0.05, 0.15, 0.95, 0.95, 1.0], np.float32)
+    correct = np.array([False, True, True, False, True])
+    bins, error = calibration(confidence, correct, bins=10)
+    assert [b.images for b in bins] == [1, 1, 3]
+    assert bins[2].confidence == pytest.approx(2.9 / 3)
+    assert bins[2].accuracy == pytest.approx(2 / 3)
+    assert error == pytest.approx((0.05 + 0.85 + 0.9) / 5)
+
+
+def test_a_network_as_sure_as_it_is_right_has_no_calibration_error():
+    rng = np.random.default_rng(0)
+    confidence = rng.random(200_000)
+    _, error = calibration(confidence, rng.random(200_000) < confidence)
+    assert error < 0.01
+
+
+# ---------------------------------------------------------------------------------- pictures
+
+LABELS = [0, 0, 1, 1, 2, 2, 0, 1]
+ANSWERS = [0, 1, 1, 2, 0, 2, 1, 1]
+SURENESS = [9, 2, 9, 5, 3, 9, 4, 1]  # of the answers, as logits
+
+
+def result(numbers: range = range(8)) -> Predictions:
+    """Of eight images, four wrong answers; of these the surest to images 3, 6, 4, 1."""
+    scores = torch.zeros(8, 3)
+    scores[torch.arange(8), torch.tensor(ANSWERS)] = torch.tensor(SURENESS).float()
+    collector = Collector()
+    collector.add(Scored(scores, torch.tensor(LABELS), list(numbers)))
+    return collector.predictions()[0]
+
+
+@pytest.fixture
+def on_axes(monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
+    """What figures put on axes: images, texts within and titles."""
+    seen = {"imshow": [], "text": [], "set_title": []}
+    for method, calls in seen.items():
+        own = getattr(Axes, method)
+
+        def note(self, *arguments, own=own, calls=calls, **options):
+            calls.append(arguments)
+            return own(self, *arguments, **options)
+
+        monkeypatch.setattr(Axes, method, note)
+    return seen
+
+
+def test_the_confusion_matrix_counts_what_is_taken_for_what(on_axes):
+    pixels = figures.confusion_matrix(result(), ["x", "y", "z"])
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+    expected = np.zeros((3, 3))
+    np.add.at(expected, (LABELS, ANSWERS), 1)
+    ((shares,),) = on_axes["imshow"]
+    assert shares == pytest.approx(expected / expected.sum(1, keepdims=True))
+    numbers = {(row, column): int(text) for column, row, text in on_axes["text"]}
+    assert numbers == {(r, c): expected[r, c] for r, c in np.argwhere(expected)}
+
+
+def test_the_surest_wrong_answers_come_first():
+    assert figures.most_confident_mistakes(result()) == [3, 6, 4, 1]
+    assert figures.most_confident_mistakes(result(range(10, 18)), 2) == [13, 16]
+
+
+def test_a_mistake_is_shown_with_its_classes_and_probability(on_axes):
+    found = result(range(10, 18))
+    probability = np.exp(5) / (np.exp(5) + 2)
+    picture = np.full((75, 75, 3), 7, np.uint8)
+    figures.mistakes(found, {13: picture}, ["x", "y", "z"])
+    assert on_axes["set_title"] == [(f"y\n→ z ({100 * probability:.0f} %)",)]
+    assert on_axes["imshow"] == [(picture,)]
+
+
+def test_any_name_can_be_drawn():
+    names = ["$broken", "caf\udce9 日本", "a" * 300]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        matrix = figures.confusion_matrix(result(), names)
+        grid = figures.mistakes(result(), {3: np.zeros((75, 75, 3), np.uint8)}, names)
+    assert matrix.std() > 0 and grid.std() > 0
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> tuple[config.Config, sources.Source]:
+    path = programs.write_project(tmp_path)
+    cfg = config.load(path)
+    return cfg, sources.open_source(cfg.data.val)
+
+
+def test_a_picture_is_what_an_evaluation_sees_and_one_that_cannot_be_read_is_left_out(project):
+    cfg, source = project
+    before = next(iter(feed.evaluation_batches(cfg, source, ALONE))).images
+    Path(source.name(6)).write_bytes(b"no image")
+    found = feed.pictures(cfg, source, [3, 6, 4])
+    assert list(found) == [3, 4]
+    for index, pixels in found.items():
+        assert np.array_equal(((before[index] + 1) * 127.5).round().byte().permute(1, 2, 0), pixels)
+
+
+def shown(project: tuple[config.Config, sources.Source], folder: Path) -> EventAccumulator:
+    """What TensorBoard finds of a result that is shown at step 6."""
+    cfg, source = project
+    log = Logbook(folder, step=0, total_steps=6)
+    train.show_result(cfg, result(), source, 6, log)
+    log.close()
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return events
+
+
+def test_tensorboard_gets_both_figures_at_the_runs_last_step(project, tmp_path):
+    events = shown(project, tmp_path)
+    for tag in ("confusion matrix", "most confident mistakes"):
+        (image,) = events.Images(tag)
+        assert image.step == 6 and image.encoded_image_string.startswith(b"\x89PNG")
+
+
+def test_many_classes_have_no_confusion_matrix_and_no_mistakes_no_pictures(
+    project, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(figures, "MOST_CLASSES", 2)
+    monkeypatch.setattr(figures, "most_confident_mistakes", lambda _: [])
+    assert shown(project, tmp_path).Tags()["images"] == []
