@@ -16,8 +16,8 @@ import programs
 import pytest
 import timm
 import torch
+from small_network import copied, randomised, relative
 from small_weights import BLOCKS, SYNSETS, VIEW, WORDS, write_small_weights
-from test_folding import randomised, relative_error
 from torch import Tensor
 
 from irv2 import checkpoint, trained, weights
@@ -53,19 +53,30 @@ def expected(small_weights: Path, images: Tensor) -> Tensor:
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    """The script's main in this process -> (exit status, stdout, stderr)."""
+    """The script's main in this process: (weights, format, out, options) -> (status, stdout,
+    stderr). Weights may be other options that say what to export."""
 
-    def run(*arguments: object) -> tuple[int, str, str]:
+    def run(source: Path | tuple, kind: str, out: Path, *options: object) -> tuple[int, str, str]:
+        source = ("--weights", source) if isinstance(source, Path) else source
+        arguments = (*source, "--format", kind, "--out", out, *options)
         monkeypatch.setattr("sys.argv", ["export.py", *map(str, arguments)])
         return export.main(), *capsys.readouterr()
 
     return run
 
 
+def assert_one_line(error: str, message: str) -> None:
+    assert message in error and error.count("\n") == 1, error
+
+
+def decoded(metadata: dict[str, str]) -> dict:
+    return {key: json.loads(value) for key, value in metadata.items()}
+
+
 def assert_same_in_any_batch(run: formats.Run, images: Tensor, expected: Tensor) -> None:
     with torch.inference_mode():
         for size in (1, 2, 5):
-            assert relative_error(run(images[:size]), expected[:size]) < 1e-5
+            assert relative(run(images[:size]), expected[:size]) < 1e-5
 
 
 def of_onnx(path: Path) -> formats.Run:
@@ -93,15 +104,13 @@ def test_onnx_is_one_file_with_its_metadata_and_the_same_logits(exported, images
     onnx.checker.check_model(model, full_check=True)
     assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
-    found = {prop.key: json.loads(prop.value) for prop in model.metadata_props}
-    assert found == METADATA
+    assert decoded({prop.key: prop.value for prop in model.metadata_props}) == METADATA
     assert_same_in_any_batch(of_onnx(exported / "small.onnx"), images, expected)
 
 
 def test_onnx_keeps_batch_norm_if_asked(small_weights, tmp_path, call, images, expected):
     path = tmp_path / "kept.onnx"
-    arguments = ("--weights", small_weights, "--format", "onnx", "--out", path, "--not-folded")
-    status, _, error = call(*arguments)
+    status, _, error = call(small_weights, "onnx", path, "--not-folded")
     assert status == 0, error
     assert "BatchNormalization" in {node.op_type for node in onnx.load(path).graph.node}
     assert_same_in_any_batch(of_onnx(path), images, expected)
@@ -112,42 +121,36 @@ def test_torch_export_has_its_metadata_and_the_same_logits(
     small_weights, tmp_path, call, images, expected, options
 ):
     path = tmp_path / "small.pt2"
-    status, out, error = call(
-        "--weights", small_weights, "--format", "torch-export", "--out", path, *options
-    )
+    status, out, error = call(small_weights, "torch-export", path, *options)
     assert status == 0, error
     assert "scikit-learn's photographs" in out
     extra = {"metadata.json": ""}
     program = torch.export.load(path, extra_files=extra)
-    found = {key: json.loads(value) for key, value in json.loads(extra["metadata.json"]).items()}
-    assert found == METADATA
+    assert decoded(json.loads(extra["metadata.json"])) == METADATA
     assert any("running_mean" in name for name in program.state_dict) == bool(options)
     assert_same_in_any_batch(program.module(), images, expected)
 
 
 def test_safetensors_are_the_weights_and_say_how_to_use_them(small_weights, tmp_path, call):
     path = tmp_path / "copy.safetensors"
-    status, _, error = call("--weights", small_weights, "--format", "safetensors", "--out", path)
+    status, _, error = call(small_weights, "safetensors", path)
     assert status == 0, error
     state, found = weights.read(str(path))
     original, _ = weights.read(str(small_weights))
     assert state.keys() == original.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in original.items())
-    assert {key: json.loads(value) for key, value in found.items()} == METADATA
+    assert decoded(found) == METADATA
     opened = trained.of_weights(str(path))
     assert opened.classes == SYNSETS
     assert {key: opened.data[key] for key in VIEW} == VIEW
 
 
 def test_timm_opens_its_export_in_both_ways(tmp_path, call, images):
-    torch.manual_seed(0)
     theirs = randomised(timm.create_model("inception_resnet_v2", num_classes=3))
     metadata = {"classes": json.dumps(SYNSETS), "data": json.dumps(VIEW)}
     weights.write(tmp_path / "weights.safetensors", theirs.state_dict(), metadata)
     out = tmp_path / "for_timm"
-    status, said, error = call(
-        "--weights", tmp_path / "weights.safetensors", "--format", "timm", "--out", out
-    )
+    status, said, error = call(tmp_path / "weights.safetensors", "timm", out)
     assert status == 0, error
     assert "checked     by timm.create_model" in said
     file = str(out / "model.safetensors")
@@ -169,40 +172,40 @@ def test_timm_opens_its_export_in_both_ways(tmp_path, call, images):
 
 def test_a_run_is_checked_on_its_own_validation_images(tmp_path, call):
     network = inception_resnet_v2(2, blocks=(1, 1, 1))
-    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    state = copied(network.state_dict())
     val = programs.write_images(tmp_path / "val", ["a", "b"], 3)
     config = {"model": {"blocks": BLOCKS}, "data": {**VIEW, "val": str(val), "train": "private"}}
     meta = {"step": 7, "classes": ["a", "b"], "config": config}
     checkpoint.save(tmp_path / "run" / "checkpoints", 7, {"ema": state, "model": state}, meta)
     out = tmp_path / "a.safetensors"
-    arguments = ("--run", tmp_path / "run", "--which", "raw", "--format", "safetensors")
-    status, said, error = call(*arguments, "--out", out)
+    source = ("--run", tmp_path / "run", "--which", "raw")
+    status, said, error = call(source, "safetensors", out)
     assert status == 0, error
     assert f"on images of {val}, in batches of 1 and 3" in said
-    found = weights.read(str(out))[1]
-    assert json.loads(found["result"]) == {"weights": "raw", "step": 7}
-    assert json.loads(found["data"]) == VIEW  # and no paths of this machine
+    found = decoded(weights.read(str(out))[1])
+    assert found["result"] == {"weights": "raw", "step": 7}
+    assert found["data"] == VIEW  # and no paths of this machine
 
     (val / "b" / "2.png").write_bytes(b"no image")
     (val / "b" / "0.png").write_bytes(b"no image")
-    status, _, error = call(*arguments, "--out", tmp_path / "b.safetensors")
-    assert status == 1 and "cannot be decoded" in error and error.count("\n") == 1
+    status, _, error = call(source, "safetensors", tmp_path / "b.safetensors")
+    assert status == 1
+    assert_one_line(error, "cannot be decoded")
     shutil.rmtree(val)
-    status, said, _ = call(*arguments, "--out", tmp_path / "b.safetensors")
+    status, said, _ = call(source, "safetensors", tmp_path / "b.safetensors")
     assert status == 0 and "on scikit-learn's photographs" in said
 
 
 def test_what_computes_something_else_is_not_kept(small_weights, tmp_path, call, monkeypatch):
     def write_another(subject: trained.Trained, folded: bool, path: Path) -> None:
-        subject.model.conv2d_7b.bn.weight.data[0] += 1  # after its own logits were computed
+        subject.model.classif.bias.data[0] += 0.1  # after its own logits were computed
         formats.write_safetensors(subject, folded, path)
 
     kind = formats.FORMATS["safetensors"]._replace(write=write_another)
     monkeypatch.setitem(formats.FORMATS, "safetensors", kind)
-    out = tmp_path / "a.safetensors"
-    status, said, error = call("--weights", small_weights, "--format", "safetensors", "--out", out)
+    status, said, error = call(small_weights, "safetensors", tmp_path / "a.safetensors")
     assert status == 1
-    assert "computes something else" in error and error.count("\n") == 1
+    assert_one_line(error, "computes something else")
     assert "written" not in said
     assert os.listdir(tmp_path) == []
 
@@ -214,12 +217,11 @@ def test_a_full_disk_leaves_nothing_behind(small_weights, tmp_path, call, kind, 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
-        arguments = ("--weights", small_weights, "--format", kind, "--out", tmp_path / name)
-        status, _, error = call(*arguments)
+        status, _, error = call(small_weights, kind, tmp_path / name)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 1
-    assert f"{name}: cannot be written (File too large)" in error and error.count("\n") == 1, error
+    assert_one_line(error, f"{name}: cannot be written (File too large)")
     assert os.listdir(tmp_path) == []
 
 
@@ -229,7 +231,7 @@ def test_mistakes_are_one_line_and_leave_nothing(small_weights, tmp_path, call, 
     taken = tmp_path / "taken.onnx"
     taken.write_text("precious")
     before = sorted(os.listdir(tmp_path))
-    good = ("--weights", small_weights)
+    good = small_weights
     find_spec: Callable = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name)
@@ -241,11 +243,15 @@ def test_mistakes_are_one_line_and_leave_nothing(small_weights, tmp_path, call, 
         (good, "safetensors", "taken.onnx/a.safetensors", "no such folder"),
         (good, "onnx", "a.onnx", "needs onnxscript: pip install -r requirements-export.txt"),
         (good, "timm", "folder", "this one [1, 1, 1]"),
-        (("--weights", truncated), "torch-export", "a.pt2", "damaged or not a safetensors file"),
+        (truncated, "torch-export", "a.pt2", "damaged or not a safetensors file"),
         (("--run", tmp_path), "torch-export", "a.pt2", "no checkpoint in it"),
-        ((*good, "--check-images", tmp_path / "none.jpg"), "safetensors", "a.safetensors", "none"),
+        (
+            ("--weights", good, "--check-images", tmp_path / "none.jpg"),
+            *("safetensors", "a.safetensors", "none"),
+        ),
     ):
-        status, _, error = call(*source, "--format", kind, "--out", tmp_path / out)
-        assert status == 1 and message in error and error.count("\n") == 1, error
+        status, _, error = call(source, kind, tmp_path / out)
+        assert status == 1
+        assert_one_line(error, message)
         assert sorted(os.listdir(tmp_path)) == before
     assert taken.read_text() == "precious"

@@ -606,21 +606,23 @@ def test_state_dict_has_timms_names_with_biases_and_loads_into_another_folded_ne
 # ---------------------------------------------------------------------- compiled
 
 
-def graphs(monkeypatch: pytest.MonkeyPatch, model: InceptionResnetV2) -> int:
-    """How many graphs are made for a step of the compiled network, which is to change nothing.
-
-    They are run by PyTorch's own operations, which is quick to set up.
-    """
+def test_repeats_of_a_block_share_one_graph(monkeypatch):
+    """Graphs are traced, but run by PyTorch's own operations, which is quick to set up."""
     torch._dynamo.reset()
     counters.clear()
-    plain = copy.deepcopy(model)
-    compile_module = nn.Module.compile
+    model = small(drop_rate=0.0, blocks=(2, 2, 2)).train()
+    plain, compile_module = copy.deepcopy(model), nn.Module.compile
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
     with monkeypatch.context() as patch:
         patch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
         model.compile_regions()
     x = images(4, 3, 75, 75)
     for each in (model, plain):
-        each.train()(x).square().sum().backward()
+        each(x).square().sum().backward()
+    layers, kinds = 6, 7  # alone; mixed_5b, block35, mixed_6a, block17, mixed_7a, block8, the last
+    assert counters["stats"]["unique_graphs"] == layers + kinds
+    assert list(model.state_dict()) == list(plain.state_dict())  # names are as before
+
     # Batch norm cancels block8.conv2d.bias: its gradient is rounding noise around 0.
     floor = 1e-4 * max(p.grad.norm() for p in plain.parameters())
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters()):
@@ -628,13 +630,3 @@ def graphs(monkeypatch: pytest.MonkeyPatch, model: InceptionResnetV2) -> int:
         assert difference <= 0.05 * theirs.grad.norm() + floor, name  # single ReLUs may switch
     statistics = zip(model.buffers(), plain.buffers())
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in statistics)
-    return counters["stats"]["unique_graphs"]
-
-
-def test_repeats_of_a_block_share_one_graph(monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
-    single = graphs(monkeypatch, small(drop_rate=0.0))
-    model = small(drop_rate=0.0, blocks=(3, 2, 2))
-    names = list(model.state_dict())
-    assert 8 < single == graphs(monkeypatch, model)
-    assert list(model.state_dict()) == names
