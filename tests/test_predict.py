@@ -68,7 +68,6 @@ def start(*arguments: object, stdin: int | None = None) -> subprocess.Popen[byte
 
 
 def test_probabilities_are_those_of_timms_model_and_transform(photographs, tmp_path, call):
-    torch.manual_seed(0)
     theirs = randomised(timm.create_model("inception_resnet_v2", num_classes=6))
     path = tmp_path / "weights.safetensors"
     weights.write(path, theirs.state_dict(), {"data": json.dumps(VIEW)})
@@ -177,28 +176,26 @@ def test_a_reader_that_has_gone_ends_it_quietly(photographs, small_weights):
 
 
 def test_weights_that_will_not_do_are_told_in_one_line(photographs, small_weights, tmp_path, call):
-    def written(name: str, model: torch.nn.Module, **metadata: object) -> Path:
+    def written(name: str, model: torch.nn.Module, **metadata: object) -> tuple[str, Path]:
         texts = {key: json.dumps(value) for key, value in metadata.items()}
         weights.write(tmp_path / name, model.state_dict(), texts)
-        return tmp_path / name
+        return "--weights", tmp_path / name
 
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes(small_weights.read_bytes()[:100_000])
+    colour, grey = (inception_resnet_v2(3, channels, blocks=(1, 1, 1)) for channels in (3, 1))
     small = {"blocks": [1, 1, 1]}
-    grey = written("grey.safetensors", inception_resnet_v2(3, 1, blocks=(1, 1, 1)), **small)
-    named = inception_resnet_v2(3, blocks=(1, 1, 1))
-    other = written("other.safetensors", timm.create_model("resnet18"))
-    for arguments, message in (
+    for source, message in (
         (("--run", tmp_path / "nowhere"), "no checkpoint in it"),
         (("--weights", tmp_path / "nowhere.pth"), "no such weights file"),
         (("--weights", truncated), "damaged or not a safetensors file"),
-        (("--weights", other), "not an Inception-ResNet-v2"),
-        (("--weights", grey), "images of 1 channels"),
+        (written("other.safetensors", timm.create_model("resnet18")), "not an Inception-ResNet-v2"),
+        (written("grey.safetensors", grey, **small), "images of 1 channels"),
         (
-            ("--weights", written("two.safetensors", named, classes=["a", "b"], **small)),
+            written("two.safetensors", colour, classes=["a", "b"], **small),
             "3 outputs, but names for 2",
         ),
     ):
-        status, out, error = call(photographs, *arguments)
+        status, out, error = call(photographs, *source)
         assert (status, out) == (1, "")
         assert message in error and error.count("\n") == 1, error
