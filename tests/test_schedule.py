@@ -35,9 +35,8 @@ def test_the_papers_staircase_by_default():
     assert schedule.learning_rate(99 * two_epochs) == pytest.approx(0.045 * 0.94**99, rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("images_per_epoch", "decay_epochs"),
-    [
+def test_a_stair_begins_at_the_first_whole_image_of_it():
+    for images_per_epoch, decay_epochs in (
         (IMAGENET, "2"),
         (IMAGENET, "2.4"),  # timm's stairs; the edges fall between images
         (IMAGENET, "0.7"),
@@ -45,20 +44,14 @@ def test_the_papers_staircase_by_default():
         (1437, "0.1"),  # as floats, 0.1 * 1437 is above 143.7 and 1437 images are a stair short
         (1797, "1.1"),
         (7, "3"),
-    ],
-)
-def test_a_stair_begins_at_the_first_whole_image_of_it(images_per_epoch: int, decay_epochs: str):
-    schedule = staircase(
-        base_lr=1.0,
-        decay_rate=0.5,
-        images_per_epoch=images_per_epoch,
-        decay_epochs=float(decay_epochs),
-    )
-    stair = Fraction(decay_epochs) * images_per_epoch
-    for k in range(1, 101):
-        edge = math.ceil(k * stair)
-        assert schedule.learning_rate(edge) == 0.5 ** (edge // stair), f"at stair {k}"
-        assert schedule.learning_rate(edge - 1) == 0.5 ** ((edge - 1) // stair), f"before {k}"
+    ):
+        stairs = {"images_per_epoch": images_per_epoch, "decay_epochs": float(decay_epochs)}
+        schedule = staircase(base_lr=1.0, decay_rate=0.5, **stairs)
+        stair = Fraction(decay_epochs) * images_per_epoch
+        for k in range(1, 101):
+            edge = math.ceil(k * stair)
+            for images in (edge - 1, edge):
+                assert schedule.learning_rate(images) == 0.5 ** (images // stair), (stairs, images)
 
 
 def test_cosine_starts_at_the_base_passes_the_middle_and_ends_at_the_minimum():
@@ -79,15 +72,15 @@ def test_cosine_falls_all_the_way():
     assert all(a > b for a, b in pairwise(rates))
 
 
-@pytest.mark.parametrize("make", [staircase, cosine])
-def test_warmup_scales_the_rate_linearly_from_zero(make):
-    plain, warm = make(), make(warmup_epochs=3.0)
-    assert warm.learning_rate(0) == 0.0
-    for images in (1, 500, 1500, 2000, 2999):
-        expected = plain.learning_rate(images) * images / 3000
-        assert warm.learning_rate(images) == pytest.approx(expected, rel=1e-12)
-    for images in (3000, 3001, 50_000):
-        assert warm.learning_rate(images) == plain.learning_rate(images)
+def test_warmup_scales_the_rate_linearly_from_zero():
+    for make in (staircase, cosine):
+        plain, warm = make(), make(warmup_epochs=3.0)
+        assert warm.learning_rate(0) == 0.0
+        for images in (1, 500, 1500, 2000, 2999):
+            expected = plain.learning_rate(images) * images / 3000
+            assert warm.learning_rate(images) == pytest.approx(expected, rel=1e-12)
+        for images in (3000, 3001, 50_000):
+            assert warm.learning_rate(images) == plain.learning_rate(images)
 
 
 def test_a_fraction_of_an_epoch_of_warmup_is_counted_in_images():
