@@ -10,17 +10,16 @@ import functools
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import image_zoo
 import numpy as np
 from PIL import Image
 from scipy.io import savemat
+from tars import Entry, tar
 
 from data.prepare.imagenet import ILSVRC2012, Archive, Expected
 
-Entry = tuple[str, bytes] | tarfile.TarInfo
 IDS = {1: "n02119789", 2: "n02100735", 3: "n02105855", 4: "n01440764"}
 HIGH_LEVEL = {
     1001: ("n00001740", [1002, 1003]),
@@ -92,20 +91,6 @@ def meta(ids: dict[int, str]) -> bytes:
             row[field] = value
     buffer = io.BytesIO()
     savemat(buffer, {"synsets": synsets})
-    return buffer.getvalue()
-
-
-def tar(entries: Iterable[Entry], mode: str = "w") -> bytes:
-    """An archive as GNU tar makes it."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode, format=tarfile.GNU_FORMAT) as archive:
-        for entry in entries:
-            if isinstance(entry, tarfile.TarInfo):
-                archive.addfile(entry)
-                continue
-            info = tarfile.TarInfo(entry[0])
-            info.size = len(entry[1])
-            archive.addfile(info, io.BytesIO(entry[1]))
     return buffer.getvalue()
 
 

@@ -16,7 +16,17 @@ from pathlib import Path
 
 import programs
 import pytest
-from shard_makers import members_of, sample, write_folder, write_tar
+from shard_makers import (
+    IMAGES,
+    SMALL,
+    flip,
+    ignore,
+    members_of,
+    sample,
+    write_folder,
+    write_set,
+    write_tar,
+)
 
 from data import shard_index
 from data.prepare.shard_scan import PLAN, index_folder
@@ -25,8 +35,6 @@ from data.shard_index import INDEX
 from data.shards import ShardSource
 from data.sources import DataError, FolderSource, ImageError, SyntheticSource
 from scripts import make_shards
-
-SMALL = Options("train", images_per_shard=4)
 
 
 @pytest.fixture
@@ -38,10 +46,6 @@ def main(monkeypatch, capsys):
         return make_shards.main(), *capsys.readouterr()
 
     return run
-
-
-def ignore(_: object) -> None:
-    """Nobody is told of progress."""
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -74,8 +78,8 @@ def test_members_are_webdatasets_with_the_files_bytes(folder, made):
     source, members = FolderSource(folder), members_of(made)
     kinds = {".jpeg": "jpg", ".jpg": "jpg", ".png": "png"}
     keys = sorted({name.partition(".")[0] for name in members})
-    assert len(keys) == 14
-    assert len(members) == 3 * 14
+    assert len(keys) == IMAGES
+    assert len(members) == 3 * IMAGES
     for i, key in enumerate(keys):  # as many, so that each image has its own
         path = Path(source.name(i))
         encoded, label = source.read(i)
@@ -117,8 +121,7 @@ def test_headers_tell_nothing_of_who_wrote_them_and_when(made):
 
 
 def test_one_process_writes_what_two_do(folder, made, tmp_path):
-    write_shards(FolderSource(folder), tmp_path / "x", SMALL, 1, ignore)
-    assert contents(tmp_path / "x") == contents(made)
+    assert contents(write_set(folder, tmp_path / "x")) == contents(made)
 
 
 def test_any_source_can_be_written(made, tmp_path):
@@ -153,8 +156,7 @@ def tars(folder: Path) -> list[str]:
 
 def test_killed_and_started_again_writes_the_same_bytes(folder, made, tmp_path):
     out, last = tmp_path / "x", int(ShardSource(made).storage_order[-1])
-    child = os.fork()
-    if child == 0:
+    if (child := os.fork()) == 0:
         kill = lambda: os.kill(os.getppid(), signal.SIGKILL) or threading.Event().wait()  # noqa: E731
         write_shards(Cut(folder, last, kill), out, SMALL, 1, ignore)
         os._exit(0)
@@ -165,8 +167,7 @@ def test_killed_and_started_again_writes_the_same_bytes(folder, made, tmp_path):
 
     with pytest.raises(DataError, match="start the command that writes them again"):
         index_folder(out, None, 1, ignore)
-    write_shards(FolderSource(folder), out, SMALL, 1, ignore)
-    assert contents(out) == contents(made)
+    assert contents(write_set(folder, out)) == contents(made)
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
 
 
@@ -182,16 +183,13 @@ def test_an_image_that_cannot_be_read_is_named_and_nothing_of_its_shard_is_seen(
         write_shards(Cut(folder, second, end), out, SMALL, 1, ignore)
     assert "train-00000.tar" in tars(out)  # perhaps later ones, too
     assert not [name for name in contents(out) if "train-00001" in name or "tmp" in name]
-    write_shards(FolderSource(folder), out, SMALL, 1, ignore)
-    assert contents(out) == contents(made)
+    assert contents(write_set(folder, out)) == contents(made)
 
 
 def test_a_worker_that_dies_is_told(folder, tmp_path):
-    def end() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
+    source = Cut(folder, 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(DataError, match="a worker process has died"):
-        write_shards(Cut(folder, 5, end), tmp_path / "x", SMALL, 2, ignore)
+        write_shards(source, tmp_path / "x", SMALL, 2, ignore)
 
 
 def test_a_full_disk_is_told_by_the_shard_and_leaves_nothing_half_written(
@@ -209,10 +207,9 @@ def test_a_full_disk_is_told_by_the_shard_and_leaves_nothing_half_written(
         patch.setattr(os, "fsync", full)
         words = f"{out}/train-00001.tar: cannot be written (No space left on device)"
         with pytest.raises(DataError, match=re.escape(words)):
-            write_shards(FolderSource(folder), out, SMALL, 1, ignore)
+            write_set(folder, out)
     assert not [name for name in contents(out) if "train-00001" in name or "tmp" in name]
-    write_shards(FolderSource(folder), out, SMALL, 1, ignore)
-    assert contents(out) == contents(made)
+    assert contents(write_set(folder, out)) == contents(made)
 
 
 def test_a_finished_set_is_left_as_it_is(folder, made, main):
@@ -231,15 +228,13 @@ OTHERS = {
 @pytest.mark.parametrize("is_finished", [True, False])
 @pytest.mark.parametrize("what", OTHERS)
 def test_shards_with_other_options_are_refused(folder, made, tmp_path, what, is_finished):
-    out = tmp_path / "x"
-    out.mkdir()
-    for name, content in contents(made).items():
-        if is_finished or name != INDEX:
-            (out / name).write_bytes(content)
+    out = shutil.copytree(made, tmp_path / "x")
+    if not is_finished:
+        (out / INDEX).unlink()
     changes, words = OTHERS[what]
     before = contents(out)
     with pytest.raises(DataError, match=re.escape(words)):
-        write_shards(FolderSource(folder), out, Options("train", **changes), 1, ignore)
+        write_set(folder, out, Options("train", **changes))
     assert contents(out) == before
 
 
@@ -247,39 +242,36 @@ def test_shards_of_other_images_are_refused(folder, made, tmp_path):
     other = write_folder(tmp_path / "train")
     (other / "zebra" / "1.jpg").rename(other / "zebra" / "2.jpg")
     with pytest.raises(DataError, match=r"holds shards of other images or options .*names_sha256"):
-        write_shards(FolderSource(other), made, SMALL, 1, ignore)
+        write_set(other, made)
 
 
 def test_a_folder_that_holds_something_else_is_refused(folder, tmp_path):
     write_tar(tmp_path / "x-0.tar", sample("x", 0))
-    before = contents(tmp_path)
-    for _ in range(2):
+    for prepare in (lambda: None, lambda: index_folder(tmp_path, None, 1, ignore)):
+        prepare()
+        before = contents(tmp_path)
         with pytest.raises(DataError, match="holds something else already"):
-            write_shards(FolderSource(folder), tmp_path, SMALL, 1, ignore)
+            write_set(folder, tmp_path)
         assert contents(tmp_path) == before
-        if len(before) == 1:
-            index_folder(tmp_path, None, 1, ignore)
-            before = contents(tmp_path)
 
 
 def test_a_finished_shard_with_other_images_is_refused(folder, made, tmp_path):
     (tmp_path / PLAN).write_bytes((made / PLAN).read_bytes())
     write_tar(tmp_path / "train-00001.tar", sample("x", 0))
     with pytest.raises(DataError, match=r"train-00001.tar: not the shard that was planned"):
-        write_shards(FolderSource(folder), tmp_path, SMALL, 1, ignore)
+        write_set(folder, tmp_path)
 
 
 def test_two_programs_do_not_write_into_one_folder(folder, tmp_path):
     ready, done = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
+    if (child := os.fork()) == 0:
         wait = lambda: (os.write(ready[1], b"."), os.read(done[0], 1))  # noqa: E731
         write_shards(Cut(folder, 3, wait), tmp_path / "x", SMALL, 1, ignore)
         os._exit(0)
     os.read(ready[0], 1)
     try:
         with pytest.raises(DataError, match="another process is writing to it"):
-            write_shards(FolderSource(folder), tmp_path / "x", SMALL, 1, ignore)
+            write_set(folder, tmp_path / "x")
     finally:
         os.write(done[1], b".")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -299,9 +291,7 @@ def test_others_shards_are_indexed_verified_and_damage_is_named(tmp_path, main):
     sound = (0, f"{tmp_path}: 3 shards, every byte as indexed\n", "")
     assert main("--verify", tmp_path) == sound
 
-    content = bytearray((tmp_path / "v-1.tar").read_bytes())
-    content[-1] ^= 1
-    (tmp_path / "v-1.tar").write_bytes(content)
+    flip(tmp_path / "v-1.tar", -1)
     (tmp_path / "v-2.tar").unlink()
     damaged = (
         f"make_shards.py: {tmp_path}: 2 of 3 shards are missing, unreadable or damaged: v-1.tar, "
@@ -319,8 +309,7 @@ def test_a_missing_folder_is_one_line_and_exit_status_1(tmp_path, main, option):
 
 
 def test_ctrl_c_ends_the_program_with_nothing_half_written(folder, made, tmp_path):
-    images = tmp_path / "train"
-    shutil.copytree(folder, images)
+    images = shutil.copytree(folder, tmp_path / "train")
     blocked = Path(FolderSource(images).name(int(ShardSource(made).storage_order[6])))
     blocked.unlink()
     os.mkfifo(blocked)  # reading it waits for a writer

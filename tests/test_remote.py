@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -15,15 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_proxy import CUT, ERROR, PASS, SLOW, WHOLE, FaultyProxy, faulty
-from shard_makers import write_folder
+from shard_makers import IMAGES, everything, flip, write_folder, write_set
 
 import feed
 from data import loader, object_store, stream
-from data.prepare.shard_writer import Options, write_shards
 from data.shards import ShardSource
 from data.sources import (
     DataError,
-    FolderSource,
     ImageError,
     Source,
     Storage,
@@ -39,19 +38,15 @@ from scripts.benchmarks.range_server import serving
 
 pytest.importorskip("aiohttp", reason="remote shards are NOT tested: requirements-remote.txt")
 
-IMAGES, BATCH = 14, 4
+BATCH = 4
 INPUT = ToInput([0.5] * 3, [0.5] * 3, torch.device("cpu"))
-HTTP = "http://127.0.0.1"
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """Shards; not to be changed."""
     root = tmp_path_factory.mktemp("remote")
-    write_folder(root / "train")
-    options = Options("train", images_per_shard=4)
-    write_shards(FolderSource(root / "train"), root / "shards", options, 1, lambda _: None)
-    return root / "shards"
+    return write_set(write_folder(root / "train"), root / "shards")
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +58,7 @@ def url(made) -> Iterator[str]:
 @pytest.fixture
 def copied(made, tmp_path) -> Iterator[tuple[str, Path]]:
     """Shards to damage: their URL, and where they lie."""
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    for path in made.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = shutil.copytree(made, tmp_path / "shards")
     with serving(folder) as at:
         yield at, folder
 
@@ -80,10 +72,6 @@ def impatient(monkeypatch) -> None:
 
 def storage(tmp_path: Path | None = None, **options) -> Storage:
     return Storage(None if tmp_path is None else str(tmp_path / "cache"), **options)
-
-
-def everything(source: Source) -> list[tuple[bytes, int, list[int]]]:
-    return [(*source.read(i), list(source.members(i))) for i in range(len(source))]
 
 
 def batches(source: Source, start: int, number: int, workers: int = 0) -> list[loader.Batch]:
@@ -316,11 +304,8 @@ def test_an_object_of_other_content_is_named_and_its_images_are_replaced_as_in_a
     source, sound = open_source(at), ShardSource(folder)
     name = sound.place(0)[0]
     damaged = [i for i in range(IMAGES) if sound.place(i)[0] == name]
-    content = bytearray((folder / name).read_bytes())
-    for index in damaged:
-        _, begin, size = sound.place(index)
-        content[begin + size // 2] ^= 1
-    (folder / name).write_bytes(content)
+    places = [sound.place(index)[1:] for index in damaged]
+    flip(folder / name, *(begin + size // 2 for begin, size in places))
     for index in damaged:
         with pytest.raises(ImageError, match=f"{at}{name}: .*does not match its checksum"):
             source.read(index)

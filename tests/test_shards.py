@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import tarfile
 import time
 from pathlib import Path
@@ -16,7 +17,19 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 from safetensors import safe_open
-from shard_makers import encoded, members_of, sample, write_folder, write_tar
+from shard_makers import (
+    IMAGES,
+    encoded,
+    everything,
+    flip,
+    ignore,
+    members_of,
+    sample,
+    write_folder,
+    write_set,
+    write_tar,
+)
+from tars import special
 
 from data import shard_index, shards
 from data.prepare.shard_scan import index_folder
@@ -24,16 +37,6 @@ from data.prepare.shard_writer import Options, write_shards
 from data.shard_index import Index, Shard
 from data.shards import ShardSource
 from data.sources import DataError, FolderSource, ImageError, SyntheticSource, open_source
-
-SMALL = Options("train", images_per_shard=4)
-
-
-def ignore(_: object) -> None:
-    """Nobody is told of progress."""
-
-
-def everything(source) -> list[tuple[bytes, int, list[int]]]:
-    return [(*source.read(i), list(source.members(i))) for i in range(len(source))]
 
 
 def index_here(root: Path, classes: Path | None = None) -> ShardSource:
@@ -56,19 +59,15 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(folder, tmp_path_factory) -> Path:
+def made(folder) -> Path:
     """Shards of the folder; not to be changed."""
-    out = tmp_path_factory.mktemp("shards") / "train"
-    write_shards(FolderSource(folder), out, SMALL, 1, ignore)
-    return out
+    return write_set(folder, folder.parent / "shards")
 
 
 @pytest.fixture
 def copied(made, tmp_path) -> Path:
     """Shards to damage."""
-    for path in made.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path
+    return shutil.copytree(made, tmp_path / "shards")
 
 
 # ---------------------------------------------------------------------------------- as the folder
@@ -76,7 +75,7 @@ def copied(made, tmp_path) -> Path:
 
 def test_an_image_has_the_number_bytes_label_and_class_that_it_has_in_the_folder(folder, made):
     expected, source = FolderSource(folder), ShardSource(made)
-    assert len(source) == len(expected) == 14
+    assert len(source) == len(expected) == IMAGES
     assert source.classes == expected.classes
     assert everything(source) == everything(expected)
     assert source.resized_to is None
@@ -109,7 +108,7 @@ def test_a_name_is_the_shards_path_and_the_members_name(made):
 def test_open_source_knows_shards_by_their_index(made, monkeypatch):
     assert isinstance(open_source(str(made)), ShardSource)
     monkeypatch.setenv("HOME", str(made.parent))
-    assert len(open_source("~/train")) == 14
+    assert len(open_source("~/shards")) == IMAGES
 
 
 def test_tar_files_without_an_index_are_told_what_makes_one(tmp_path):
@@ -123,7 +122,7 @@ def test_storage_order_is_the_order_in_the_tar_files(made):
     order = source.storage_order
     images = [name for name in members_of(made) if not name.endswith((".cls", ".json"))]
     assert [source.name(i).partition(": ")[2] for i in order] == images
-    assert sorted(order.tolist()) == list(range(14))
+    assert sorted(order.tolist()) == list(range(IMAGES))
 
 
 def test_images_announced_are_asked_of_the_system_in_storage_order(made, monkeypatch):
@@ -146,8 +145,7 @@ def test_a_source_goes_to_another_process_by_its_name(made):
 def test_a_forked_process_and_its_parent_read_the_same_files(made):
     source = ShardSource(made)
     expected = everything(source)
-    child = os.fork()
-    if child == 0:
+    if (child := os.fork()) == 0:
         os._exit(everything(source) != expected)
     assert [everything(source) for _ in range(5)] == [expected] * 5
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -170,12 +168,6 @@ def test_few_files_stay_open_and_none_when_the_source_is_gone(made, monkeypatch)
 # ---------------------------------------------------------------------------------- damage
 
 
-def flip(path: Path, place: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-
-
 def test_a_flipped_bit_in_an_image_is_noticed_and_the_others_are_read(copied):
     source = ShardSource(copied)
     encoded_image = source.read(6)[0]
@@ -183,7 +175,7 @@ def test_a_flipped_bit_in_an_image_is_noticed_and_the_others_are_read(copied):
     flip(path, path.read_bytes().index(encoded_image) + len(encoded_image) // 2)
     with pytest.raises(ImageError, match=re.escape(source.name(6)) + ".* does not match its check"):
         source.read(6)
-    for i in set(range(14)) - {6}:
+    for i in set(range(IMAGES)) - {6}:
         source.read(i)
 
 
@@ -327,10 +319,10 @@ def test_shards_in_timms_layout_are_indexed_as_they_lie(tmp_path):
         0: b'{"filename": "n01440764/n01440764_1.JPEG", "label": 0}',
         1: b'{"filename": "n01443537/n01443537_7.JPEG", "label": 1}',
     }
-    first = sample("d", 0, images["d"], json=about[0]) + sample("a", 1, images["a"], json=about[1])
-    second = sample("c", 0, images["c"], json=about[0]) + sample("b", 0, images["b"], json=about[0])
-    write_tar(tmp_path / "imagenet1k-train-0000.tar", first)
-    write_tar(tmp_path / "imagenet1k-train-0001.tar", second[::-1])
+    labels = {"d": 0, "a": 1, "c": 0, "b": 0}
+    d, a, c, b = (sample(k, i, images[k], json=about[i]) for k, i in labels.items())
+    write_tar(tmp_path / "imagenet1k-train-0000.tar", d + a)
+    write_tar(tmp_path / "imagenet1k-train-0001.tar", (c + b)[::-1])
     source = index_here(tmp_path)
     assert source.classes == ["n01440764", "n01443537"]
     read = [source.read(i) for i in range(4)]
@@ -363,15 +355,9 @@ def test_a_name_cannot_steer_a_terminal(tmp_path):
 
 
 def test_folders_other_members_and_several_kinds_of_images_are_taken_as_they_are(tmp_path):
-    with tarfile.open(write_tar(tmp_path / "x-0.tar", sample("a", 0)), "a") as tar:
-        member = tarfile.TarInfo("folder")
-        member.type = tarfile.DIRTYPE
-        tar.addfile(member)
-        files = {"b.PNG": b"png", "b.cls": b" 1\n", "b.seg.png": b"mask", "b.txt": b"?", ".x": b"-"}
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+    files = {"b.PNG": b"png", "b.cls": b" 1\n", "b.seg.png": b"mask", "b.txt": b"?", ".x": b"-"}
+    members = [*sample("a", 0), special("folder", tarfile.DIRTYPE), *files.items()]
+    write_tar(tmp_path / "x-0.tar", members)
     source = index_here(tmp_path)
     assert [source.read(i) for i in range(2)] == [(b"image", 0), (b"png", 1)]
     assert source.classes == ["0", "1"]
@@ -401,9 +387,8 @@ def test_a_sample_that_is_none_is_refused_by_shard_and_key(tmp_path, kind):
 
 @pytest.mark.parametrize("kept", ["half an image", "no end", "a damaged header", "nothing", "gzip"])
 def test_a_tar_that_is_not_whole_is_refused(tmp_path, kept):
-    path = write_tar(
-        tmp_path / "b-0.tar", sample("x", 0, b"1" * 3000) + sample("y", 0, b"2" * 3000)
-    )
+    members = sample("x", 0, b"1" * 3000) + sample("y", 0, b"2" * 3000)
+    path = write_tar(tmp_path / "b-0.tar", members)
     content = path.read_bytes()
     begin = content.index(b"2" * 3000)
     harmed = {
@@ -418,10 +403,7 @@ def test_a_tar_that_is_not_whole_is_refused(tmp_path, kept):
 
 
 def test_links_in_a_tar_are_refused(tmp_path):
-    with tarfile.open(write_tar(tmp_path / "b-0.tar", sample("x", 0)), "a") as tar:
-        member = tarfile.TarInfo("y.jpg")
-        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(member)
+    write_tar(tmp_path / "b-0.tar", [*sample("x", 0), special("y.jpg", tarfile.SYMTYPE)])
     assert refusal(tmp_path) == f"{tmp_path}/b-0.tar: 'y.jpg' is not a plain file"
 
 
@@ -477,14 +459,14 @@ def test_class_names_that_do_not_fit_are_refused(two_classes, tmp_path, kind):
 
 
 def test_larger_images_are_scaled_down_and_the_others_copied(tmp_path):
-    sizes = {"a/large.jpg": (90, 60), "a/tall.png": (40, 130), "a/small.jpg": (50, 30)}
+    sizes = {"large.jpg": (90, 60), "tall.png": (40, 130), "small.jpg": (50, 30)}
+    (tmp_path / "images" / "a").mkdir(parents=True)
     for i, (name, size) in enumerate(sizes.items()):
-        path = tmp_path / "images" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(i, "PNG" if name.endswith("png") else "JPEG", size))
+        content = encoded(i, "PNG" if name.endswith("png") else "JPEG", size)
+        (tmp_path / "images" / "a" / name).write_bytes(content)
     originals = FolderSource(tmp_path / "images")
-    write_shards(originals, tmp_path / "s", Options("a", shorter_side=32), 1, ignore)
-    source = ShardSource(tmp_path / "s")
+    options = Options("a", shorter_side=32)
+    source = ShardSource(write_set(tmp_path / "images", tmp_path / "s", options))
     assert source.resized_to == 32
     opened = [Image.open(io.BytesIO(source.read(i)[0])) for i in range(3)]
     assert [image.size for image in opened] == [(48, 32), (50, 30), (32, 104)]
