@@ -1,12 +1,13 @@
-"""The endless stream: which images a run sees, in which order, on any number of ranks."""
+"""The endless stream: which images a run sees, in which order, and which are fetched ahead."""
 
 import threading
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import chain, count, islice, product
 
 import numpy as np
 import pytest
 
+from data.ahead import Asked, with_coming
 from data.stream import Key, Stream, evaluation_batches, micro_batches, read_ahead
 
 LENGTH, SEED = 11, 3
@@ -45,11 +46,11 @@ def global_batches(ranks: int, micro: int, steps: int, start: int = 0) -> list[l
 # ---------------------------------------------------------------------------------- order
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 7])
-def test_an_epoch_holds_every_image_once(epoch):
+def test_an_epoch_holds_every_image_once():
     stream = Stream(LENGTH, SEED)
-    keys = stream[epoch * LENGTH : (epoch + 1) * LENGTH]
-    assert sorted(keys) == [(epoch, index) for index in range(LENGTH)]
+    for epoch in (0, 1, 7):
+        keys = stream[epoch * LENGTH : (epoch + 1) * LENGTH]
+        assert sorted(keys) == [(epoch, index) for index in range(LENGTH)]
 
 
 def test_every_epoch_and_every_seed_has_its_own_order():
@@ -94,11 +95,11 @@ def test_micro_batches_have_the_size_asked_for(ranks, micro):
         assert {len(batch) for batch in islice(batches, 20)} == {micro}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("steps_before", [1, 2, 7])
-def test_starting_at_a_position_is_skipping_to_it(ranks, steps_before):
-    started = global_batches(ranks, 2, 5, start=steps_before * GLOBAL_BATCH)
-    assert started == global_batches(ranks, 2, steps_before + 5)[steps_before:]
+def test_starting_at_a_position_is_skipping_to_it():
+    for ranks, before in product((1, 2, 4), (1, 2, 7)):
+        started = global_batches(ranks, 2, 5, start=before * GLOBAL_BATCH)
+        expected = global_batches(ranks, 2, before + 5)[before:]
+        assert started == expected, (ranks, before)
 
 
 def test_starting_between_batches_begins_at_exactly_that_image():
@@ -109,24 +110,21 @@ def test_starting_between_batches_begins_at_exactly_that_image():
 # ---------------------------------------------------------------------------------- evaluation
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("length", [1, 3, 7, 10, 101])
-@pytest.mark.parametrize("batch", [1, 4, 200])
-def test_evaluation_takes_every_image_once(ranks, length, batch):
-    shares = [
-        list(chain.from_iterable(evaluation_batches(length, batch, rank, ranks)))
-        for rank in range(ranks)
-    ]
-    assert list(chain.from_iterable(shares)) == [(0, index) for index in range(length)]
-    sizes = [len(share) for share in shares]
-    assert max(sizes) - min(sizes) <= 1, "no rank waits for another's second image"
+def test_evaluation_takes_every_image_once():
+    for ranks, length, batch in product(range(1, 6), (1, 3, 7, 10, 101), (1, 4, 200)):
+        shares = [
+            list(chain.from_iterable(evaluation_batches(length, batch, rank, ranks)))
+            for rank in range(ranks)
+        ]
+        taken = list(chain.from_iterable(shares))
+        assert taken == [(0, index) for index in range(length)], (ranks, batch)
+        sizes = [len(share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1, "no rank waits for another's second image"
 
 
 def test_evaluation_batches_are_full_but_for_the_last():
-    sizes = [len(batch) for batch in evaluation_batches(23, 4, 1, 2)]
-    assert sizes == [4, 4, 4]
-    sizes = [len(batch) for batch in evaluation_batches(23, 4, 0, 2)]
-    assert sizes == [4, 4, 3]
+    for rank, sizes in ((1, [4, 4, 4]), (0, [4, 4, 3])):
+        assert [len(batch) for batch in evaluation_batches(23, 4, rank, 2)] == sizes
 
 
 # ---------------------------------------------------------------------------------- on slow disks
@@ -135,11 +133,10 @@ def test_evaluation_batches_are_full_but_for_the_last():
 STORED = np.random.default_rng(9).permutation(103)
 
 
-@pytest.mark.parametrize("window", [1, 10, 102, 103, 500])
-def test_a_window_still_shows_every_image_once_an_epoch(window):
-    order = Stream(103, 1, STORED, window)
-    for epoch in range(3):
-        assert sorted(order.permutation(epoch)) == list(range(103))
+def test_a_window_still_shows_every_image_once_an_epoch():
+    for window, epoch in product((1, 10, 102, 103, 500), range(3)):
+        order = Stream(103, 1, STORED, window).permutation(epoch)
+        assert sorted(order) == list(range(103)), (window, epoch)
 
 
 def test_blocks_lie_one_after_another_and_are_shuffled_within_and_among_themselves():
@@ -167,13 +164,46 @@ def test_a_windowed_order_is_a_function_of_seed_and_epoch():
 
 
 def test_each_block_is_told_of_with_the_next_as_it_is_entered():
-    order, told = Stream(100, 1, np.arange(100), 10), []
+    order, told, others = Stream(100, 1, np.arange(100), 10), [], set(threading.enumerate())
     batches = read_ahead(micro_batches(96, 8, 4, 0, 1), order, told.append)
     positions = [next(batches) for _ in range(6)]
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
-            thread.join(timeout=5)
+    for thread in set(threading.enumerate()) - others:
+        thread.join(timeout=30)
     assert positions == [slice(first, first + 4) for first in range(96, 120, 4)]
     last, first = order.permutation(0), order.permutation(1)
     expected = [last[90:], first[0:20], first[10:30]]
     assert sorted(block.tolist() for block in told) == sorted(b.tolist() for b in expected)
+
+
+# ---------------------------------------------------------------------------------- fetched ahead
+
+
+def check_coming(number: int, size: int, ahead: int, processes: int) -> None:
+    """Each process is told of its own batches' images once, in order and early enough."""
+    batches = [[(0, size * batch + i) for i in range(size)] for batch in range(number)]
+    asked = list(with_coming(batches, ahead, processes))
+    assert [keys for keys, _ in asked] == batches
+    for process in range(processes):
+        own = asked[process::processes]  # as the DataLoader deals them out
+        wanted = [index for keys, _ in own for _, index in keys]
+        assert [index for _, soon in own for index in soon] == wanted
+        known = 0
+        for turn, (_, soon) in enumerate(own, 1):
+            known += len(soon)
+            assert known >= min(len(wanted), turn * size + ahead)
+
+
+@pytest.mark.parametrize(("size", "ahead"), [(4, 1), (4, 8), (4, 9), (1, 5), (4, 1000)])
+def test_a_process_is_told_of_all_its_images_once_and_early_enough(size, ahead):
+    for number, processes in product((0, 1, 2, 7, 40), (1, 2, 3)):
+        check_coming(number, size, ahead, processes)
+
+
+def test_an_endless_stream_is_looked_into_no_further_than_needed():
+    taken = []
+    batches = (taken.append(number) or [(0, number)] for number in count())
+    assert list(islice(with_coming(batches, 3, 2), 2)) == [
+        Asked([(0, 0)], [0, 2, 4, 6]),
+        Asked([(0, 1)], [1, 3, 5, 7]),
+    ]
+    assert len(taken) <= 2 + 2 * 3
