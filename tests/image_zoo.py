@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import zlib
@@ -83,6 +84,7 @@ def palette_image() -> tuple[Image.Image, np.ndarray]:
     return image, colours[indices]
 
 
+@functools.cache  # it takes a second
 def zoo() -> dict[str, Specimen]:
     """File name -> specimen."""
     pixels, deep = picture(), levels16()
@@ -151,7 +153,6 @@ def zoo() -> dict[str, Specimen]:
 def write_zoo(folder: Path) -> dict[str, str]:
     """Every specimen as a file of the folder; returns name -> "decodes" or "replaced"."""
     folder.mkdir(parents=True)
-    specimens = zoo()
-    for name, specimen in specimens.items():
+    for name, specimen in zoo().items():
         (folder / name).write_bytes(specimen.encoded)
-    return {name: specimen.expected for name, specimen in specimens.items()}
+    return {name: specimen.expected for name, specimen in zoo().items()}

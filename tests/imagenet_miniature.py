@@ -6,14 +6,13 @@ numbers in file names have no fixed width, and some files are not what their nam
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import tarfile
 from pathlib import Path
 
-import image_zoo
 import numpy as np
+from image_zoo import zoo
 from PIL import Image
 from scipy.io import savemat
 from tars import Entry, tar
@@ -34,9 +33,6 @@ NUMBERS = {  # of the training images, in the archive's order
 }
 VAL_IDS = [3, 1, 2, 4, 4, 2, 1, 3]
 BLACKLIST = b"2\n5\n"
-
-
-zoo = functools.cache(image_zoo.zoo)  # takes a second
 
 
 def photograph(seed: int) -> bytes:
@@ -82,13 +78,9 @@ def meta(ids: dict[int, str]) -> bytes:
     high = [(i, wnid, children, 3, 0) for i, (wnid, children) in HIGH_LEVEL.items()]
     fields = "ILSVRC2012_ID WNID words gloss num_children children wordnet_height num_train_images"
     synsets = np.zeros((len(low) + len(high), 1), [(field, object) for field in fields.split()])
-    for row, (i, wnid, children, height, images) in zip(synsets[:, 0], low + high):
-        words = f"thing {i}, object {i}"
-        for field, value in zip(
-            fields.split(),
-            (i, wnid, words, f"what {i} means", len(children), children, height, images),
-        ):
-            row[field] = value
+    for row, (i, wnid, children, height, images) in enumerate(low + high):
+        told = f"thing {i}, object {i}", f"what {i} means"
+        synsets[row, 0] = (i, wnid, *told, len(children), children, height, images)
     buffer = io.BytesIO()
     savemat(buffer, {"synsets": synsets})
     return buffer.getvalue()
@@ -108,10 +100,7 @@ def devkit_tar(files: dict[str, bytes]) -> bytes:
 
 
 def write_archives(
-    folder: Path,
-    train: bytes | None = None,
-    val: bytes | None = None,
-    devkit: bytes | None = None,
+    folder: Path, train: bytes = b"", val: bytes = b"", devkit: bytes = b""
 ) -> Expected:
     """Write the archives, or others in their place, and say what they are expected to be."""
     folder.mkdir(exist_ok=True)

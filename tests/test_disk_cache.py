@@ -18,6 +18,7 @@ from data.sources import DataError
 
 OURS, THEIRS = "0" * 16, "f" * 16
 ROOM = 4  # sectors of each folder
+NUMBERS = range(0, 2 * ROOM * FOLDERS, FOLDERS)  # of one folder, twice its room
 
 
 def content(number: int, size: int = 1000) -> bytes:
@@ -50,15 +51,14 @@ def test_what_was_put_is_found_by_others_under_its_number_and_data_set(tmp_path)
 
 def test_a_data_set_larger_than_the_cache_keeps_what_it_has(tmp_path):
     cache = cache_in(tmp_path)
-    for number in range(0, 8 * FOLDERS, FOLDERS):  # all of one folder
+    for number in NUMBERS:
         cache.put(number, content(number))
-    kept = [number for number in range(0, 8 * FOLDERS, FOLDERS) if cache.has(number)]
-    assert kept == [0, FOLDERS, 2 * FOLDERS, 3 * FOLDERS]
+    assert [number for number in NUMBERS if cache.has(number)] == [*NUMBERS[:ROOM]]
     assert sectors(tmp_path) == ROOM
 
 
 def test_the_least_recently_used_of_other_data_sets_make_way(tmp_path):
-    others, numbers = cache_in(tmp_path, THEIRS), range(0, ROOM * FOLDERS, FOLDERS)
+    others, numbers = cache_in(tmp_path, THEIRS), NUMBERS[:ROOM]
     for age, number in enumerate(numbers):
         others.put(number, content(number))
         day = time.time() - 86400 * (10 - age)
@@ -94,7 +94,7 @@ def test_keeping_finds_a_share_again_where_making_way_would_not():
 def test_other_files_are_neither_counted_nor_removed(tmp_path):
     cache = cache_in(tmp_path)
     (tmp_path / "00" / "thesis.tex").write_bytes(b"x" * ROOM * SECTOR)
-    for number in range(0, 8 * FOLDERS, FOLDERS):
+    for number in NUMBERS:
         cache.put(number, content(number))
     assert cache.has(0)
     assert (tmp_path / "00" / "thesis.tex").exists()

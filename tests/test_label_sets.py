@@ -26,12 +26,17 @@ def folders(root: Path, content: dict[str, list[str]]) -> FolderSource:
 @pytest.fixture
 def validation(tmp_path: Path) -> FolderSource:
     """Six images named as ImageNet's, two a class, not in the order of their numbers."""
-    names = {"n00000001": (6, 2), "n00000002": (1, 4), "n00000003": (3, 5)}
     content = {
         folder: [f"ILSVRC2012_val_{number:08d}.JPEG" for number in numbers]
-        for folder, numbers in names.items()
+        for folder, numbers in zip(SYNSETS, ((6, 2), (1, 4), (3, 5)))
     }
     return folders(tmp_path / "val", content)
+
+
+@pytest.fixture
+def two_of_three(tmp_path: Path) -> FolderSource:
+    """An image of each class but the second."""
+    return folders(tmp_path / "a", {SYNSETS[0]: ["1.jpg"], SYNSETS[2]: ["2.jpg"]})
 
 
 def numbers(labels: label_sets.LabelSet, source: FolderSource) -> list[int]:
@@ -75,22 +80,21 @@ def test_folders_named_by_number_are_outputs_as_imagenetv2s(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "outputs"),
+    "content",
     [
-        ('{"0": ["n00000001", "tench"], "2": ["n00000003", "shark"]}', [0, 2]),
-        ('{"0": "n00000001", "2": "n00000003"}', [0, 2]),
-        ('{"n00000001": 0, "n00000003": 2}', [0, 2]),
-        ("n00000003\n\nn00000001\n", [0, 2]),
+        '{"0": ["n00000001", "tench"], "2": ["n00000003", "shark"]}',
+        '{"0": "n00000001", "2": "n00000003"}',
+        '{"n00000001": 0, "n00000003": 2}',
+        "n00000003\n\nn00000001\n",
     ],
 )
-def test_a_class_index_names_the_outputs_that_compete(tmp_path, content, outputs):
-    source = folders(tmp_path / "a", {"n00000001": ["1.jpg"], "n00000003": ["2.jpg"]})
+def test_a_class_index_names_the_outputs_that_compete(two_of_three, tmp_path, content):
     (tmp_path / "index").write_text(content)
-    labels = label_sets.of_class_index(source, "a", SYNSETS, 3, tmp_path / "index")
-    assert right(labels, source) == outputs
+    labels = label_sets.of_class_index(two_of_three, "a", SYNSETS, 3, tmp_path / "index")
+    assert right(labels, two_of_three) == [0, 2]
     assert labels.competing.tolist() == [True, False, True]
     with pytest.raises(DataError, match="--class-index FILE"):
-        plain(source)
+        plain(two_of_three)
 
 
 @pytest.mark.parametrize(
@@ -105,12 +109,11 @@ def test_a_class_index_names_the_outputs_that_compete(tmp_path, content, outputs
         (None, "cannot be read"),
     ],
 )
-def test_a_wrong_class_index_is_refused(tmp_path, content, message):
-    source = folders(tmp_path / "a", {"n00000001": ["1.jpg"], "n00000003": ["2.jpg"]})
+def test_a_wrong_class_index_is_refused(two_of_three, tmp_path, content, message):
     if content is not None:
         (tmp_path / "index").write_text(content)
     with pytest.raises(DataError, match=message):
-        label_sets.of_class_index(source, "a", SYNSETS, 3, tmp_path / "index")
+        label_sets.of_class_index(two_of_three, "a", SYNSETS, 3, tmp_path / "index")
 
 
 def test_real_labels_follow_the_images_numbers_and_leave_out_those_without(validation, tmp_path):

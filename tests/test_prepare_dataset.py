@@ -2,9 +2,7 @@
 
 import gzip
 import hashlib
-import io
 import os
-import subprocess
 import sys
 import tarfile
 from collections import Counter
@@ -12,9 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
+from imagenet_miniature import tree
 from PIL import Image
 from sklearn.datasets import load_digits
+from tars import special, tar
 from torchvision.datasets import FashionMNIST, Imagenette
 
 from data.prepare import public_sets
@@ -22,22 +23,16 @@ from data.prepare.public_sets import FASHION_CLASSES, Entry, read_idx
 from scripts import prepare_dataset
 from scripts.prepare_dataset import write
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_dataset.py"
-
-
-def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=120
-    )
-
 
 @pytest.fixture
 def prepare(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
-    """The program called in this process: -> (exit status, stderr)."""
+    """The program called in this process: -> (exit status, stderr); `told`: its stdout."""
 
     def call(*arguments: str | Path) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", *map(str, arguments)])
-        return prepare_dataset.main(), capsys.readouterr().err
+        status = prepare_dataset.main()
+        call.told, error = capsys.readouterr()
+        return status, error
 
     return call
 
@@ -55,7 +50,7 @@ def read_folder(folder: Path) -> list[tuple[str, bytes]]:
 def digits(tmp_path_factory) -> Path:
     """The digits, written by the program as a person starts it."""
     out = tmp_path_factory.mktemp("datasets") / "new" / "digits"
-    result = run("digits", "--out", out)
+    result = programs.run("scripts/prepare_dataset.py", "digits", "--out", out)
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"{out}: 1,437 training and 360 validation images\n"
     assert result.stderr == ""
@@ -86,19 +81,16 @@ def test_held_out_digits_are_a_fifth_of_every_class(digits):
 
 
 def test_digits_are_split_the_same_way_each_time(digits):
-    again = dict(public_sets.digits())
-    written = [path for path in digits.rglob("*") if path.is_file()]
-    assert {str(path.relative_to(digits)): path.read_bytes() for path in written} == again
+    assert tree(digits) == dict(public_sets.digits())
 
 
-def test_a_second_run_leaves_the_folder_as_it_is(digits, monkeypatch, capsys):
+def test_a_second_run_leaves_the_folder_as_it_is(digits, prepare):
     def state() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in digits.parent.rglob("*")}
 
     before = state()
-    monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", "digits", "--out", str(digits)])
-    assert prepare_dataset.main() == 0
-    assert capsys.readouterr().out == f"{digits}: already there, left as it is\n"
+    assert prepare("digits", "--out", digits) == (0, "")
+    assert prepare.told == f"{digits}: already there, left as it is\n"
     assert state() == before
 
 
@@ -207,24 +199,14 @@ def test_a_damaged_archive_is_named_and_nothing_is_written(damage, archives, tmp
 # ---------------------------------------------------------------------------------- archives
 
 
-def pack(path: Path, files: dict[str, bytes | tarfile.TarInfo]) -> Path:
-    """A .tar.gz of files, or of the very members given."""
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
-            if isinstance(content, tarfile.TarInfo):
-                tar.addfile(content)
-                continue
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+def pack(path: Path, files: dict[str, bytes], *more: tarfile.TarInfo | tuple) -> Path:
+    """A .tar.gz of files and of further members."""
+    path.write_bytes(tar([*files.items(), *more], "w:gz"))
     return path
 
 
-CIFAR_LABELS = {"data_batch_1": [1, 0], "data_batch_2": [2], "data_batch_3": [0]} | {
-    "data_batch_4": [2],
-    "data_batch_5": [1],
-    "test_batch": [2, 1, 0],
-}
+BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+CIFAR_LABELS = dict(zip(BATCHES, ([1, 0], [2], [0], [2], [1], [2, 1, 0])))
 
 
 def cifar_records(labels: list[int], seed: int) -> tuple[bytes, list[np.ndarray]]:
@@ -262,48 +244,39 @@ def test_cifar10_is_written_as_its_records_have_it(tmp_path, prepare):
     out = tmp_path / "cifar"
     assert prepare("cifar10", "--out", out, "--from", archive.parent, "--skip-md5") == (0, "")
     classes = ["airplane", "automobile", "bird"]
-    batches = [
-        [(classes[label], image.tobytes()) for label, image in zip(labels, images)]
+    expected = [
+        (classes[label], image.tobytes())
         for seed, labels in enumerate(CIFAR_LABELS.values())
-        for images in [cifar_records(labels, seed)[1]]
+        for label, image in zip(labels, cifar_records(labels, seed)[1])
     ]
-    assert read_folder(out / "train") == [image for batch in batches[:5] for image in batch]
-    assert read_folder(out / "val") == batches[5]
+    assert read_folder(out / "train") == expected[:6]
+    assert read_folder(out / "val") == expected[6:]
 
 
 def test_imagenette_is_written_byte_for_byte(tmp_path, prepare):
     archive = pack(tmp_path / "imagenette2-320.tgz", IMAGENETTE_FILES)
     out = tmp_path / "imagenette"
     assert prepare("imagenette", "--out", out, "--from", archive, "--skip-md5") == (0, "")
-    written = {
-        str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
-    }
     images = {name.partition("/")[2]: content for name, content in IMAGENETTE_FILES.items()}
     for name in ("noisy_imagenette.csv", "train/n02102040/._n02102040_1.JPEG"):
         del images[name]
-    assert written == images
-
-
-def special(name: str, kind: bytes) -> tarfile.TarInfo:
-    member = tarfile.TarInfo(name)
-    member.type, member.linkname = kind, "/etc/passwd"
-    return member
+    assert tree(out) == images
 
 
 HOSTILE = {
-    "parent": {"set/train/../../../escaped.JPEG": JPEG},
-    "absolute": {"/tmp/train/a/escaped.JPEG": JPEG},
-    "symbolic link": {"link": special("set/train/a/0.JPEG", tarfile.SYMTYPE)},
-    "hard link": {"link": special("set/train/a/0.JPEG", tarfile.LNKTYPE)},
-    "device": {"device": special("set/train/a/0.JPEG", tarfile.CHRTYPE)},
+    "parent": ("set/train/../../../escaped.JPEG", JPEG),
+    "absolute": ("/tmp/train/a/escaped.JPEG", JPEG),
+    "symbolic link": special("set/train/a/0.JPEG", tarfile.SYMTYPE),
+    "hard link": special("set/train/a/0.JPEG", tarfile.LNKTYPE),
+    "device": special("set/train/a/0.JPEG", tarfile.CHRTYPE),
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_an_archive_that_leads_out_of_its_folder_is_refused(kind, tmp_path, prepare):
-    archive = pack(tmp_path / "images.tgz", IMAGENETTE_FILES | HOSTILE[kind])
-    arguments = ("imagenette", "--out", tmp_path / "out", "--from", archive, "--skip-md5")
-    status, told = prepare(*arguments)
+    archive = pack(tmp_path / "images.tgz", IMAGENETTE_FILES, HOSTILE[kind])
+    out = tmp_path / "out"
+    status, told = prepare("imagenette", "--out", out, "--from", archive, "--skip-md5")
     assert status == 1
     assert told.startswith(f"prepare_dataset.py: imagenette: {archive}: refused, it holds ")
     assert told.count("\n") == 1
@@ -332,8 +305,7 @@ BROKEN = {  # content of the whole archive -> of the broken one
 def test_a_broken_archive_is_named_and_leaves_nothing(kind, name, files, tmp_path, prepare):
     archive = pack(tmp_path / "archive.tgz", files)
     archive.write_bytes(BROKEN[kind](archive.read_bytes()))
-    arguments = (name, "--out", tmp_path / "out", "--from", archive, "--skip-md5")
-    status, told = prepare(*arguments)
+    status, told = prepare(name, "--out", tmp_path / "out", "--from", archive, "--skip-md5")
     assert status == 1
     assert told.startswith(f"prepare_dataset.py: {name}: {archive}: ")
     assert told.count("\n") == 1
@@ -393,15 +365,13 @@ def unsplit(tmp_path) -> Path:
     return root
 
 
-def files_below(folder: Path) -> dict[str, str]:
-    paths = folder.rglob("*.jpg")
-    return {str(path.relative_to(folder)): path.read_text() for path in paths}
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in tree(folder).items() if name.endswith(".jpg")}
 
 
-def test_a_folder_is_split_by_class_and_nothing_is_lost_or_twice(unsplit, tmp_path):
+def test_a_folder_is_split_by_class_and_nothing_is_lost_or_twice(unsplit, tmp_path, prepare):
     out = tmp_path / "out"
-    result = run("folder", unsplit, "--out", out, "--val-fraction", "0.25")
-    assert result.returncode == 0, result.stderr
+    assert prepare("folder", unsplit, "--out", out, "--val-fraction", "0.25") == (0, "")
     train, val = files_below(out / "train"), files_below(out / "val")
     assert not train.keys() & val.keys()
     assert train | val == files_below(unsplit)
@@ -409,12 +379,9 @@ def test_a_folder_is_split_by_class_and_nothing_is_lost_or_twice(unsplit, tmp_pa
 
 
 def test_a_split_is_the_same_anywhere_and_another_for_another_seed(unsplit, tmp_path, prepare):
-    elsewhere = unsplit.rename(tmp_path / "moved")
-    splits = []
+    root, splits = unsplit, []
     for i, seed in enumerate([3, 3, 4]):
-        out = tmp_path / f"out{i}"
-        root = elsewhere if i == 0 else elsewhere.rename(tmp_path / f"moved{i}")
-        elsewhere = root
+        root, out = root.rename(tmp_path / f"moved{i}"), tmp_path / f"out{i}"
         assert prepare("folder", root, "--out", out, "--seed", str(seed)) == (0, "")
         splits.append(set(files_below(out / "val")))
     assert splits[0] == splits[1] != splits[2]

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,31 +16,19 @@ from data.sources import (
     DataError,
     FolderSource,
     ImageError,
+    Source,
     SyntheticSource,
     check_same_classes,
     open_source,
 )
 
-# As created: neither classes nor images in order.
-FILES = [
-    "zebra/b.png",
-    "zebra/a/z.JPG",
-    "zebra/a.jpeg",
-    "zebra/a-1/c.png",
-    "ant/9.png",
-    "ant/10.png",
-    "ant/notes.txt",
-    "ant/deep/er/x.PNG",
-    "ant/deep/y.Jpeg",
-    "ant/Z.bmp",
-    "Bee/one.webp",
-    "Bee/.hidden.png",
-    "Bee/README",
-    "Bee/two.png.txt",
-    "Bee/zero.tiff",
-    "labels.csv",
-    "stray.png",
-]
+CONTENT = {  # as created: neither classes nor images in order
+    "zebra": "b.png a/z.JPG a.jpeg a-1/c.png",
+    "ant": "9.png 10.png notes.txt deep/er/x.PNG deep/y.Jpeg Z.bmp",
+    "Bee": "one.webp .hidden.png README two.png.txt zero.tiff",
+    ".": "labels.csv stray.png",
+}
+FILES = [f"{folder}/{name}" for folder, names in CONTENT.items() for name in names.split()]
 
 
 @pytest.fixture
@@ -77,18 +66,24 @@ def test_an_image_is_read_as_its_bytes_are(folder):
             assert source.read(i)[0] == file.read()
 
 
-def test_members_of_a_folder_source_are_the_images_of_a_class(folder):
-    source = FolderSource(folder)
-    labels = [source.read(i)[1] for i in range(len(source))]
+def labels_of(source: Source) -> list[int]:
+    return [source.read(i)[1] for i in range(len(source))]
+
+
+def check_members(source: Source) -> None:
+    labels = labels_of(source)
     assert len(set(labels)) == len(source.classes) > 2
     for i, label in enumerate(labels):
         assert list(source.members(i)) == [k for k, other in enumerate(labels) if other == label]
 
 
+def test_members_of_a_folder_source_are_the_images_of_a_class(folder):
+    check_members(FolderSource(folder))
+
+
 def test_counts_of_a_folder_source_are_those_of_its_labels(folder):
     source = FolderSource(folder)
-    labels = [source.read(i)[1] for i in range(len(source))]
-    assert source.class_counts() == np.bincount(labels).tolist()
+    assert source.class_counts() == np.bincount(labels_of(source)).tolist()
     assert len(set(source.class_counts())) > 1
 
 
@@ -123,28 +118,30 @@ def test_an_image_costs_its_name_and_four_bytes(tmp_path, monkeypatch):
     assert held < 50_000 * (len(names[0]) + 4) * 1.1
 
 
+def refusal(root: Path) -> str:
+    with pytest.raises(DataError) as error:
+        FolderSource(root)
+    return str(error.value)
+
+
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'nowhere'}: no such data folder")):
-        FolderSource(tmp_path / "nowhere")
+    assert f"{tmp_path / 'nowhere'}: no such data folder" in refusal(tmp_path / "nowhere")
 
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=re.escape(str(tmp_path / "file"))):
-        FolderSource(tmp_path / "file")
+    assert str(tmp_path / "file") in refusal(tmp_path / "file")
 
 
 def test_a_folder_without_class_folders_is_named(tmp_path):
     (tmp_path / "image.png").touch()
-    with pytest.raises(DataError, match=re.escape(f"{tmp_path}: holds no class folders")):
-        FolderSource(tmp_path)
+    assert f"{tmp_path}: holds no class folders" in refusal(tmp_path)
 
 
 def test_a_class_without_images_is_named(folder):
     (folder / "empty" / "deep").mkdir(parents=True)
     (folder / "empty" / "deep" / "notes.txt").touch()
-    with pytest.raises(DataError, match=re.escape(f"{folder / 'empty'}: no images in it")):
-        FolderSource(folder)
+    assert f"{folder / 'empty'}: no images in it" in refusal(folder)
 
 
 def test_an_image_that_cannot_be_read_is_named(folder):
@@ -172,16 +169,12 @@ def test_synthetic_spec_states_images_and_classes():
 
 
 def test_synthetic_classes_are_balanced():
-    source = open_source("synthetic:23x5")
-    counts = np.bincount([source.read(i)[1] for i in range(23)])
+    counts = np.bincount(labels_of(open_source("synthetic:23x5")))
     assert sorted(counts) == [4, 4, 5, 5, 5]
 
 
 def test_members_of_a_synthetic_source_are_the_images_of_a_class():
-    source = open_source("synthetic:23x5")
-    labels = [source.read(i)[1] for i in range(23)]
-    for i, label in enumerate(labels):
-        assert list(source.members(i)) == [k for k, other in enumerate(labels) if other == label]
+    check_members(open_source("synthetic:23x5"))
 
 
 def test_counts_of_a_synthetic_source_are_those_of_its_labels():
@@ -206,9 +199,9 @@ def test_synthetic_images_of_a_class_share_its_colour():
 
 @pytest.mark.parametrize("sizes", ["", "10", "0x0", "10x", "4x5", "10X2", "10x2 ", "-4x2"])
 def test_a_wrong_synthetic_spec_is_quoted_with_the_form_expected(sizes):
-    spec = f"synthetic:{sizes}"
-    with pytest.raises(DataError, match=f"^{re.escape(spec)}: .*synthetic:IMAGESxCLASSES"):
-        open_source(spec)
+    words = f"^{re.escape(f'synthetic:{sizes}')}: .*synthetic:IMAGESxCLASSES"
+    with pytest.raises(DataError, match=words):
+        open_source(f"synthetic:{sizes}")
 
 
 def test_any_other_spec_is_a_folder(folder):
