@@ -13,12 +13,17 @@ import numpy as np
 import pytest
 
 from data import disk_cache
-from data.disk_cache import FOLDERS, SECTOR, DiskCache
+from data.disk_cache import SECTOR, DiskCache
 from data.sources import DataError
 
 OURS, THEIRS = "0" * 16, "f" * 16
-ROOM = 4  # sectors of each folder
+FOLDERS, ROOM = 4, 4  # sectors of each folder
 NUMBERS = range(0, 2 * ROOM * FOLDERS, FOLDERS)  # of one folder, twice its room
+
+
+@pytest.fixture(autouse=True)
+def few_folders(monkeypatch) -> None:
+    monkeypatch.setattr(disk_cache, "FOLDERS", FOLDERS)
 
 
 def content(number: int, size: int = 1000) -> bytes:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
 
@@ -92,11 +92,6 @@ def identical(ours: list[loader.Batch], theirs: list[loader.Batch]) -> bool:
         and [image.replacement for image in a.replaced] == [i.replacement for i in b.replaced]
         for a, b in zip(ours, theirs)
     )
-
-
-def of_tars(kind: str, below: int = sys.maxsize) -> Callable[[str, int], str]:
-    """A fault of the first `below` requests, of shards only."""
-    return lambda path, number: kind if path.endswith(".tar") and number < below else PASS
 
 
 # ---------------------------------------------------------------------------------- the same
@@ -268,9 +263,8 @@ def test_faults_that_do_not_pass_are_told_with_the_objects_name(url, workers):
         source.store.timeout_s = 2
         with pytest.raises(StorageError) as caught:
             batches(source, 0, 8, workers)
-    assert re.match(
-        rf"{at}train-0000\d.tar: 503 Service Unavailable, tried again", str(caught.value)
-    )
+    words = rf"{at}train-0000\d.tar: 503 Service Unavailable, tried again"
+    assert re.match(words, str(caught.value))
     assert not isinstance(caught.value, ImageError)  # nothing may stand in for it
 
 
@@ -326,8 +320,11 @@ def test_a_missing_object_is_named(copied):
 
 
 def test_a_server_without_ranges_is_refused_when_the_run_begins(url):
+    def fault(path: str, number: int) -> str:
+        return WHOLE if path.endswith(".tar") else PASS
+
     with (
-        faulty(url, of_tars(WHOLE)) as (at, _),
+        faulty(url, fault) as (at, _),
         pytest.raises(StorageError, match=f"{at}train-00000.tar: .*range requests"),
     ):
         open_source(at)
