@@ -1,6 +1,6 @@
 """A run under faults, started as a user starts it: it ends as if nothing had happened.
 
-The long versions of these tests are in test_soak.py.
+The long versions of these tests are in cluster/test_soak.py.
 """
 
 from __future__ import annotations
