@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import io
 import json
 import os
 import runpy
@@ -129,6 +130,10 @@ def become(request: dict) -> None:
     os.chdir(request["cwd"])
     tempfile.tempdir = None  # as the environment says
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
+    for number, name, errors in ((1, "stdout", "strict"), (2, "stderr", "backslashreplace")):
+        raw = io.FileIO(number, "w", closefd=False)  # unbuffered, as environment() asks
+        setattr(sys, name, io.TextIOWrapper(raw, errors=errors, write_through=True))
     program, *arguments = request["argv"]
     more = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     if program == "-c":

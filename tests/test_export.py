@@ -90,7 +90,9 @@ def exported(small_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("exported")
     photographs = programs.write_images(folder.parent / "images", ["a"], 2)
     arguments = ("--weights", small_weights, "--format", "onnx", "--out", folder / "small.onnx")
-    done = programs.run("scripts/export.py", *arguments, "--check-images", photographs)
+    done = programs.run(
+        "scripts/export.py", *arguments, "--check-images", photographs, as_user=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
     rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert rows["checked"] == "by onnxruntime, on the images named, in batches of 1 and 3"

@@ -56,15 +56,8 @@ def call(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-def start(*arguments: object, stdin: int | None = None) -> subprocess.Popen[bytes]:
-    command = [sys.executable, programs.ROOT / "scripts" / "predict.py", *arguments]
-    return subprocess.Popen(
-        [os.fspath(part) for part in command],
-        env=programs.environment(),
-        stdin=stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def start(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
+    return programs.start("scripts/predict.py", *arguments, text=False, **options)
 
 
 def test_probabilities_are_those_of_timms_model_and_transform(photographs, tmp_path, call):
@@ -167,7 +160,7 @@ def test_a_stream_is_answered_line_by_line_and_ctrl_c_ends_it_quietly(photograph
 
 def test_a_reader_that_has_gone_ends_it_quietly(photographs, small_weights):
     files = [photographs / "a.jpg"] * 50
-    process = start(*files, "--weights", small_weights, "--batch", "1")
+    process = start(*files, "--weights", small_weights, "--batch", "1", as_user=True)
     assert process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=60) == 128 + signal.SIGPIPE

@@ -134,7 +134,8 @@ def test_run_is_evaluated_as_train_did(run_directory, tmp_path) -> None:
     last = {e["weights"]: e for e in programs.log_lines(run_directory, "eval")}
     for which in ("ema", "raw"):
         out = tmp_path / f"{which}.json"
-        done = programs.run("validate.py", "--run", run_directory, "--which", which, "--json", out)
+        asked = ("--run", run_directory, "--which", which, "--json", out)
+        done = programs.run("validate.py", *asked, as_user=which == "ema")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("top-1 ") == 1
         result = json.loads(out.read_text())
