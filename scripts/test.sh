@@ -1,7 +1,15 @@
 #!/usr/bin/env bash
-# Lint, formatting and the whole test suite, a test process for each core. Arguments go to pytest.
+# Lint, formatting and the test suite, a test process for each core. Arguments go to pytest.
+#
+#   bash scripts/test.sh            everything, and five deliberate breakages that must be noticed
+#   bash scripts/test.sh --quick    before each commit: without what starts programs or takes long
 
 source "$(dirname "$0")/environment.sh" requirements-dev.txt
+
+if [ "${1:-}" = --quick ]; then
+    shift
+    set -- -m "not slow and not mutation and not gpu and not soak and not cluster" "$@"
+fi
 
 ruff check
 ruff format --check
