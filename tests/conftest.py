@@ -74,6 +74,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE",
         help="write tables into this page: of faults with -m soak, others with -m cluster",
     )
+    parser.addoption(
+        "--all-mutations",
+        action="store_true",
+        help="try every row of tests/mutations.yaml, not only some: half an hour",
+    )
 
 
 def pytest_terminal_summary(terminalreporter: object, config: pytest.Config) -> None:

@@ -257,3 +257,32 @@ def test_mistakes_are_one_line_and_leave_nothing(small_weights, tmp_path, call, 
         assert_one_line(error, message)
         assert sorted(os.listdir(tmp_path)) == before
     assert taken.read_text() == "precious"
+
+
+def test_an_export_reaches_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events, fsync = [], os.fsync
+
+    def spy(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        assert not (tmp_path / "out").exists()
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    (tmp_path / "made").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "made" / name).write_bytes(b"x")
+    export.keep(tmp_path / "made", tmp_path / "out")
+    assert events == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "out")) == events
+
+
+def test_what_computes_no_numbers_is_not_kept(small_weights, tmp_path, call, monkeypatch):
+    def run_another(path: Path, subject: trained.Trained) -> formats.Run:
+        return lambda images: torch.full((len(images), len(SYNSETS)), float("nan"))
+
+    kind = formats.FORMATS["safetensors"]._replace(run=run_another)
+    monkeypatch.setitem(formats.FORMATS, "safetensors", kind)
+    out = tmp_path / "a.safetensors"
+    status, _, error = call("--weights", small_weights, "--format", "safetensors", "--out", out)
+    assert status == 1 and "computes something else" in error
+    assert os.listdir(tmp_path) == []

@@ -332,3 +332,19 @@ def test_with_gradients_wanted_a_folded_network_has_them(folded):
     x = images(1, 3, 75, 75).requires_grad_()
     folded(x).sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+def test_what_is_computed_is_rounded_to_bfloat16_as_pytorch_does():
+    """Every upper half of a float32, with lower halves at and beside the ties, out of a bias."""
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    x = torch.zeros(2, len(upper), 1, 1, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    nothing, result = torch.zeros(len(upper)), torch.empty_like(x)
+    for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        values = (upper | low).view(torch.float32)
+        running = torch.zeros(len(upper)), torch.ones(len(upper))
+        part = native.Part(0, len(upper), result)
+        native.forward(x, (nothing, values), running, 0.0, 1e-3, [part])
+        expected = values.relu().bfloat16()
+        for rounded in result.flatten(1):
+            assert ((rounded == expected) | (rounded.isnan() & expected.isnan())).all(), hex(low)

@@ -19,7 +19,7 @@ from programs import write_images
 from torchvision.datasets import ImageFolder
 
 from data.loader import MAX_REPLACEMENTS, Batch, load, replacements
-from data.sources import FolderSource, ImageError, Source
+from data.sources import FolderSource, ImageError, Source, SyntheticSource
 from data.stream import Key, Stream, evaluation_batches, micro_batches
 from data.to_input import Colour, ToInput
 from data.transforms import EvalView, TrainView, decode
@@ -323,3 +323,27 @@ def test_checksums_without_colour_are_of_the_pixels():
 def test_checksums_are_made_only_if_asked_for():
     (batch,) = load(Numbered(), VIEW, [[(0, 9)]], IDENTITY, NONE)
     assert batch.checksums == []
+
+
+class Fetching(SyntheticSource):
+    """Images that a process can read once it has been told to fetch them."""
+
+    fetches_ahead = 6
+
+    def __init__(self, images: int) -> None:
+        super().__init__(images, classes=3)
+        self.coming: list[int] = []
+
+    def fetch(self, indices: list[int]) -> None:
+        self.coming += indices
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        self.coming.remove(index)
+        return super().read(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_each_process_fetches_what_it_will_read(workers):
+    batches = [[(0, index) for index in range(first, first + 2)] for first in range(0, 24, 2)]
+    loaded = load(Fetching(24), EvalView(24, 1.0, "bilinear"), batches, IDENTITY, Workers(workers))
+    assert [batch.keys for batch in loaded] == batches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import signal
 from collections.abc import Iterator
@@ -41,6 +42,23 @@ def steps_of(path: Path) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------- JSON lines
+
+
+def test_a_sync_takes_every_line_to_the_disk(path, monkeypatch):
+    sizes, fsync = [], os.fsync
+
+    def spy(descriptor: int) -> None:
+        sizes.append(os.fstat(descriptor).st_size)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    lines = JsonLines(path, step=0, say=print)
+    lines.append({"step": 1})
+    lines.append({"step": 2})
+    assert sizes == []
+    lines.sync()
+    assert sizes == [len(b'{"step": 1}\n{"step": 2}\n')]
+    lines.close()
 
 
 def test_lines_come_back_as_they_were(path):

@@ -14,6 +14,7 @@ import tarfile
 import threading
 from pathlib import Path
 
+import numpy as np
 import programs
 import pytest
 from shard_makers import (
@@ -30,8 +31,8 @@ from shard_makers import (
 
 from data import shard_index
 from data.prepare.shard_scan import PLAN, index_folder
-from data.prepare.shard_writer import Options, write_shards
-from data.shard_index import INDEX
+from data.prepare.shard_writer import RECORD, Options, write_shard, write_shards
+from data.shard_index import BLOCK, INDEX
 from data.shards import ShardSource
 from data.sources import DataError, FolderSource, ImageError, SyntheticSource
 from scripts import make_shards
@@ -332,3 +333,14 @@ def test_arguments_that_do_not_go_together_are_refused(main, arguments):
     with pytest.raises(SystemExit) as end:
         main(*arguments)
     assert end.value.code == 2
+
+
+def test_a_shard_of_any_size_ends_as_tar_archives_do(tmp_path):
+    """Two blocks of zeros, though what comes before fills its last record."""
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for blocks in range(RECORD // BLOCK):
+        (tmp_path / "images" / "a" / "0.jpg").write_bytes(b"x" * BLOCK * blocks)
+        source = FolderSource(tmp_path / "images")
+        write_shard(source, np.array([0]), tmp_path / "shard.tar", SMALL)
+        content = (tmp_path / "shard.tar").read_bytes()
+        assert len(content) % RECORD == 0 and content.endswith(bytes(2 * BLOCK)), blocks

@@ -322,3 +322,9 @@ def test_a_mistake_is_told_in_one_line(arguments, words):
     assert status == 1
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_an_exchange_slower_than_backward_is_not_hidden_by_forward():
+    slower = Link(SIZE / 0.08, 0.0)  # 80 ms; of the 90 ms that a micro-batch takes, backward has 60
+    step = steptime.step(Cluster(DEVICE, slower, slower, 8), 2, 80, 1, GRADIENTS)
+    assert step.exposed_s == pytest.approx(0.06 / 9 + 0.08 - 0.06)  # begun after the first ninth

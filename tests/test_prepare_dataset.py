@@ -114,6 +114,13 @@ def test_what_a_killed_run_has_left_is_replaced(tmp_path):
     assert [path.name for path in (tmp_path / "out" / "train").iterdir()] == ["dog"]
 
 
+def test_files_reach_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(os, "sync", lambda: seen.append(sorted(os.listdir(tmp_path))))
+    write([Entry("train/dog/0.png", b"dog")], tmp_path / "out", 1)
+    assert seen == [["out.partial"]]
+
+
 # ---------------------------------------------------------------------------------- fashion-mnist
 
 

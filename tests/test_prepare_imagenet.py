@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from shard_makers import flip
 
 from data.prepare import checksums, folder_writer
 from data.prepare.imagenet import BLACKLIST, ILSVRC2012, Expected
+from data.prepare.progress import byte_bar
 from data.shards import ShardSource
 from data.sources import open_source
 from scripts import prepare_imagenet
@@ -408,3 +411,27 @@ def test_a_write_that_loses_bytes_is_noticed_at_the_end(preparation, monkeypatch
     assert preparation.run() == 1
     assert "2 of another size" in capsys.readouterr().err
     assert not (preparation.out / "train").exists()
+
+
+def test_classes_reach_the_disk_before_they_have_their_names(preparation, monkeypatch):
+    events, rename = [], Path.rename
+
+    def spy(path: Path, target: Path) -> Path:
+        events.append(target.name)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "sync", lambda: events.append("flushed"))
+    monkeypatch.setattr(Path, "rename", spy)
+    assert preparation.run("--only", "val") == 0
+    classes, rest = events[1:5], events[5:]
+    assert (events[0], sorted(classes), rest) == ("flushed", CLASSES, ["val", "flushed"])
+
+
+def test_bars_are_shown_on_terminals_only(monkeypatch):
+    for is_terminal in (False, True):
+        stderr = io.StringIO()
+        monkeypatch.setattr(stderr, "isatty", lambda shown=is_terminal: shown, raising=False)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with byte_bar("md5 of x.tar", 2000) as bar:
+            bar.update(1000)
+        assert ("md5 of x.tar" in stderr.getvalue()) == is_terminal

@@ -95,6 +95,22 @@ def shown(chromium, written) -> Iterator:
         yield opened_page
 
 
+def test_names_cannot_write_into_a_page(written):
+    html = (written / "index.html").read_text("utf-8")
+    assert HOSTILE not in html and "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+
+
+def test_a_confusions_share_is_one_of_the_true_classs_images(scores, labels):
+    page_of = made(scores, labels)
+    matrix = confusion_matrix(labels, scores.argmax(1), labels=range(CLASSES))
+    pairs = evaluation.confused_pairs(page_of)
+    assert len(pairs) == evaluation.PAIRS
+    for pair in pairs:
+        true, predicted = page_of.names.index(pair.true), page_of.names.index(pair.predicted)
+        assert pair.images == matrix[true, predicted]
+        assert pair.share == pytest.approx(100 * pair.images / matrix[true].sum())
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_section_is_shown_without_a_network(chromium, written, width):
     with opened(chromium, written / "index.html", width) as shown:
@@ -321,6 +337,13 @@ def test_what_validate_measured_of_the_last_step_counts(study):
     (study / "validate.json").write_text('{"top1": 50.0, "step": 6}')
     rows = rows_of(call(report, study).out)
     assert (rows["top-1"], rows["top-5"], rows["evaluated"]) == ("50.00 %", "\u2013", "\u2013")
+
+
+def test_what_validate_measured_of_an_earlier_step_does_not_count(study):
+    result = {"top1": 50.0, "top5": 75.0, "images": 40, "weights": "ema", "step": 4}
+    (study / "validate.json").write_text(json.dumps(result))
+    rows = rows_of(call(report, study).out)
+    assert rows["top-1"] == "84.00 %" and rows["evaluated"].startswith("50 images")
 
 
 @pytest.mark.parametrize("width", WIDTHS)

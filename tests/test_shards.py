@@ -482,3 +482,21 @@ def test_larger_images_are_scaled_down_and_the_others_copied(tmp_path):
     assert ShardSource(tmp_path / "again").resized_to == 32
     shards.refuse_resized(originals, "VAL", "--option")
     shards.refuse_resized(SyntheticSource(4, 2), "VAL", "--option")
+
+
+def test_an_index_reaches_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def spy_fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        events.append(("fsync", path.stat().st_size if path.is_file() else path))
+        fsync(descriptor)
+
+    def spy_replace(source: Path, target: Path) -> None:
+        events.append(("replace", target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    shard_index.write_atomically(tmp_path / "index", lambda file: file.write(b"12345"))
+    assert events == [("fsync", 5), ("replace", tmp_path / "index"), ("fsync", tmp_path)]

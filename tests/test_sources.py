@@ -1,5 +1,6 @@
 """Sources of images: ImageFolder's numbering, synthetic images, mistakes said by name."""
 
+import errno
 import io
 import os
 import re
@@ -142,6 +143,21 @@ def test_a_class_without_images_is_named(folder):
     (folder / "empty" / "deep").mkdir(parents=True)
     (folder / "empty" / "deep" / "notes.txt").touch()
     assert f"{folder / 'empty'}: no images in it" in refusal(folder)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
+    """Refused here, as nothing is to those who may read everything."""
+    scandir = os.scandir
+
+    def refuse(path: str):
+        if path == str(folder / "ant" / "deep"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    message = f"{folder / 'ant' / 'deep'}: cannot be listed (Permission denied)"
+    with pytest.raises(DataError, match=re.escape(message)):
+        FolderSource(folder)
 
 
 def test_an_image_that_cannot_be_read_is_named(folder):

@@ -7,6 +7,7 @@ import gzip
 import json
 import shutil
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,9 @@ from data.transforms import EvalView, decode
 from data.workers import Workers
 from irv2 import checkpoint, engine, imagenet_names, trained, weights
 from irv2.distributed import World
+from irv2.metrics import Predictions, Scored
 from irv2.model import inception_resnet_v2
-from report import reference
+from report import reference, result
 
 ALONE = World(0, 1, torch.device("cpu"))
 CLASSES = 8
@@ -447,3 +449,56 @@ def test_mistakes_are_one_line_and_leave_no_result(
         status, _, error = call(validate, *arguments, "--json", out)
         assert status == 1 and message in error and error.count("\n") == 1, error
         assert not out.exists()
+
+
+def test_an_ensemble_is_the_mean_of_its_networks_probabilities() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(3, 7, CLASSES, generator=generator)  # of three networks
+    sums: list[Scored] = []
+    for own in logits:
+        parts = [Scored(own[at], torch.zeros(len(own[at])), []) for at in (slice(4), slice(4, 7))]
+        assert list(validate.adding_up(parts, sums)) == parts
+    found = torch.cat([batch.scores for batch in validate.mean_of(sums, 3)])
+    torch.testing.assert_close(found.exp(), logits.softmax(2).mean(0))
+
+
+def test_a_list_decides_which_images_are_shown(photographs, small, tmp_path) -> None:
+    source, listed = FolderSource(photographs), [2, 3, 11, 16]
+    names = [Path(source.name(i)).relative_to(source.root) for i in listed]
+    (tmp_path / "list").write_text("".join(f"{name}\n" for name in names))
+    network = trained.of_weights(str(small[1]))
+    stated = {"val": str(photographs), "protocol": "timm"}
+
+    def shown(**files: Path) -> tuple[torch.Tensor, list[int], list[int]]:
+        asked = exam.prepare(network, stated, exam.LabelFiles(**files), allow_resized=False)
+        views, answers, numbers = zip(*exam.batches(asked, 3, Workers(0), {}, ALONE))
+        return torch.cat(views), torch.cat(answers).tolist(), list(chain(*numbers))
+
+    views, _, _ = shown()
+    others = [i for i in range(17) if i not in listed]
+    for option, expected in (("subset", listed), ("exclude", others)):
+        found, answers, numbers = shown(**{option: tmp_path / "list"})
+        assert torch.equal(found, views[expected])
+        assert (answers, numbers) == ([source.read(i)[1] for i in expected], expected)
+
+
+def test_each_rate_is_held_against_its_own_interval() -> None:
+    rank = np.repeat([0, 3, 9], [60, 30, 10])  # 60 % and 90 %: 50.2 to 69.1 and 82.6 to 94.5
+    nothing = np.zeros((100, 5))
+    predictions = Predictions(np.arange(100), nothing[:, 0], rank, nothing[:, 0], nothing, nothing)
+    facts = {"labels": "imagenet", "protocol": "slim", "images": 100, "source": "a paper"}
+    references = [
+        reference.Reference("near", top1=62.0, top5=88.0, **facts),
+        reference.Reference("far", top1=92.0, top5=65.0, **facts),
+    ]
+    view = {"protocol": "slim", "image_size": 299, "eval_crop": 1, "eval_interpolation": ""}
+    outcome = result.Result(
+        "a", "raw", 1, "val", 100, None, "folders", {}, view, "fp32", predictions, 1.0, references
+    )
+    near, far = result.as_json(outcome, {})["references"]
+    assert (near["top1_difference"], near["top5_difference"]) == (-2, 2)
+    assert (far["top1_difference"], far["top5_difference"]) == (-32, 25)
+    for entry, is_within in ((near, True), (far, False)):
+        assert (entry["top1_within"], entry["top5_within"]) == (is_within, is_within)
+    told = [line for name, line in result.rows(outcome) if name == "compare"]
+    assert [line.count("within the interval") for line in told] == [2, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from functools import partial
@@ -160,6 +161,17 @@ def test_truncated_file_is_named(tmp_path, name, save):
             weights.read(str(path))
 
 
+def test_a_flipped_bit_in_pytorchs_own_file_is_noticed(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"weight": torch.zeros(1000)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(2000)) + 1000] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["weight"].any()  # PyTorch takes it as it is
+    with pytest.raises(WeightsError, match=r"a\.pth: .* does not match its checksum"):
+        weights.read(str(path))
+
+
 def test_file_without_a_state_dict_is_named(tmp_path):
     path = tmp_path / "other.pth"
     for content in ([torch.zeros(1)], {"epoch": 3}, {"state_dict": {"lr": 0.1}}, torch.zeros(2), 5):
@@ -247,6 +259,20 @@ def test_unknown_timm_name_gives_advice():
     """timm refuses the name before it would reach for the network."""
     with pytest.raises(WeightsError, match=rf"^timm:no_such_network: .*{ADVICE}"):
         weights.read("timm:no_such_network")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "best.safetensors"
+    weights.write(path, {"weight": torch.zeros(3)}, {})
+
+    def refuse(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        weights.write(path, {"weight": torch.ones(3)}, {})
+    assert not weights.read(str(path))[0]["weight"].any()
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 # ---------------------------------------------------------------------- what a file says of itself

@@ -1,0 +1,138 @@
+"""Deliberate breakages, a row each of mutations.yaml, and that the tests named there notice them.
+
+Some rows are tried in every run, others for every commit; `--all-mutations` tries all.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+LEFT_OUT = {".git", ".venv", "runs", "datasets"}  # of a copy that was made without git
+SAMPLE = 5  # rows
+TIMEOUT_S = 3600  # of what would not end; all named tests together take half of it
+
+
+@dataclass(frozen=True)
+class Row:
+    """A mistake that somebody could make in one place, and what must fail because of it."""
+
+    file: str
+    text: str
+    instead: str
+    breaks: str
+    noticed_by: list[str]
+
+    @property
+    def name(self) -> str:
+        """Name of the row's test: the promise, as far as letters and digits say it."""
+        return re.sub(r"[^a-z0-9]+", "-", self.breaks.lower()).strip("-")
+
+
+ROWS = [Row(**row) for row in yaml.safe_load((ROOT / "tests" / "mutations.yaml").read_text())]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "row" in metafunc.fixturenames:
+        rows = ROWS if metafunc.config.getoption("--all-mutations") else sample()
+        metafunc.parametrize("row", rows, ids=lambda row: row.name)
+
+
+def sample() -> list[Row]:
+    """Rows of this commit: the same in every process that collects tests."""
+    return random.Random(git("rev-parse", "HEAD") or 0).sample(ROWS, SAMPLE)
+
+
+def git(*arguments: str) -> str:
+    """Output of a git command; empty where there is no git or no repository."""
+    try:
+        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return result.stdout if result.returncode == 0 else ""
+
+
+def copied(to: Path) -> Path:
+    """A copy of the checkout, with what git does not track yet and without what it ignores."""
+    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    files = [ROOT / name for name in listed if name and (ROOT / name).is_file()]
+    if not files:
+        shutil.copytree(ROOT, to, ignore=lambda folder, _: LEFT_OUT if folder == str(ROOT) else ())
+    for path in files:
+        target = to / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
+    return to
+
+
+def places(names: Iterable[str]) -> list[str]:
+    """FILE::NAME of each test function. Raises ValueError for one that is nowhere or twice."""
+    files = {path: path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py"))}
+    found = []
+    for name in names:
+        homes = [path for path, text in files.items() if re.search(rf"^def {name}\(", text, re.M)]
+        if len(homes) != 1:
+            raise ValueError(f"{name}: in {len(homes)} files, not in one")
+        found.append(f"{homes[0].relative_to(ROOT)}::{name}")
+    return found
+
+
+def ran(checkout: Path, names: Iterable[str]) -> subprocess.CompletedProcess[str]:
+    """The outcome of tests in another checkout, to which nothing of this one leaks."""
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *options, f"--basetemp={checkout}-tmp"]
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYT")}
+    return subprocess.run(
+        [*command, *places(names)],
+        cwd=checkout,
+        env=ours | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+
+
+@pytest.mark.mutation
+def test_a_breakage_is_noticed(row, tmp_path):
+    checkout = copied(tmp_path / "checkout")
+    content = (checkout / row.file).read_text()
+    assert content.count(row.text) == 1, f"{row.file}: this must be in it once:\n{row.text}"
+    (checkout / row.file).write_text(content.replace(row.text, row.instead))
+    result = ran(checkout, row.noticed_by)
+    tests, tail = ", ".join(row.noticed_by), result.stdout[-3000:] + result.stderr[-1000:]
+    assert result.returncode != 0, f"SURVIVED in {row.file}: {row.breaks}; {tests}\n{tail}"
+    assert result.returncode == 1, f"{row.file}: not one test ran to its failure: {tests}\n{tail}"
+
+
+@pytest.mark.mutation
+def test_the_named_tests_pass_without_a_breakage(request, tmp_path):
+    if not request.config.getoption("--all-mutations"):
+        pytest.skip("with --all-mutations only: minutes")
+    named = dict.fromkeys(name for row in ROWS for name in row.noticed_by)
+    result = ran(copied(tmp_path / "checkout"), named)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_every_row_changes_what_is_there_once_and_names_tests_that_are_there():
+    for row in ROWS:
+        assert (ROOT / row.file).read_text().count(row.text) == 1, f"{row.file}: {row.text}"
+        assert row.text != row.instead, row
+    assert places({name for row in ROWS for name in row.noticed_by})
+
+
+def test_there_are_many_rows_of_different_names_and_some_of_every_module():
+    assert len(ROWS) == len({row.name for row in ROWS}) >= 80
+    modules = [path for package in ("irv2", "data") for path in (ROOT / package).rglob("*.py")]
+    names = {path.relative_to(ROOT).as_posix() for path in modules if path.stem != "__init__"}
+    assert names - {row.file for row in ROWS} == set()
