@@ -13,4 +13,6 @@ fi
 
 ruff check
 ruff format --check
-OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 4 "$@"
+# A module stays in one process, which makes its fixtures once; conftest.py puts the longest first.
+OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 4 \
+    --dist loadfile --no-loadscope-reorder "$@"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,13 @@ from scripts.pages import replace_section
 def pytest_sessionstart() -> None:
     """Let programs under test hear Ctrl-C even if a shell started this in its background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put modules with the most slow tests first, so that none of them is begun last."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    slow[Path(__file__).parent / "test_mutations.py"] = 5  # rows, each with a pytest of its own
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")

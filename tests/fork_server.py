@@ -52,6 +52,12 @@ class Program(subprocess.Popen):
             os.close(own)
 
 
+def environment() -> dict[str, str]:
+    """Return what programs under test find: one thread, plain output, and no hub of weights."""
+    own = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return os.environ | own | {"HF_HUB_OFFLINE": "1", "HF_HOME": f"{tempfile.gettempdir()}/no-hub"}
+
+
 def _ask(request: dict, streams: list[int]) -> int:
     """Send a request with three file descriptors to the server; returns the program's pid."""
     channel, content = _server(os.getpid()), json.dumps(request).encode()
@@ -69,9 +75,8 @@ def _server(_own_pid: int) -> socket.socket:
     # A program's parent ends at once, so that the program becomes a child of this process.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     ours, theirs = socket.socketpair()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, __file__, str(theirs.fileno())]
-    subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+    subprocess.Popen(command, env=environment(), pass_fds=[theirs.fileno()])
     theirs.close()
     return ours
 

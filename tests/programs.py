@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-from fork_server import Program
+from fork_server import Program, environment
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,10 +48,6 @@ def write_project(folder: Path) -> Path:
     run = f"run: {{dir: {folder / 'run'}, "
     config.write_text(CONFIG.replace("data: {", data).replace("run: {", run))
     return config
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def start(

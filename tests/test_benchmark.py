@@ -2,6 +2,7 @@
 
 import copy
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -21,10 +22,14 @@ from scripts.benchmarks import (
 )
 from scripts.planning import devices
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_row_of_the_loading_table_is_measured(monkeypatch):
     for name, value in {"SIZE": 75, "BATCH": 8, "FILES": 16, "IMAGENET": 2000, "SHARDS": 6}.items():
         monkeypatch.setattr(loading, name, value)
+    fork = multiprocessing.get_context("fork")  # a spawned process would import everything again
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _method=None: fork)
     found = loading.measure(rounds=1)
     lines = loading.table(found).splitlines()
     assert len(lines) == len(loading.COMPARED) + 4

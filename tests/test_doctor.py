@@ -59,6 +59,7 @@ def lines_of(out: str, level: str) -> list[str]:
 # ---------------------------------------------------------------------------------- the program
 
 
+@pytest.mark.slow
 def test_a_sound_run_passes_and_nothing_is_written(project, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     result = programs.run(

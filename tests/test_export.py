@@ -24,6 +24,8 @@ from irv2 import checkpoint, trained, weights
 from irv2.model import inception_resnet_v2
 from scripts import export, formats
 
+pytestmark = pytest.mark.slow
+
 METADATA = {
     "classes": SYNSETS,
     "names": WORDS,
@@ -283,6 +285,6 @@ def test_what_computes_no_numbers_is_not_kept(small_weights, tmp_path, call, mon
     kind = formats.FORMATS["safetensors"]._replace(run=run_another)
     monkeypatch.setitem(formats.FORMATS, "safetensors", kind)
     out = tmp_path / "a.safetensors"
-    status, _, error = call("--weights", small_weights, "--format", "safetensors", "--out", out)
+    status, _, error = call(small_weights, "safetensors", out)
     assert status == 1 and "computes something else" in error
     assert os.listdir(tmp_path) == []

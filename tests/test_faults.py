@@ -34,6 +34,8 @@ from small_run import (
 import train
 from irv2 import checkpoint, jsonl
 
+pytestmark = pytest.mark.slow
+
 # ---------------------------------------------------------------------------------- killed
 
 

@@ -275,6 +275,7 @@ def arguments(project: Path, name: str, *overrides: object) -> list[object]:
     return ["--config", project, f"run.dir={project.parent / name}", *overrides]
 
 
+@pytest.mark.slow
 def test_a_run_from_other_weights_is_stopped_and_continued_bit_by_bit(project, tmp_path):
     whole = run("train.py", *arguments(project, "whole"))
     assert whole.returncode == 0, whole.stderr
@@ -303,6 +304,7 @@ def test_a_run_from_other_weights_is_stopped_and_continued_bit_by_bit(project, t
                                first["mixed_5b.branch0.conv.weight"])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_ranks_begin_with_the_same_weights_and_train_as_one(project, tmp_path):
     same = ("model.freeze_bn=true", "model.drop_rate=0")  # what else depends on a rank's images
     ends = []
@@ -320,16 +322,12 @@ def test_two_ranks_begin_with_the_same_weights_and_train_as_one(project, tmp_pat
             assert (both_moved - moved).norm() <= 0.01 * moved.norm(), name
 
 
-def test_weights_that_cannot_be_had_are_one_line_before_anything_is_made(
-    project, tmp_path, monkeypatch
-):
-    """On two ranks, of which one speaks."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+def test_weights_that_cannot_be_had_are_one_line_before_anything_is_made(project, tmp_path):
+    """On two ranks, of which one speaks; tests' programs find no hub (`environment()`)."""
     init = "model.init=timm:inception_resnet_v2.tf_in1k"
-    result = run("train.py", *arguments(project, "run", init), ranks=2, torchrun=())
+    result = run("train.py", *arguments(project, "run", init), ranks=2)
     assert result.returncode == 1
-    (line,) = [row for row in result.stderr.splitlines() if row.startswith("train.py")]
+    (line,) = result.stderr.splitlines()
     assert line.startswith("train.py: timm:inception_resnet_v2.tf_in1k: not available (")
     assert line.endswith("give the file's path instead")
     assert not (tmp_path / "run").exists()

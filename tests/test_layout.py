@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"irv2", "data"}
 REPORT = sorted((ROOT / "report").glob("*.py"))
@@ -152,6 +154,7 @@ def test_a_program_does_nothing_unless_it_is_started():
         assert any("__main__" in test for test in tests), path.name
 
 
+@pytest.mark.slow
 def test_importing_every_module_has_no_effects(tmp_path):
     modules = [*MODULES, *REPORT, *STORIES]
     names = sorted([*map(dotted, modules), "feed", "exam", "recipe"])

@@ -37,6 +37,8 @@ from data.shards import ShardSource
 from data.sources import DataError, FolderSource, ImageError, SyntheticSource
 from scripts import make_shards
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def main(monkeypatch, capsys):

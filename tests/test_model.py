@@ -606,6 +606,7 @@ def test_state_dict_has_timms_names_with_biases_and_loads_into_another_folded_ne
 # ---------------------------------------------------------------------- compiled
 
 
+@pytest.mark.slow
 def test_repeats_of_a_block_share_one_graph(monkeypatch):
     """Graphs are traced, but run by PyTorch's own operations, which is quick to set up."""
     torch._dynamo.reset()

@@ -28,6 +28,8 @@ from irv2.distributed import World
 from scripts import make_shards
 from scripts.benchmarks.range_server import serving
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_may_move_to_shards_in_the_middle_of_an_epoch(config, undisturbed, shards, tmp_path):
     """And on to an object store, where that can be tested."""

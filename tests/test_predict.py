@@ -158,6 +158,7 @@ def test_a_stream_is_answered_line_by_line_and_ctrl_c_ends_it_quietly(photograph
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone_ends_it_quietly(photographs, small_weights):
     files = [photographs / "a.jpg"] * 50
     process = start(*files, "--weights", small_weights, "--batch", "1", as_user=True)

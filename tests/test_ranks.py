@@ -33,6 +33,8 @@ from irv2.distributed import World, WorldError
 from irv2.engine import StepOptions, TrainState, train_step
 from irv2.model import inception_resnet_v2
 
+pytestmark = pytest.mark.slow
+
 LIMIT = timedelta(seconds=20)
 SIZE = (2, 3, 75, 75)
 ROUNDING = 2.0**-8  # bfloat16's: half of the distance between neighbours, relative

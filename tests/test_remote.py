@@ -227,6 +227,7 @@ def test_a_disk_that_refuses_is_told_and_the_run_goes_on(made, url, tmp_path, mo
 # ---------------------------------------------------------------------------------- faults
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", [ERROR, CUT, SLOW])
 def test_faults_that_pass_change_no_bit(made, url, impatient, kind, workers, capfd):

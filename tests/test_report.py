@@ -311,6 +311,7 @@ def rows_of(summary: str) -> dict[str, str]:
     return dict(line.split(maxsplit=1) for line in summary.splitlines())
 
 
+@pytest.mark.slow
 def test_a_run_is_summed_up_and_drawn(study, tmp_path):
     (study / "validate.json").write_text(json.dumps(eval_line(2, "ema", 1.0)))
     out = tmp_path / "out"

@@ -18,6 +18,8 @@ import train
 from irv2 import checkpoint, config
 from irv2.model import inception_resnet_v2
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -32,6 +32,8 @@ from irv2.metrics import Predictions, Scored
 from irv2.model import inception_resnet_v2
 from report import reference, result
 
+pytestmark = pytest.mark.slow
+
 ALONE = World(0, 1, torch.device("cpu"))
 CLASSES = 8
 

@@ -78,6 +78,7 @@ def test_a_lost_connection_is_a_workers_death_only_if_it_dies(seconds, said):
         child.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "act"),
     [(Hanging(), lambda pid: None), (Slow(), lambda pid: os.kill(pid, signal.SIGSTOP))],
@@ -91,6 +92,7 @@ def test_a_hanging_worker_is_told_after_the_time_allowed_and_ended(source, act):
     assert_told(error.value, "timed out after 1.5 seconds", "storage", "run.timeout_s")
 
 
+@pytest.mark.slow
 def test_workers_stopped_with_batches_not_yet_fetched_are_told_too(monkeypatch):
     """Fetching one waits for its worker inside torch, beyond the reach of torch's time-out."""
     monkeypatch.setattr(workers, "RESCUE_S", 0.5)
