@@ -25,10 +25,6 @@ import tempfile
 import types
 from pathlib import Path
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = ("train", "validate", "irv2.native.norm", "irv2.native.update", "data.prepare.imagenet")
 PR_SET_CHILD_SUBREAPER = 36
@@ -110,9 +106,14 @@ def serve(channel: socket.socket) -> dict | None:
 
 def warm() -> None:
     """Do what a program's first resized image and first figure do: load machine code and fonts."""
-    resample = importlib.import_module("data.resample")
-    image, view = np.zeros((8, 8, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)
-    resample.resize(image, view, box=resample.Box(0, 0, 8, 8), size=(4, 4))
+    import numpy as np  # here, as whoever asks for programs needs none of these
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from data.resample import Box, resize
+
+    image, view = (np.zeros((side, side, 3), np.uint8) for side in (8, 4))
+    resize(image, view, box=Box(0, 0, 8, 8), size=(4, 4))
     figure = Figure(layout="constrained")
     figure.add_subplot().set_title("words")
     FigureCanvasAgg(figure).draw()

@@ -126,6 +126,7 @@ def hammer(root: Path, seed: int) -> None:
             os._exit(1)
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_among_others_it_stays_bounded_and_whole(tmp_path):
     cache_in(tmp_path)
     rng = random.Random(0)

@@ -74,6 +74,7 @@ def test_a_sound_run_passes_and_nothing_is_written(project, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_at_once_with_status_130(project):
     process = programs.start("scripts/doctor.py", project, "data.workers=1", "--seconds", 200)
     programs.wait_for(process, "ok    memory      RAM")

@@ -15,21 +15,8 @@ import pytest
 import torch
 from calling import call
 from programs import children, finish, log_lines, run, start, wait_for
-from small_run import (
-    HARMED,
-    STEPS,
-    Inject,
-    arguments,
-    assert_same_batches,
-    assert_same_end,
-    checkpoint_of,
-    differing,
-    kill,
-    ledger,
-    lose_a_rank,
-    rank_pids,
-    steps,
-)
+from same_run import assert_same_batches, assert_same_end, checkpoint_of, differing, ledger, steps
+from small_run import HARMED, STEPS, Inject, arguments, kill, lose_a_rank, rank_pids
 
 import train
 from irv2 import checkpoint, jsonl

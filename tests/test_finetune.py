@@ -10,8 +10,8 @@ import programs
 import pytest
 import torch
 from programs import finish, run, start, wait_for
+from same_run import checkpoint_of, differing, timeless
 from small_network import ALONE, copied
-from small_run import checkpoint_of, differing, timeless
 from torch import nn
 
 from irv2 import engine, finetune, optim, weights
@@ -322,6 +322,7 @@ def test_two_ranks_begin_with_the_same_weights_and_train_as_one(project, tmp_pat
             assert (both_moved - moved).norm() <= 0.01 * moved.norm(), name
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_had_are_one_line_before_anything_is_made(project, tmp_path):
     """On two ranks, of which one speaks; tests' programs find no hub (`environment()`)."""
     init = "model.init=timm:inception_resnet_v2.tf_in1k"

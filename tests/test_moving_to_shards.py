@@ -9,15 +9,8 @@ import pytest
 import torch
 from calling import call
 from programs import run
-from small_run import (
-    IMAGES,
-    STEPS,
-    arguments,
-    assert_same_batches,
-    checkpoint_of,
-    differing,
-    ledger,
-)
+from same_run import assert_same_batches, checkpoint_of, differing, ledger
+from small_run import IMAGES, STEPS, arguments
 
 import feed
 import train

@@ -182,6 +182,7 @@ def test_the_network_is_counted_as_it_is_known():
     assert network.multiply_adds(cfg.model, 1000, 299) == 13_154_258_016 + 1_536_000
 
 
+@pytest.mark.slow
 def test_images_that_ask_for_more_take_longer_in_proportion():
     device = devices.load().devices["h100"]
 
@@ -279,6 +280,7 @@ def test_a_measured_step_of_two_processes_is_predicted_from_its_parts():
 # ---------------------------------------------------------------------------------- the program
 
 
+@pytest.mark.slow
 def test_a_plan_has_a_row_for_every_number_of_gpus_that_can_share_the_batch(tmp_path):
     result = run("scripts/plan.py", RECIPE, "--json", tmp_path / "rows.json")
     assert result.returncode == 0, result.stderr

@@ -60,6 +60,7 @@ def start(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
     return programs.start("scripts/predict.py", *arguments, text=False, **options)
 
 
+@pytest.mark.slow
 def test_probabilities_are_those_of_timms_model_and_transform(photographs, tmp_path, call):
     theirs = randomised(timm.create_model("inception_resnet_v2", num_classes=6))
     path = tmp_path / "weights.safetensors"
@@ -106,6 +107,7 @@ def test_one_line_a_picture_with_classes_in_words(photographs, small_weights, ca
     assert imagenet_names.in_words("n00000000") == "n00000000"  # a folder that is no synset
 
 
+@pytest.mark.slow
 def test_what_cannot_be_used_has_a_line_and_the_rest_goes_on(
     photographs, small_weights, tmp_path, call
 ):
@@ -146,6 +148,7 @@ def test_what_cannot_be_used_has_a_line_and_the_rest_goes_on(
         assert ("error" in line) == (place in expected) != ("predictions" in line)
 
 
+@pytest.mark.slow
 def test_a_stream_is_answered_line_by_line_and_ctrl_c_ends_it_quietly(photographs, small_weights):
     process = start("-", "--weights", small_weights, "--batch", "1", stdin=subprocess.PIPE)
     for name in ("a.jpg", "b.png"):

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import pytest
 from programs import start_script
 
+pytestmark = pytest.mark.slow
+
 GRACE_S = 0.5
 HANGING = f"""
 import ctypes

@@ -58,6 +58,7 @@ def digits(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_digits_are_scikit_learns_scaled_to_bytes(digits):
     content = load_digits()
     pixels = ((content.images.astype(int) * 255 * 2 + 16) // 32).astype(np.uint8)  # rounded
@@ -67,12 +68,14 @@ def test_digits_are_scikit_learns_scaled_to_bytes(digits):
     assert Counter(written) == Counter(expected)
 
 
+@pytest.mark.slow
 def test_digits_are_png_files_of_one_channel(digits):
     for path in digits.glob("*/0/*"):
         with Image.open(path) as image:
             assert (image.format, image.mode, image.size) == ("PNG", "L", (8, 8))
 
 
+@pytest.mark.slow
 def test_held_out_digits_are_a_fifth_of_every_class(digits):
     held_out = Counter(label for label, _ in read_folder(digits / "val"))
     assert sum(held_out.values()) == 360
@@ -80,10 +83,12 @@ def test_held_out_digits_are_a_fifth_of_every_class(digits):
         assert abs(held_out[label] - count * 360 / 1797) < 1
 
 
+@pytest.mark.slow
 def test_digits_are_split_the_same_way_each_time(digits):
     assert tree(digits) == dict(public_sets.digits())
 
 
+@pytest.mark.slow
 def test_a_second_run_leaves_the_folder_as_it_is(digits, prepare):
     def state() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in digits.parent.rglob("*")}

@@ -176,6 +176,7 @@ def check_nothing_half_written(out: Path, whole: dict[str, bytes]) -> None:
                 assert tree(folder / name) == below(whole, f"{split}/{name}/")
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_run_again_the_tree_is_the_same(
     preparation, expected_tree, monkeypatch
 ):
@@ -302,6 +303,7 @@ def refusal(preparation: Preparation, capsys, *more: str) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_all_that_is_missing_is_told_at_once(tmp_path):
     (tmp_path / "archives").mkdir()
     (tmp_path / "archives" / ILSVRC2012.train.name).write_bytes(b"a piece")

@@ -257,6 +257,7 @@ def test_a_run_may_begin_amid_faults(made, url, impatient):
         assert len(proxy.injected) >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_faults_that_do_not_pass_are_told_with_the_objects_name(url, workers):
     with faulty(url, lambda path, number: ERROR if number > 6 else PASS) as (at, _):

@@ -126,6 +126,7 @@ raise ValueError("a mistake")
 """
 
 
+@pytest.mark.slow
 def test_workers_keep_no_program_from_ending():
     program = start_script(MISTAKE)
     _, error = program.communicate(timeout=120)

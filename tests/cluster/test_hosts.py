@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from namespaces import Host, finished, hosts, wait_for
 from programs import run
-from small_run import HARMED, STEPS, arguments, assert_same_batches, assert_same_end
+from same_run import assert_same_batches, assert_same_end
+from small_run import HARMED, STEPS, arguments
 
 from scripts.pages import replace_section
 

@@ -15,8 +15,9 @@ import pytest
 import slurm_cluster
 from ports import free_port
 from programs import ROOT, environment
+from same_run import assert_same_end, steps
 from slurm_cluster import Slurm
-from small_run import STEPS, arguments, assert_same_end, steps
+from small_run import STEPS, arguments
 
 from scripts.pages import replace_section
 

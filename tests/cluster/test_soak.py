@@ -18,20 +18,8 @@ from pathlib import Path
 import image_zoo
 import pytest
 from programs import ROOT, children, finish, is_alive, log_lines, run, start, wait_for, write_images
-from small_run import (
-    HARMED,
-    STEPS,
-    Inject,
-    arguments,
-    assert_same_batches,
-    assert_same_end,
-    checkpoint_of,
-    differing,
-    kill,
-    lose_a_rank,
-    rank_pids,
-    steps,
-)
+from same_run import assert_same_batches, assert_same_end, checkpoint_of, differing, steps
+from small_run import HARMED, STEPS, Inject, arguments, kill, lose_a_rank, rank_pids
 
 from irv2 import checkpoint, jsonl, rundir
 

@@ -19,17 +19,8 @@ from pathlib import Path
 import pytest
 from faulty_proxy import CUT, ERROR, PASS, SLOW, FaultyProxy, faulty
 from programs import run, start, wait_for
-from small_run import (
-    STEPS,
-    Inject,
-    arguments,
-    assert_same_batches,
-    assert_same_end,
-    checkpoint_of,
-    differing,
-    kill,
-    steps,
-)
+from same_run import assert_same_batches, assert_same_end, checkpoint_of, differing, steps
+from small_run import STEPS, Inject, arguments, kill
 from storage_servers import ServerMissingError, nginx, s3
 
 pytestmark = pytest.mark.cluster
