@@ -62,9 +62,7 @@ def lines_of(out: str, level: str) -> list[str]:
 @pytest.mark.slow
 def test_a_sound_run_passes_and_nothing_is_written(project, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    result = programs.run(
-        "scripts/doctor.py", project, "data.workers=1", "--seconds", 0.5, as_user=True
-    )
+    result = programs.run("scripts/doctor.py", project, "data.workers=1", "--seconds", 0.5)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stderr == ""
     assert not lines_of(result.stdout, FAIL)

@@ -66,7 +66,7 @@ def made(folder, tmp_path_factory) -> Path:
     """Shards of the folder, made by the program on two processes; not to be changed."""
     out = tmp_path_factory.mktemp("shards") / "new" / "train"
     options = ("--images-per-shard", 4, "--workers", 2)
-    finished = programs.run("scripts/make_shards.py", folder, "--out", out, *options, as_user=True)
+    finished = programs.run("scripts/make_shards.py", folder, "--out", out, *options)
     assert finished.returncode == 0, finished.stderr
     words = "14 images of 3 classes (n01440764, n01443537, zebra) in 4 shards, 0.1 MB"
     assert finished.stdout == f"{out}: {words}\n"

@@ -329,7 +329,7 @@ def test_a_server_without_ranges_is_refused_when_the_run_begins(url):
         faulty(url, fault) as (at, _),
         pytest.raises(StorageError, match=f"{at}train-00000.tar: .*range requests"),
     ):
-        open_source(at)
+        open_source(at, storage(timeout_s=5))
 
 
 def test_a_damaged_index_is_told_by_its_url(copied):

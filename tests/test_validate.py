@@ -187,7 +187,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_counts_do_not_depend_on_ranks_batches_or_workers(photographs, small, tmp_path) -> None:
     results = []
-    for ranks, batch, workers in ((1, 64, 0), (1, 1, 1), (2, 4, 0), (3, 4, 1)):
+    for ranks, batch, workers in ((1, 64, 0), (2, 4, 1), (3, 1, 0)):
         out = tmp_path / f"{len(results)}.json"
         options = ("--batch", batch, "--workers", workers, "--json", out, "--report", tmp_path)
         place = ("--weights", small[0], "--data", photographs)
@@ -201,7 +201,7 @@ def test_counts_do_not_depend_on_ranks_batches_or_workers(photographs, small, tm
         results[-1]["first"] = [row["class_1"] for row in rows]
     losses = [result.pop("loss") for result in results]
     assert all(result == results[0] for result in results)
-    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
     assert 0 < results[0]["top1_correct"] < results[0]["images"] == 17
     assert len(set(results[0]["first"])) > 1
 
