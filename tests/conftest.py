@@ -1,10 +1,10 @@
-"""The small run that several tests share, and a tally of the faults that they inject into it."""
+"""The order of the tests, their options, and the runs, shards and browser that several share."""
 
 from __future__ import annotations
 
 import shutil
 import signal
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,10 @@ from small_run import CONFIG, IMAGES, arguments
 
 from scripts.pages import replace_section
 
+# Modules of half a minute and more.
+LONGEST = ("faults", "mutations", "validate", "train", "benchmark", "finetune", "moving_to_shards",
+           "export", "model", "ranks")  # fmt: skip
+
 
 def pytest_sessionstart() -> None:
     """Let programs under test hear Ctrl-C even if a shell started this in its background."""
@@ -22,15 +26,14 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put modules with the most slow tests first, so that none of them is begun last."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    slow[Path(__file__).parent / "test_mutations.py"] = 5  # rows, each with a pytest of its own
-    items.sort(key=lambda item: -slow[item.path])
+    """Put the modules that take longest first, so that none of them is begun last."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
 
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run of 6 steps, 4 images each, over 14 images; evaluated after steps 4 and 6."""
+    """Config of a run of 6 steps, 4 images each, over 14 images; evaluated after steps 4 and 6."""
     folder = tmp_path_factory.mktemp("faults")
     write_images(folder / "train", ["a", "b"], IMAGES // 2)
     write_images(folder / "val", ["a", "b"], 2, seed=1)

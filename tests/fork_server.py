@@ -3,9 +3,10 @@
 A start of Python that imports torch, torchvision and timm takes 7 s of a core, a fork of a process
 that has done so a few milliseconds. A forked program is otherwise what a shell starts: it has its
 own pid, standard streams, environment and `__main__`, is a child of the process that asked for it,
-hears signals, and ends as an interpreter ends. What it does not show is that its imports work, and
-what is read from the environment at an import; some programs are therefore started anew (`as_user`
-in programs.py).
+hears signals, and ends as an interpreter ends. What it does not show is that its imports work, what
+is read from the environment at an import or a start (text encoding), and what depends on the order
+of hashes, which all forks share; some programs are therefore started anew (`as_user` in
+programs.py). /proc tells of the server's environment and command line.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 class Program(subprocess.Popen):
-    """A forked program; a subprocess.Popen in every other respect.
+    """A forked program, otherwise a subprocess.Popen.
 
-    args: a Python file and its arguments, or "-c", a text and its arguments.
+    args: a Python file and its arguments, or "-c", a text and its arguments. Of Popen's options
+    those of streams and text have an effect, `cwd` and `env`.
     """
 
     def _execute_child(
@@ -44,8 +46,10 @@ class Program(subprocess.Popen):
         request = {"argv": list(args), "cwd": str(cwd or Path.cwd()), "env": dict(env)}
         self.pid = _ask(request, streams)
         self._child_created = True
-        for own in {p2cread, c2pwrite, errwrite} - {-1}:
-            os.close(own)
+        ours = (self.stdin, self.stdout, self.stderr)
+        for own, pipe in zip((p2cread, c2pwrite, errwrite), ours):
+            if pipe is not None:
+                os.close(own)
 
 
 def environment() -> dict[str, str]:
@@ -60,19 +64,25 @@ def _ask(request: dict, streams: list[int]) -> int:
     try:
         socket.send_fds(channel, [len(content).to_bytes(8, "big")], streams)
         channel.sendall(content)
-        return int.from_bytes(_received(channel, 8), "big")
+        pid = int.from_bytes(_received(channel, 8), "big")
     except (OSError, EOFError):
         raise ChildProcessError("the fork server has ended; it has said why on stderr") from None
+    if pid == 0:
+        raise ChildProcessError("the fork server could not fork; it has said why on stderr")
+    return pid
 
 
 @functools.cache
 def _server(_own_pid: int) -> socket.socket:
     """Start this process's server, which ends when its end of the channel is closed."""
     # A program's parent ends at once, so that the program becomes a child of this process.
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError("no PR_SET_CHILD_SUBREAPER here: exit statuses of programs would be lost")
     ours, theirs = socket.socketpair()
     command = [sys.executable, __file__, str(theirs.fileno())]
-    subprocess.Popen(command, env=environment(), pass_fds=[theirs.fileno()])
+    subprocess.Popen(
+        command, env=environment(), pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+    )
     theirs.close()
     return ours
 
@@ -99,8 +109,9 @@ def serve(channel: socket.socket) -> dict | None:
             os.write(write, pid.to_bytes(8, "big"))
             os._exit(0)
         os.waitpid(middle, 0)
-        channel.sendall(os.read(read, 8))
-        for own in (*streams, read, write):
+        os.close(write)
+        channel.sendall(os.read(read, 8) or bytes(8))
+        for own in (*streams, read):
             os.close(own)
 
 
@@ -120,7 +131,7 @@ def warm() -> None:
 
 
 def _received(channel: socket.socket, size: int) -> bytes:
-    """Exactly `size` bytes. Raises EOFError where the channel ends before."""
+    """Return exactly `size` bytes. Raises EOFError where the channel ends before."""
     content = b""
     while len(content) < size:
         if not (more := channel.recv(size - len(content))):
@@ -135,6 +146,7 @@ def become(request: dict) -> None:
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     tempfile.tempdir = None  # as the environment says
+    sys.modules["numpy"].random.seed()  # else all programs would draw the same
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
     for number, name, errors in ((1, "stdout", "strict"), (2, "stderr", "backslashreplace")):

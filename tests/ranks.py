@@ -1,7 +1,7 @@
 """Run a program as several ranks, as torchrun does: `python ranks.py COUNT PROGRAM ARGUMENTS`.
 
 Ranks are forked, which spares their imports where torchrun itself is not the subject. Exit status:
-0, or 1 if a rank's was another; the others are then ended by SIGTERM.
+0, or 1 if a rank's was another; the others are then ended, as by torchrun.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 
 import torch.distributed as dist
@@ -22,7 +23,9 @@ def main() -> int | None:
     pids = {}
     for rank in range(count):
         if (pid := os.fork()) == 0:
-            port = os.read(read, 5).decode()
+            os.close(write)
+            if not (port := os.read(read, 5).decode()):
+                os._exit(1)  # the launcher has gone
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             own |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -37,10 +40,17 @@ def main() -> int | None:
         pid, status = os.wait()
         if pids.pop(pid, None) is not None and status != 0 and not failed:
             failed = True
-            for other in pids:
-                with suppress(ProcessLookupError):
-                    os.kill(other, signal.SIGTERM)
+            end(pids, signal.SIGTERM)
+            signal.signal(signal.SIGALRM, lambda *_: end(pids, signal.SIGKILL))
+            signal.alarm(30)  # torchrun's patience
     return int(failed)
+
+
+def end(pids: Iterable[int], number: int) -> None:
+    """Send a signal to those that are still there."""
+    for pid in list(pids):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 if __name__ == "__main__":

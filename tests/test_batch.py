@@ -6,13 +6,13 @@ import re
 
 import pytest
 import torch
+from small_network import ALONE
 
 import recipe
 from irv2 import config, memory, rundir
 from irv2.distributed import World, WorldError, divide_batch
 
 CPU = torch.device("cpu")
-ALONE = World(0, 1, CPU)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A run under faults, started as a user starts it: it ends as if nothing had happened.
+"""A run under faults, in processes of its own: it ends as if nothing had happened.
 
 The long versions of these tests are in cluster/test_soak.py.
 """
@@ -38,7 +38,7 @@ def test_a_run_killed_in_its_saves_ends_as_if_it_had_not_been(
         assert result.returncode == -signal.SIGKILL, result.stderr
         assert steps(tmp_path / "run") == expected
         assert all(map(checkpoint.is_whole, checkpoint.found(tmp_path / "run" / "checkpoints")))
-    result = run("train.py", *arguments(config, tmp_path / "run"))
+    result = run("train.py", *arguments(config, tmp_path / "run"), as_user=True)
     assert result.returncode == 0, result.stderr
     assert f"continuing after step {STEPS} " in result.stdout
     assert_same_end(tmp_path / "run", undisturbed)
@@ -111,7 +111,7 @@ def test_a_disk_that_stays_full_is_an_error_and_costs_no_older_checkpoint(
 def test_a_stopped_run_loses_no_finished_step(config, undisturbed, tmp_path, inject: Inject):
     """Ctrl-C between two saves, SIGTERM in a save, SIGUSR1 in an evaluation, each continued."""
     for fault, moment, number, status, workers in (
-        ("slow-save=0", "step 1/", signal.SIGINT, 130, 2),
+        ("slow-save=0", "step 3/", signal.SIGINT, 130, 2),
         ("slow-save=2", "save begins", signal.SIGTERM, 75, 0),
         ("slow-evaluation=1", "evaluation begins", signal.SIGUSR1, 75, 2),
     ):

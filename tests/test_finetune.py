@@ -324,11 +324,12 @@ def test_two_ranks_begin_with_the_same_weights_and_train_as_one(project, tmp_pat
 
 @pytest.mark.slow
 def test_weights_that_cannot_be_had_are_one_line_before_anything_is_made(project, tmp_path):
-    """On two ranks, of which one speaks; tests' programs find no hub (`environment()`)."""
+    """One of two ranks speaks. Programs under test find no hub (`environment()`)."""
     init = "model.init=timm:inception_resnet_v2.tf_in1k"
-    result = run("train.py", *arguments(project, "run", init), ranks=2)
-    assert result.returncode == 1
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("train.py: timm:inception_resnet_v2.tf_in1k: not available (")
-    assert line.endswith("give the file's path instead")
-    assert not (tmp_path / "run").exists()
+    for ranks in (1, 2):
+        result = run("train.py", *arguments(project, "run", init), ranks=ranks)
+        assert result.returncode == 1
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("train.py: timm:inception_resnet_v2.tf_in1k: not available (")
+        assert line.endswith("give the file's path instead")
+        assert not (tmp_path / "run").exists()

@@ -129,6 +129,19 @@ def test_no_module_imports_a_program():
     assert [dotted(path) for path in modules if roots(path) & programs] == []
 
 
+def test_a_script_finds_the_project_before_it_imports_it():
+    """Python puts a script's own folder into its path, not the repository."""
+    ours = {*PACKAGES, "report", "scripts", "feed", "exam", "recipe"}
+    for path in (ROOT / "scripts").glob("*.py"):
+        body = ast.parse(path.read_text()).body
+        starts = any(ast.unparse(part).startswith("if __name__ ==") for part in body)
+        modules = [(part.lineno, part.module) for part in body if isinstance(part, ast.ImportFrom)]
+        first = min((line for line, name in modules if name.split(".")[0] in ours), default=None)
+        if starts and first is not None:
+            before = [ast.unparse(part) for part in body if part.lineno < first]
+            assert any(text.startswith("sys.path.insert(0, ") for text in before), path.name
+
+
 def test_only_the_programs_import_both_packages():
     folders = [
         path

@@ -61,8 +61,8 @@ def test_a_window_over_folders_is_refused(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def first_batch(config: Path, rank: int, ranks: int, recipe: tuple[str, ...]) -> loader.Batch:
-    """What a rank takes first, images and labels as the network gets them."""
+def second_batch(config: Path, rank: int, ranks: int, recipe: tuple[str, ...]) -> loader.Batch:
+    """Return a rank's part of the second batch, as the network gets it."""
     cfg = load(config, ["train.micro_batch=4", *recipe])
     world = World(rank, ranks, torch.device("cpu"))
     source, _ = feed.open_sources(cfg)
@@ -76,8 +76,8 @@ def first_batch(config: Path, rank: int, ranks: int, recipe: tuple[str, ...]) ->
 def test_mixing_and_augmenting_give_the_same_images_on_two_ranks(config):
     """Stronger recipes, too, follow from (seed, epoch, index)."""
     strong = ("data.mixup=0.2", "data.cutmix=1", "data.rand_augment=9", "data.random_erasing=0.3")
-    whole, plain = (first_batch(config, 0, 1, recipe) for recipe in (strong, ()))
-    halves = [first_batch(config, rank, 2, strong) for rank in range(2)]
+    whole, plain = (second_batch(config, 0, 1, recipe) for recipe in (strong, ()))
+    halves = [second_batch(config, rank, 2, strong) for rank in range(2)]
     assert torch.equal(whole.images, torch.cat([half.images for half in halves]))
     assert torch.equal(whole.labels, torch.cat([half.labels for half in halves]))
     assert whole.keys == [key for half in halves for key in half.keys]

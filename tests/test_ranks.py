@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from programs import run_script_on_ranks
+from same_run import differing
 from small_network import (
     ALONE,
     LR,
@@ -266,8 +267,7 @@ def is_continued(world: World, settled: bool, reduce_dtype: str) -> bool:
     continued, network = started(world, settled, reduce_dtype)
     continued.load(saved, counters)
     one_step(continued, network, world)
-    ours, theirs = continued.model.state_dict(), unbroken.model.state_dict()
-    return all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    return differing(continued.tensors(), unbroken.tensors()) == []
 
 
 def started(world: World, settled: bool, reduce_dtype: str) -> tuple[TrainState, torch.nn.Module]:

@@ -315,8 +315,7 @@ def rows_of(summary: str) -> dict[str, str]:
 def test_a_run_is_summed_up_and_drawn(study, tmp_path):
     (study / "validate.json").write_text(json.dumps(eval_line(2, "ema", 1.0)))
     out = tmp_path / "out"
-    command = [sys.executable, "scripts/report.py", study, "--out", out]
-    done = subprocess.run(command, cwd=programs.ROOT, capture_output=True, text=True)
+    done = programs.run("scripts/report.py", study, "--out", out, as_user=True)
     assert done.returncode == 0, done.stderr
     rows = rows_of(done.stdout)
     assert rows["top-1"] == "84.00 %"  # averaged, of the last step, not of the older validate.json

@@ -183,12 +183,15 @@ def test_two_programs_cannot_work_in_one_run_but_a_dead_one_does_not_hold_it(tmp
     holder.start()
     assert receiver.poll(60)
     child = receiver.recv()
-    with pytest.raises(CheckpointError, match=r"another train\.py is at work"):
-        rundir.lock(tmp_path / "run")
-    holder.kill()
-    holder.join()
-    rundir.lock(tmp_path / "run").close()
-    os.kill(child, signal.SIGKILL)
+    try:
+        with pytest.raises(CheckpointError, match=r"another train\.py is at work"):
+            rundir.lock(tmp_path / "run")
+        holder.kill()
+        holder.join()
+        rundir.lock(tmp_path / "run").close()
+    finally:
+        holder.kill()
+        os.kill(child, signal.SIGKILL)
 
 
 def test_a_ledger_is_cut_back_for_every_rank(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import programs
@@ -15,7 +16,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from irv2 import checkpoint, config
+from irv2 import checkpoint, config, distributed, engine
+from irv2.distributed import World
 from irv2.model import inception_resnet_v2
 
 pytestmark = pytest.mark.slow
@@ -187,6 +189,23 @@ def test_bad_image_on_one_rank_ends_all_ranks(tmp_path: Path) -> None:
     assert time.monotonic() - started < 200
     assert f"train.py: {bad}: cannot be decoded" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_ranks_exchange_as_the_config_says_in_a_settled_order(tmp_path, monkeypatch) -> None:
+    """As the first of two ranks, of which there is but one."""
+    done = []
+    two = World(0, 2, torch.device("cpu"))
+    for name, answer in {"same": True, "votes": [False, False], "any": False}.items():
+        monkeypatch.setattr(World, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(World, "gather", lambda _, items: items)
+    monkeypatch.setattr(World, "average_", lambda *_: done.append("step"))
+    monkeypatch.setattr(distributed, "start", lambda *_: nullcontext(two))
+    monkeypatch.setattr(distributed, "check_shared", lambda *_: None)
+    monkeypatch.setattr(distributed, "parallel", lambda model, *how: done.append(how[2:]) or model)
+    monkeypatch.setattr(engine, "settle", lambda *_: done.append("settled"))
+    overrides = ("train.reduce_dtype=bf16", "train.max_steps=1")
+    assert call(train, "--config", programs.write_project(tmp_path), *overrides).status == 0
+    assert done == [("bf16",), "settled", "step"]
 
 
 # ------------------------------------------------------------------------- mistakes
