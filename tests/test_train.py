@@ -6,6 +6,7 @@ import json
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import programs
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from irv2 import checkpoint, config, distributed, engine
+from irv2 import checkpoint, config, distributed, engine, weights
 from irv2.distributed import World
 from irv2.model import inception_resnet_v2
 
@@ -97,6 +98,19 @@ def test_best_weights_are_those_of_the_best_evaluation(project: Path) -> None:
     assert json.loads(metadata["classes"]) == ["a", "b", "c"]
     model = inception_resnet_v2(3, blocks=(1, 1, 1))
     model.load_state_dict(safetensors.torch.load_file(project / "run" / "best.safetensors"))
+
+
+def test_the_best_weights_stay_when_later_ones_are_worse(tmp_path, monkeypatch) -> None:
+    others = {"top5": 100.0, "mean_per_class": 50.0, "mean_loss": 1.0, "images": 12}
+    results = iter(SimpleNamespace(top1=top1, **others) for top1 in (50.0, 60.0, 40.0, 55.0))
+    monkeypatch.setattr(engine, "evaluate", lambda *_: next(results))
+    monkeypatch.setattr(train, "show_result", lambda *_: None)
+    assert (
+        call(train, "--config", programs.write_project(tmp_path), "train.max_steps=6").status == 0
+    )
+    _, metadata = weights.read(str(tmp_path / "run" / "best.safetensors"))
+    best = json.loads(metadata["result"])
+    assert (best["step"], best["weights"], best["top1"]) == (3, "raw", 60.0)
 
 
 def test_tensorboard_has_curves_images_and_config(project: Path) -> None:
