@@ -1,10 +1,12 @@
 """Deliberate breakages, a row each of mutations.yaml, and that the tests named there notice them.
 
-Some rows are tried in every run, others for every commit; `--all-mutations` tries all.
+Every run tries some rows that quick tests notice, others for each commit; `--all-mutations` tries
+all.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import re
@@ -52,8 +54,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def sample() -> list[Row]:
-    """Rows of this commit: the same in every process that collects tests."""
-    return random.Random(git("rev-parse", "HEAD") or 0).sample(ROWS, SAMPLE)
+    """Rows of this commit that quick tests notice: the same in every process that collects them."""
+    quick = [row for row in ROWS if not any(map(is_slow, places(row.noticed_by)))]
+    return random.Random(git("rev-parse", "HEAD") or 0).sample(quick, SAMPLE)
+
+
+def is_slow(place: str) -> bool:
+    """Whether FILE::NAME is marked as slow, by itself or with its module."""
+    path, _, name = place.partition("::")
+    text = tests()[ROOT / path]
+    marks = rf"^@pytest\.mark\.slow\n(@.*\n)*def {name}\(|^pytestmark = pytest\.mark\.slow$"
+    return re.search(marks, text, re.M) is not None
 
 
 def git(*arguments: str) -> str:
@@ -78,12 +89,17 @@ def copied(to: Path) -> Path:
     return to
 
 
+@functools.cache
+def tests() -> dict[Path, str]:
+    """Texts of the test modules."""
+    return {path: path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py"))}
+
+
 def places(names: Iterable[str]) -> list[str]:
     """FILE::NAME of each test function. Raises ValueError for one that is nowhere or twice."""
-    files = {path: path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py"))}
     found = []
     for name in names:
-        homes = [path for path, text in files.items() if re.search(rf"^def {name}\(", text, re.M)]
+        homes = [path for path, text in tests().items() if f"\ndef {name}(" in text]
         if len(homes) != 1:
             raise ValueError(f"{name}: in {len(homes)} files, not in one")
         found.append(f"{homes[0].relative_to(ROOT)}::{name}")
