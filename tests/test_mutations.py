@@ -62,7 +62,7 @@ def sample() -> list[Row]:
 def is_slow(place: str) -> bool:
     """Whether FILE::NAME is marked as slow, by itself or with its module."""
     path, _, name = place.partition("::")
-    text = tests()[ROOT / path]
+    text = modules_of_tests()[ROOT / path]
     marks = rf"^@pytest\.mark\.slow\n(@.*\n)*def {name}\(|^pytestmark = pytest\.mark\.slow$"
     return re.search(marks, text, re.M) is not None
 
@@ -90,7 +90,7 @@ def copied(to: Path) -> Path:
 
 
 @functools.cache
-def tests() -> dict[Path, str]:
+def modules_of_tests() -> dict[Path, str]:
     """Texts of the test modules."""
     return {path: path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py"))}
 
@@ -99,7 +99,7 @@ def places(names: Iterable[str]) -> list[str]:
     """FILE::NAME of each test function. Raises ValueError for one that is nowhere or twice."""
     found = []
     for name in names:
-        homes = [path for path, text in tests().items() if f"\ndef {name}(" in text]
+        homes = [path for path, text in modules_of_tests().items() if f"\ndef {name}(" in text]
         if len(homes) != 1:
             raise ValueError(f"{name}: in {len(homes)} files, not in one")
         found.append(f"{homes[0].relative_to(ROOT)}::{name}")
