@@ -53,8 +53,12 @@ class Program(subprocess.Popen):
 
 
 def environment() -> dict[str, str]:
-    """Return what programs under test find: one thread, plain output, and no hub of weights."""
+    """Return what programs under test find: one thread, plain output, and no hub of weights.
+
+    Memory comes in large pages: small runs take new memory more than they compute in it.
+    """
     own = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    own["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     return os.environ | own | {"HF_HUB_OFFLINE": "1", "HF_HOME": f"{tempfile.gettempdir()}/no-hub"}
 
 
@@ -116,15 +120,26 @@ def serve(channel: socket.socket) -> dict | None:
 
 
 def warm() -> None:
-    """Do what a program's first resized image and first figure do: load machine code and fonts."""
+    """Do what a program's first batch, step and figure do: load machine code and fonts."""
     import numpy as np  # here, as whoever asks for programs needs none of these
+    import torch
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from data.resample import Box, resize
+    from data.to_input import ToInput
+    from irv2 import fused
+    from irv2.native import update
 
     image, view = (np.zeros((side, side, 3), np.uint8) for side in (8, 4))
     resize(image, view, box=Box(0, 0, 8, 8), size=(4, 4))
+    images, flips = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.bool)
+    for colours in (None, torch.zeros(1, 3)):
+        x = ToInput([0.5] * 3, [0.5] * 3, torch.device("cpu"))(images, flips, colours)
+    fused.norm_relu(x, torch.nn.BatchNorm2d(3), 0.1)
+    weight, rates = [torch.zeros(1)] * 5, update.Rates(1.0, 0.0, 0.9, 1.0, 0.9, 0.0, 0.0)
+    update.rmsprop([update.Slots(*weight)], rates)
+    update.norm(weight[:1])
     figure = Figure(layout="constrained")
     figure.add_subplot().set_title("words")
     FigureCanvasAgg(figure).draw()
