@@ -17,14 +17,12 @@ from torch.nn.functional import one_hot
 from torchvision.transforms import v2
 
 from data.loader import Batch
-from data.stream import Key
-
-AUGMENT, MIX = 3, 4  # keep these draws apart from a view's and a replacement's
+from data.stream import AUGMENT, MIX, Key
 
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Torch's CPU generator begins anew from the key; afterwards it is as it was."""
+    """Seed torch's CPU generator by the key; afterwards it is as it was."""
     (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(seed))  # torch.manual_seed sets those of GPUs too
@@ -81,7 +79,7 @@ class Mix:
         return mixed, shares
 
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Batches, mixed."""
+        """Yield batches, mixed."""
         for batch in batches:
             images, shares = self(batch.images, batch.labels, batch.keys)
             yield batch._replace(images=images, labels=shares)

@@ -1,4 +1,4 @@
-"""Which images of a source count in an evaluation, and which of a network's outputs are right."""
+"""Images of a source that count in an evaluation, and outputs of a network that are right."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.sources import DataError, Source, check_same_classes
+from data.base import Source
+from data.errors import DataError
+from data.sources import check_same_classes
 
 # ImageNet's class folders, and its validation images, which lists name by number.
 SYNSET = re.compile(r"n\d{8}")
@@ -23,29 +25,29 @@ VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 @dataclass(frozen=True)
 class LabelSet:
-    """The questions of an evaluation and their right answers."""
+    """Images that an evaluation asks about, and the right answers."""
 
-    name: str  # of the kind of labels
+    name: str  # "folders", "numbered", "class index" or "real"
     indices: np.ndarray  # int64 [n], the images that count, ascending
     outputs: np.ndarray  # int64 [folders], the network's output that stands for a class folder
     competing: np.ndarray | None = None  # bool [C], outputs that may be answers; None: all
     several: np.ndarray | None = None  # int64 [N, A], right outputs of each image of the source
 
     def answers(self, labels: Tensor, indices: list[int]) -> Tensor:
-        """Right outputs for a batch: int64 [B], or [B, A] where several may be right."""
+        """Return the right outputs for a batch: int64 [B], or [B, A] where several may be right."""
         if self.several is None:
             return torch.from_numpy(self.outputs).to(labels.device)[labels]
         return torch.from_numpy(self.several[indices]).to(labels.device)
 
 
-def of_folders(
-    source: Source, where: str, classes: list[str] | None, num_outputs: int, of: str
+def from_folders(
+    source: Source, where: str, classes: list[str] | None, num_outputs: int, network: str
 ) -> LabelSet:
-    """Class folders stand for the network's classes, by name.
+    """Take class folders for the network's classes of the same name.
 
-    To ImageNet's networks, and to those that do not know their classes, folders named by all
-    numbers from 0 on are outputs by number, as ImageNetV2's; else to the latter (`of`) folders
-    count in their order. Raises DataError unless each output has its folder.
+    For networks of ImageNet, and those that do not know their classes, folders named by all numbers
+    from 0 on are outputs by number, as ImageNetV2's; other folders are the outputs of a network
+    that does not know its classes in their order. Raises DataError unless each output has a folder.
     """
     folders, everything = source.classes, np.arange(len(source))
     numbers = [int(name) if name.isdecimal() else -1 for name in folders]
@@ -54,12 +56,12 @@ def of_folders(
         return LabelSet("numbered", everything, np.array(numbers))
     if classes is not None:
         try:
-            check_same_classes(folders, classes, where, of)
+            check_same_classes(folders, classes, where, network)
         except DataError as error:
             raise DataError(f"{error}{_subset_hint(folders, classes)}") from None
     elif len(folders) != num_outputs:
         raise DataError(
-            f"{where}: {len(folders)} classes, but {of} tells apart {num_outputs}; "
+            f"{where}: {len(folders)} classes, but {network} distinguishes {num_outputs}; "
             "--class-index FILE can say which folder is which output"
         )
     return LabelSet("folders", everything, np.arange(num_outputs))
@@ -68,16 +70,16 @@ def of_folders(
 def _subset_hint(folders: list[str], classes: list[str]) -> str:
     if set(folders) < set(classes):
         return (
-            "; to tell apart only the classes that are there: --class-index FILE, with their names "
-            "one a line"
+            "; to distinguish only the classes that are there: --class-index FILE, with their "
+            "names one a line"
         )
     return ""
 
 
-def of_class_index(
+def from_class_index(
     source: Source, where: str, classes: list[str] | None, num_outputs: int, path: Path
 ) -> LabelSet:
-    """Class folders stand for outputs as a file says, and only the outputs it names compete.
+    """Take class folders for outputs as a file says; only the outputs that it names compete.
 
     The file: {"0": ["n01440764", "tench"], …} or {"0": "n01440764", …}, outputs by number; or
     {"n01440764": 0, …}; or a folder a line, which is looked up in `classes`, or, where the network
@@ -106,7 +108,7 @@ def of_class_index(
 
 
 def _read_class_index(path: Path, classes: list[str] | None) -> dict[str, int]:
-    """Folder -> output."""
+    """Read which folder stands for which output."""
     text = _read_text(path)
     if text.lstrip().startswith("{"):
         return _from_mapping(_parse_json(path, text), path)
@@ -120,7 +122,7 @@ def _read_class_index(path: Path, classes: list[str] | None) -> dict[str, int]:
 
 
 def _from_mapping(mapping: dict[str, Any], path: Path) -> dict[str, int]:
-    """Both directions of the JSON forms."""
+    """Read both directions of the JSON forms."""
     output_of: dict[str, int] = {}
     for key, value in mapping.items():
         if isinstance(value, list) and value:
@@ -137,7 +139,7 @@ def _from_mapping(mapping: dict[str, Any], path: Path) -> dict[str, int]:
 
 
 def with_real_labels(labels: LabelSet, source: Source, path: Path) -> LabelSet:
-    """ReaL labels of ImageNet's validation images (Beyer et al., arXiv:2006.07159; real.json).
+    """Take ReaL labels of ImageNet's validation images (Beyer et al., arXiv:2006.07159; real.json).
 
     The file lists for each image, in order of its number, the outputs that are right; images with
     none do not count. Raises DataError.
@@ -166,24 +168,21 @@ def with_real_labels(labels: LabelSet, source: Source, path: Path) -> LabelSet:
 
 
 def only(labels: LabelSet, source: Source, path: Path) -> LabelSet:
-    """Of the images that count, those that a file lists (see `_listed`). Raises DataError."""
+    """Keep the images that a file lists (see `_listed`). Raises DataError."""
     return replace(labels, indices=labels.indices[_listed(labels, source, path)])
 
 
 def without(labels: LabelSet, source: Source, path: Path) -> LabelSet:
-    """Of the images that count, those that a file does not list (see `_listed`).
-
-    Raises DataError.
-    """
+    """Leave out the images that a file lists (see `_listed`). Raises DataError."""
     return replace(labels, indices=labels.indices[~_listed(labels, source, path)])
 
 
 def _listed(labels: LabelSet, source: Source, path: Path) -> np.ndarray:
-    """bool [n]: which of the images that count a file names, one a line: by file name, with or
-    without its suffix or folder, or what the line begins with; or by number, as the ImageNet
-    devkit's blacklist its validation images.
+    """Mark which of the images that count a file lists, one a line: bool [n].
 
-    Raises DataError for a line that names no image of the source, or several.
+    A line, or its first word, is a file's name, with or without its suffix or folder, or a number,
+    as the ImageNet devkit's blacklist has it for validation images. Raises DataError for a line
+    that names no image of the source, or several.
     """
     lines = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
     places: dict[str, list[int]] = {}
@@ -196,11 +195,11 @@ def _listed(labels: LabelSet, source: Source, path: Path) -> np.ndarray:
         tried = [*_names(line), *_names(word)]
         if word.isdecimal():
             tried.append(f"ILSVRC2012_val_{int(word):08d}")
-        found = next((places[key] for key in tried if len(places.get(key, ())) == 1), None)
-        if found is None:
+        place = next((places[key] for key in tried if len(places.get(key, ())) == 1), None)
+        if place is None:
             unknown.append(line)
         else:
-            listed[found] = True
+            listed[place] = True
     if unknown:
         raise DataError(
             f"{path}: {len(unknown):,} of its {len(lines):,} lines name no image here, or several, "
@@ -210,7 +209,7 @@ def _listed(labels: LabelSet, source: Source, path: Path) -> np.ndarray:
 
 
 def _names(path: str) -> list[str]:
-    """What an image may be called: with its folder and without, with its suffix and without."""
+    """List what an image may be called: with or without its folder, with or without its suffix."""
     folder, name = PurePath(path).parent.name, PurePath(path).name
     stem, suffix = os.path.splitext(name)
     names = [name, stem] if suffix.lower() in IMG_EXTENSIONS else [name]

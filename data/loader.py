@@ -14,28 +14,31 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from data.ahead import Asked, with_coming
-from data.sources import DataError, ImageError, Source
-from data.stream import Key
+from data.base import Source
+from data.errors import DataError, ImageError
+from data.shards.prefetch import Request, requests
+from data.stream import REPLACEMENT, Key
 from data.to_input import Colour, ToInput
 from data.transforms import DecodeError, decode
 from data.workers import Workers, batches_of, default_workers, start_worker, worker_errors
 
 MAX_REPLACEMENTS = 10  # a class of which as many cannot be decoded needs a person
-REPLACEMENT = 2  # keeps these draws apart from a view's, seeded by (seed, epoch, index, VIEW)
 
 
 class View(Protocol):
-    """How an image is shown: as a square, or as several."""
+    """A way to show an image: as one square, or as several."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what it makes of an image: (side, side, 3), or (views, side, side, 3)."""
+        """Shape of the output for one image: (side, side, 3), or (views, side, side, 3)."""
 
     def __call__(
         self, pixels: np.ndarray, epoch: int, index: int, out: np.ndarray
     ) -> tuple[bool, Colour | None]:
-        """uint8 [H, W, 3] -> `out`, uint8 of `shape`; whether to mirror it, its colour."""
+        """Put the view of uint8 [H, W, 3] into `out`, uint8 of `shape`.
+
+        Returns whether it is still to be mirrored, and the colour change still to be applied.
+        """
 
 
 class Replaced(NamedTuple):
@@ -50,7 +53,7 @@ class Replaced(NamedTuple):
 
 @dataclass(frozen=True)
 class WorkerBatch:
-    """What a worker makes; the rest as in `Batch`.
+    """A batch as a worker makes it; what is not explained here is as in `Batch`.
 
     Only the pixels travel in shared memory: for each tensor there, two processes shake hands.
     """
@@ -65,26 +68,27 @@ class WorkerBatch:
     checksums: list[int] = field(default_factory=list)
 
     def pin_memory(self) -> WorkerBatch:
-        """The same with its pixels in page-locked memory; the DataLoader calls it by this name."""
+        """Copy the pixels into page-locked memory; the DataLoader calls this by its name."""
         return replace(self, images=self.images.pin_memory())
 
 
 class Batch(NamedTuple):
-    """What the network gets, and what there is to tell about it."""
+    """Images and labels as the network takes them, and where they come from."""
 
     images: Tensor  # float32 [B or B * V, 3, H, W], normalised, on the device
     labels: Tensor  # int64 [B], on the device; mixed: float32 [B, C], shares of the classes
     sizes: np.ndarray  # int32 [B, 2], width and height before anything was done, px
-    keys: list[Key]  # what was asked for
+    keys: list[Key]  # as requested
     replaced: list[Replaced]  # those of the keys that could not be used
     checksums: list[int]  # `fingerprint` of each image; empty unless asked for
 
 
 class Images(Dataset):
-    """(epoch, index) keys -> a batch; an error of the data is returned.
+    """Requests for batches -> batches, each image written where its batch keeps it.
 
-    Returned, not raised: an exception that crosses from a worker arrives wrapped in a traceback.
-    `replacement_seed`: of the draw of another image of the class; None replaces nothing.
+    An error of the data is returned, not raised: an exception that crosses from a worker arrives
+    wrapped in a traceback. `replacement_seed`: of the draw of another image of the class; None
+    replaces nothing.
     """
 
     def __init__(
@@ -93,8 +97,10 @@ class Images(Dataset):
         self.source, self.view = source, view
         self.replacement_seed, self.checksums = replacement_seed, checksums
 
-    def __getitems__(self, keys: list[Key]) -> WorkerBatch | DataError:
-        """A whole batch, each image written where the batch keeps it."""
+    def __getitems__(self, request: Request) -> WorkerBatch | DataError:
+        """Make the batch of a request; the DataLoader calls this by its name."""
+        self.source.fetch(request.soon)
+        keys = request.keys
         images = torch.empty((len(keys), *self.view.shape), dtype=torch.uint8)
         if get_worker_info() is not None:
             images.share_memory_()  # while it is empty, so that no filled pages are copied
@@ -126,7 +132,7 @@ class Images(Dataset):
         )
 
     def _open(self, epoch: int, index: int, replaced: list[Replaced]) -> tuple[np.ndarray, int]:
-        """Pixels and label of an image, or of what stands in for it and is added to `replaced`."""
+        """Read an image and its label, or a replacement, which is then added to `replaced`."""
         try:
             return read_image(self.source, index)
         except ImageError as error:
@@ -136,26 +142,18 @@ class Images(Dataset):
         tried = replacements(self.source.members(index), (self.replacement_seed, epoch, index))
         for other in tried:
             with suppress(ImageError):
-                found = read_image(self.source, other)
+                pixels, label = read_image(self.source, other)
                 reason = str(why).removeprefix(f"{name}: ")
                 replaced.append(Replaced(epoch, index, name, reason, other))
-                return found
+                return pixels, label
         raise ImageError(
             f"{why}, and none of the {len(tried)} other images of its class that were tried can "
             f"stand in for it: see to {os.path.dirname(name)}"
         )
 
 
-class FetchedImages(Images):
-    """The same of a source that fetches ahead, told what to fetch by the process that will read."""
-
-    def __getitems__(self, asked: Asked) -> WorkerBatch | DataError:
-        self.source.fetch(asked.soon)
-        return super().__getitems__(asked.keys)
-
-
 def read_image(source: Source, index: int) -> tuple[np.ndarray, int]:
-    """RGB pixels, uint8 [H, W, 3], and label. Raises ImageError naming the image."""
+    """Read an image: its RGB pixels, uint8 [H, W, 3], and label. Raises ImageError naming it."""
     encoded, label = source.read(index)
     try:
         return decode(encoded), label
@@ -164,10 +162,10 @@ def read_image(source: Source, index: int) -> tuple[np.ndarray, int]:
 
 
 def replacements(members: Sequence[int], key: tuple[int, int, int]) -> list[int]:
-    """What to try in place of an image, `key` (seed, epoch, index): others of its `members`.
+    """Draw others of its `members` to try in place of an image; `key`: (seed, epoch, index).
 
-    In a random order, up to MAX_REPLACEMENTS, a function of the key alone: the same on any number
-    of ranks and workers, another choice in each epoch.
+    Up to MAX_REPLACEMENTS in a random order, a function of the key alone: the same on any number of
+    ranks and workers, another choice in each epoch.
     """
     itself = members.index(key[2])
     rng = np.random.default_rng((*key, REPLACEMENT))
@@ -177,7 +175,7 @@ def replacements(members: Sequence[int], key: tuple[int, int, int]) -> list[int]
 
 
 def fingerprint(pixels: np.ndarray, flip: bool, colour: Colour | None) -> int:
-    """CRC-32 of uint8 pixels [H, W, 3] and of what is still to be done to them."""
+    """Compute the CRC-32 of uint8 pixels [H, W, 3] and of what is still to be done to them."""
     checksum = zlib.crc32(np.ascontiguousarray(pixels))
     return zlib.crc32(np.asarray([flip, *(colour or ())], "<f4"), checksum)
 
@@ -191,7 +189,7 @@ def load(
     replace_bad: bool = False,
     checksums: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of the given keys, in that order, on the device of `to_input`.
+    """Yield batches of the given keys, in that order, on the device of `to_input`.
 
     `replace_bad`: another image of the class stands in for one that cannot be read or decoded,
     drawn from (view.seed, epoch, index); else, or if `MAX_REPLACEMENTS` cannot be used either,
@@ -199,16 +197,11 @@ def load(
     WorkerError for a worker that died or hangs.
     """
     count = default_workers() if workers.count is None else workers.count
-    # Compiles what the view needs, before workers are forked of which each would do so.
+    # Compile what the view needs now: each worker forked later would have to.
     view(np.zeros((2, 2, 3), np.uint8), 0, 0, np.empty(view.shape, np.uint8))
-    ahead = getattr(source, "fetches_ahead", 0)
     loader = DataLoader(
-        (FetchedImages if ahead else Images)(
-            source, view, view.seed if replace_bad else None, checksums
-        ),
-        batch_sampler=(
-            with_coming(batches, ahead, max(1, count)) if ahead else announced(batches, source)
-        ),
+        Images(source, view, view.seed if replace_bad else None, checksums),
+        batch_sampler=requests(announce(batches, source), source.fetches_ahead, max(1, count)),
         num_workers=count,
         collate_fn=_as_it_is,
         pin_memory=to_input.device.type == "cuda",
@@ -222,19 +215,16 @@ def load(
                 raise batch
             small = (batch.flips, batch.colours, batch.labels)
             arrays = (None if array is None else torch.from_numpy(array) for array in small)
-            # The small ones first: the host waits for what lies before them on their way.
+            # The small ones first: the host waits for whatever is copied before them.
             flips, colours, labels, images = to_device(*arrays, batch.images)
             images = to_input(images, flips, colours)
             yield Batch(images, labels, batch.sizes, batch.keys, batch.replaced, batch.checksums)
 
 
-def announced(batches: Iterable[list[Key]], source: Source) -> Iterator[list[Key]]:
-    """The batches, of which a source that has the system read ahead is told when workers are given
-    them: some batches before they are read."""
-    will_read = getattr(source, "will_read", None)
+def announce(batches: Iterable[list[Key]], source: Source) -> Iterator[list[Key]]:
+    """Yield the batches, each announced to the source some batches before a worker reads it."""
     for keys in batches:
-        if will_read is not None:
-            will_read([index for _, index in keys])
+        source.will_read([index for _, index in keys])
         yield keys
 
 
@@ -243,7 +233,7 @@ def _as_it_is(batch: WorkerBatch | DataError) -> WorkerBatch | DataError:
 
 
 class ToDevice:
-    """From the host's memory to the device's, beside what the device is doing.
+    """Copier from the host's memory to the device's, beside what the device is doing.
 
     On a GPU the copies have a stream of their own, so that they need not queue behind the step
     under way. The host waits for copies from memory that is not page-locked, and for nothing else.
@@ -254,7 +244,7 @@ class ToDevice:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, *tensors: Tensor | None) -> list[Tensor | None]:
-        """The tensors on the device, for use on the current stream."""
+        """Copy tensors to the device, for use on the current stream."""
         if self.stream is None:
             return list(tensors)
         with torch.cuda.stream(self.stream):

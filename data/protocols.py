@@ -46,7 +46,7 @@ class SlimView(SquareView):
 
 @native
 def _resize_from_corners(pixels, out):
-    """Output pixel i is at i * input side / output side, between two pixels of the input."""
+    """Take output pixel i at i * input side / output side, between two pixels of the input."""
     height, width, _ = pixels.shape
     size = out.shape[0]
     for i in range(size):
@@ -105,7 +105,7 @@ class CropsView:
         return False, None
 
     def _squares(self, pixels: np.ndarray, shorter: int) -> list[np.ndarray]:
-        """Squares of the image resized to a shorter side, uint8 [shorter, shorter, 3]."""
+        """Cut squares from the image resized to a shorter side, uint8 [shorter, shorter, 3]."""
         height, width, _ = pixels.shape
         longer = int(shorter * max(height, width) / min(height, width))
         offsets = [round((longer - shorter) / 2)]
@@ -124,7 +124,7 @@ class CropsView:
 
 
 class Protocol(NamedTuple):
-    """How an image is shown; over all its views the softmax is averaged."""
+    """A way to show an image; the softmax is averaged over all its views."""
 
     description: str
     view: Callable[[int, float, str], View]  # size, crop and interpolation, where they matter

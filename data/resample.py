@@ -77,7 +77,7 @@ def _resize(pixels, out, box, size, corner, bicubic):
 
 @native
 def _weights(size, out_size, out_first, out_count, bicubic):
-    """(first input, number of inputs, weights in fixed point) of outputs from `out_first` on."""
+    """Compute first input, number of inputs and fixed-point weights, from output `out_first` on."""
     scale = size / out_size
     stretch = max(scale, 1.0)
     support = (2.0 if bicubic else 1.0) * stretch
@@ -103,7 +103,7 @@ def _weights(size, out_size, out_first, out_count, bicubic):
 
 @native
 def _bicubic(distance):
-    """Keys' cubic with a = -0.5, operations in Pillow's order."""
+    """Evaluate Keys' cubic with a = -0.5, operations in Pillow's order."""
     a = -0.5
     if distance < 1.0:
         return ((a + 2.0) * distance - (a + 3.0)) * distance * distance + 1
@@ -114,7 +114,7 @@ def _bicubic(distance):
 
 @native
 def _resize_rows(pixels, out, firsts, counts, weights):
-    """Each row on its own: [H, W, 3] -> [H, w, 3]."""
+    """Resize each row on its own: [H, W, 3] -> [H, w, 3]."""
     height, _, _ = pixels.shape
     left, right = firsts[0], firsts[-1] + counts[-1]
     turned = np.empty((right - left, LANES), np.uint8)
@@ -134,7 +134,7 @@ def _resize_rows(pixels, out, firsts, counts, weights):
 
 @native
 def _combine_rows(rows, out, firsts, counts, weights):
-    """Each column on its own: [H, n] -> [h, n]."""
+    """Resize each column on its own: [H, n] -> [h, n]."""
     length = rows.shape[1]
     sums = np.empty(length, np.int32)
     for i in range(len(firsts)):

@@ -1,65 +1,25 @@
-"""Where images come from: index -> (encoded bytes, label). Folders and synthetic images here,
-shards in `data.shards`, shards in an object store in `data.remote`."""
+"""Sources of images: class folders, synthetic images, and whatever a config's data.train names."""
 
 from __future__ import annotations
 
 import io
 import os
 import re
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file or folder and what to do."""
-
-
-class ImageError(DataError):
-    """One image that cannot be read or decoded; only the rank that met it knows."""
+from data.base import Source
+from data.errors import DataError, ImageError, enumeration
+from data.shards.index import INDEX, PLAN
+from data.shards.local import ShardSource
+from data.shards.remote import RemoteShards, Storage
 
 
-class StorageError(DataError):
-    """Storage that does not answer, or has other objects than were indexed; only the rank that met
-    it knows. Nothing stands in for these images: they are what they were as soon as it answers."""
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How images are fetched that lie in an object store."""
-
-    cache_dir: str | None = None  # folder of a local disk, shared by all processes; None: no cache
-    cache_gb: float = 160.0  # the most it may take, 10^9 bytes
-    timeout_s: float = 300.0  # for how long a fault is taken as passing
-
-
-class Source(Protocol):
-    """A numbered set of labelled, encoded images."""
-
-    classes: list[str]
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """Encoded image and label, an index into `classes`."""
-
-    def name(self, index: int) -> str:
-        """What to call an image when speaking to a person."""
-
-    def members(self, index: int) -> Sequence[int]:
-        """All images of an image's class, itself among them, in ascending order."""
-
-    def class_counts(self) -> list[int]:
-        """Number of images of each class."""
-
-
-class FolderSource:
+class FolderSource(Source):
     """ImageFolder layout: root/<class>/.../<image>, classes and images in sorted order.
 
     Raises DataError for a missing folder, one without class folders, or a class without images.
@@ -75,46 +35,33 @@ class FolderSource:
         if not self.classes:
             raise DataError(f"{self.root}: {_no_classes(self.root)}")
         # As a list of Python strings, ImageNet's paths would take four times the memory.
-        self._starts = [0]  # of each class, and the end of the last
+        self.starts = [0]
         self._names: list[bytes] = []  # of each class: its images' paths within it, end to end
         ends = []  # of each path within its class's bytes
         for name in self.classes:
             paths = [os.fsencode(path) for path in images_below(os.path.join(self.root, name))]
-            self._starts.append(self._starts[-1] + len(paths))
+            self.starts.append(self.starts[-1] + len(paths))
             self._names.append(b"".join(paths))
             ends.append(np.cumsum([len(path) for path in paths], dtype=np.uint32))
         self._ends = np.concatenate(ends)
-
-    def __len__(self) -> int:
-        return self._starts[-1]
 
     def read(self, index: int) -> tuple[bytes, int]:
         path = self.name(index)
         try:
             with open(path, "rb") as file:
-                return file.read(), self._label(index)
+                return file.read(), self.label(index)
         except OSError as error:
             raise ImageError(f"{path}: cannot be read ({error.strerror})") from None
 
     def name(self, index: int) -> str:
-        label = self._label(index)
-        begin = self._ends[index - 1] if index > self._starts[label] else 0
+        label = self.label(index)
+        begin = self._ends[index - 1] if index > self.starts[label] else 0
         path = os.fsdecode(self._names[label][begin : self._ends[index]])
         return os.path.join(self.root, self.classes[label], path)
 
-    def members(self, index: int) -> range:
-        label = self._label(index)
-        return range(self._starts[label], self._starts[label + 1])
-
-    def class_counts(self) -> list[int]:
-        return np.diff(self._starts).tolist()
-
-    def _label(self, index: int) -> int:
-        return bisect_right(self._starts, index) - 1
-
 
 def _no_classes(root: str) -> str:
-    if os.path.exists(os.path.join(root, "plan.json")):
+    if os.path.exists(os.path.join(root, PLAN)):
         return "its shards are unfinished; start the command that writes them again"
     if any(entry.name.endswith(".tar") for entry in os.scandir(root)):
         return (
@@ -131,13 +78,15 @@ def _no_classes(root: str) -> str:
 
 
 def _refuse(error: OSError) -> NoReturn:
-    """A folder that cannot be listed would silently make the data set smaller."""
+    """Raise DataError: a folder that cannot be listed would silently make the data set smaller."""
     raise DataError(f"{error.filename}: cannot be listed ({error.strerror})")
 
 
 def images_below(top: str) -> list[str]:
-    """A class's images, relative to its folder, in ImageFolder's order: folder by folder, a
-    folder's files sorted. Raises DataError if there are none."""
+    """List a class's images, relative to its folder, in ImageFolder's order.
+
+    Folder by folder, a folder's files sorted. Raises DataError if there are none.
+    """
     paths = []
     for folder, _, files in sorted(os.walk(top, onerror=_refuse, followlinks=True)):
         below = os.path.relpath(folder, top)
@@ -148,8 +97,11 @@ def images_below(top: str) -> list[str]:
     return paths
 
 
-class SyntheticSource:
-    """Noise around one colour a class: something to run on where there are no images."""
+class SyntheticSource(Source):
+    """Noise around one colour a class: something to run on where there are no images.
+
+    Image i is of class i modulo the number of classes.
+    """
 
     SIZE = 96  # px
 
@@ -161,7 +113,7 @@ class SyntheticSource:
         return self.images
 
     def read(self, index: int) -> tuple[bytes, int]:
-        label = index % len(self.classes)
+        label = self.label(index)
         colour = np.random.default_rng((1, label)).integers(32, 224, 3)
         noise = np.random.default_rng((2, index)).integers(-32, 32, (self.SIZE, self.SIZE, 3))
         buffer = io.BytesIO()
@@ -171,26 +123,28 @@ class SyntheticSource:
     def name(self, index: int) -> str:
         return f"synthetic image {index}"
 
-    def members(self, index: int) -> range:
-        return range(index % len(self.classes), self.images, len(self.classes))
+    def label(self, index: int) -> int:
+        return index % len(self.classes)
 
-    def class_counts(self) -> list[int]:
-        return [len(self.members(label)) for label in range(len(self.classes))]
+    def images_of(self, label: int) -> range:
+        return range(label, self.images, len(self.classes))
 
 
 def open_source(spec: str, storage: Storage | None = None) -> Source:
-    """The path of a folder of classes or of shards, the URL of shards, or
+    """Open images by the path of a folder of classes or of shards, by the URL of shards, or
     "synthetic:IMAGESxCLASSES".
 
     Raises DataError.
     """
-    if not spec.startswith("synthetic:"):
-        from data import remote, shard_index, shards  # they build on this module
+    if spec.startswith("synthetic:"):
+        return _open_synthetic(spec)
+    if "://" in spec:
+        return RemoteShards(spec, storage or Storage())
+    is_indexed = os.path.exists(os.path.join(os.path.expanduser(spec), INDEX))
+    return ShardSource(spec) if is_indexed else FolderSource(spec)
 
-        if "://" in spec:
-            return remote.RemoteShards(spec, storage or Storage())
-        is_indexed = os.path.exists(os.path.join(os.path.expanduser(spec), shard_index.INDEX))
-        return shards.ShardSource(spec) if is_indexed else FolderSource(spec)
+
+def _open_synthetic(spec: str) -> SyntheticSource:
     match = re.fullmatch(r"synthetic:([1-9]\d*)x([1-9]\d*)", spec)
     if match is None or int(match[1]) < int(match[2]):
         raise DataError(f"{spec}: expected synthetic:IMAGESxCLASSES, such as synthetic:6400x10")
@@ -203,7 +157,7 @@ def check_same_classes(classes: list[str], expected: list[str], where: str, of: 
         return
     extra, missing = sorted(set(classes) - set(expected)), sorted(set(expected) - set(classes))
     parts = [
-        f"{len(names)} {word} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        f"{len(names)} {word} ({enumeration(names)})"
         for names, word in ((extra, "unknown"), (missing, "missing"))
         if names
     ]
@@ -214,3 +168,16 @@ def check_same_classes(classes: list[str], expected: list[str], where: str, of: 
             f"python scripts/make_shards.py --index {where} --classes {of}"
         )
     raise DataError(f"{where}: its classes are not those of {of}: {what}")
+
+
+def refuse_resized(source: Source, where: str, option: str) -> None:
+    """Raise DataError if a source's images were scaled down when its shards were made.
+
+    `option` is what allows them all the same.
+    """
+    if source.resized_to is not None:
+        raise DataError(
+            f"{where}: its images were scaled down to a shorter side of {source.resized_to} px "
+            "when the shards were made, so that results would not be those of the data set; "
+            f"evaluate on the original images, or allow these: {option}"
+        )

@@ -15,9 +15,16 @@ import numpy as np
 
 Key = tuple[int, int]  # (epoch, image index)
 
+# Everything random about an image is drawn from (seed, epoch, index, one of these), so that no two
+# kinds of draws share their numbers; the order of an epoch is drawn from (seed, epoch).
+VIEW = 1  # crop, mirroring, colour
+REPLACEMENT = 2  # which image stands in for one that cannot be used
+AUGMENT = 3  # RandAugment, random erasing
+MIX = 4  # mixup and cutmix of a pair, by its first image
+
 
 class Stream:
-    """The order in which a run sees `length` images, epoch after epoch.
+    """Order in which a run sees `length` images, epoch after epoch.
 
     `stored`, int [length], is the order in which they lie on the disk, if that is to be kept to:
     each epoch then takes blocks of `window` images that lie one after another, in a random order of
@@ -33,7 +40,7 @@ class Stream:
         self._order = np.empty(0, dtype=np.int64)
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """Order of the images in an epoch: int64 [length]."""
+        """Return the order of the images in an epoch: int64 [length]."""
         if epoch != self._epoch:
             self._order = self._shuffled(np.random.default_rng((self.seed, epoch)))
             self._epoch = epoch
@@ -48,7 +55,7 @@ class Stream:
         return np.concatenate([rng.permutation(blocks[i]) for i in rng.permutation(len(blocks))])
 
     def __getitem__(self, positions: slice) -> list[Key]:
-        """Keys of the positions [start, stop)."""
+        """Return the keys of the positions [start, stop)."""
         return [
             (epoch, int(self.permutation(epoch)[offset]))
             for epoch, offset in (
@@ -60,7 +67,7 @@ class Stream:
 def micro_batches(
     start: int, global_batch: int, micro_batch: int, rank: int, world_size: int
 ) -> Iterator[slice]:
-    """Positions of one rank's micro-batches from position `start` on, without end.
+    """Yield the positions of one rank's micro-batches from position `start` on, without end.
 
     `global_batch` must be a multiple of `world_size * micro_batch`.
     """
@@ -75,8 +82,11 @@ def micro_batches(
 def read_ahead(
     batches: Iterable[slice], stream: Stream, will_read: Callable[[np.ndarray], None]
 ) -> Iterator[slice]:
-    """The batches of a windowed stream; as one enters a block, `will_read` is told of the images of
-    this block and the next. In a thread, since it may have to wait for the disk."""
+    """Yield the batches of a windowed stream, and have the blocks they enter loaded ahead.
+
+    As a batch enters a block, `will_read` is given the images of this block and the next: in a
+    thread, since it may have to wait for the disk.
+    """
     entered = -1
     for batch in batches:
         epoch, offset = divmod(batch.start, stream.length)
@@ -89,12 +99,12 @@ def read_ahead(
 
 
 def evaluation_share(length: int, rank: int, world_size: int) -> range:
-    """One rank's images of an evaluation: all ranks together, every image once and none twice."""
+    """Return one rank's images of an evaluation: all ranks together see every image once."""
     return range(length * rank // world_size, length * (rank + 1) // world_size)
 
 
 def evaluation_batches(length: int, batch: int, rank: int, world_size: int) -> list[list[Key]]:
-    """The batches of a rank's `evaluation_share`."""
+    """Divide a rank's `evaluation_share` into batches."""
     share = evaluation_share(length, rank, world_size)
     return [
         [(0, index) for index in share[first : first + batch]]
@@ -103,6 +113,6 @@ def evaluation_batches(length: int, batch: int, rank: int, world_size: int) -> l
 
 
 def evaluation_rounds(length: int, batch: int, world_size: int) -> int:
-    """The most batches that `evaluation_batches` gives to any rank."""
+    """Return the most batches that `evaluation_batches` gives to any rank."""
     largest_share = math.ceil(length / world_size)
     return math.ceil(largest_share / batch)

@@ -67,7 +67,7 @@ def transform(
     mean: Tensor,
     std: Tensor,
 ) -> Tensor:
-    """What `ToInput` does, in PyTorch's operations, for any device. table: float32 [256, 3]."""
+    """Do what `ToInput` does in PyTorch's operations, for any device. table: float32 [256, 3]."""
     images = torch.where(flips.view(-1, 1, 1, 1), images.flip(2), images)
     if colours is None:  # looked up: devices divide in different ways
         channels = torch.arange(3, device=images.device)
@@ -94,7 +94,7 @@ def apply_colour(images: Tensor, colours: Tensor) -> Tensor:
 
 @native
 def _look_up(images, flips, table, result):
-    """Without colour a pixel can have 256 values: table is float32 [256, 3]."""
+    """Look up pixels, which without colour have 256 values: table is float32 [256, 3]."""
     count, height, width, _ = images.shape
     for i in range(count):
         for y in range(height):
@@ -107,7 +107,7 @@ def _look_up(images, flips, table, result):
 
 @native
 def _change_colour(images, flips, colours, result, scale, shift):
-    """`apply_colour`, a row at a time with its channels apart, so that it becomes vector code."""
+    """Do `apply_colour` by rows with their channels apart, so that it becomes vector code."""
     count, height, width, _ = images.shape
     zero, one, tiny = np.float32(0), np.float32(1), np.float32(1e-12)
     level = np.float32(1 / 255)

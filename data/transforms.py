@@ -18,6 +18,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from data.resample import Box, resize
+from data.stream import VIEW
 from data.to_input import Colour
 
 MAX_BRIGHTNESS_DELTA = 32 / 255  # TF-slim, inception_preprocessing.py, distort_color (fast mode)
@@ -31,8 +32,6 @@ MAX_ASPECT = 1000  # evaluation scales the shorter side up to some 333 px, and t
 JPEG_START = b"\xff\xd8\xff"
 JPEG_COLOURS = {"YCbCr", "RGB", "Gray"}  # of which two decoders make the same RGB
 
-VIEW = 1  # keeps a view's draws apart from those of the order, seeded by (seed, epoch)
-
 # ---------------------------------------------------------------------------------- decoding
 
 
@@ -41,7 +40,7 @@ class DecodeError(ValueError):
 
 
 def decode(encoded: bytes) -> np.ndarray:
-    """Encoded image -> RGB, uint8 [H, W, 3], the first frame if there are several.
+    """Decode an image: RGB, uint8 [H, W, 3], the first frame if there are several.
 
     As timm's and torchvision's ImageFolder (and TF-slim), on which published results rest: an EXIF
     orientation is not applied, and transparency is dropped, not blended. Unlike theirs, 16 bits are
@@ -60,7 +59,7 @@ def decode(encoded: bytes) -> np.ndarray:
 
 
 def _decode_jpeg(encoded: bytes) -> np.ndarray | None:
-    """A sound JPEG, by the faster decoder; None leaves it to the other. Pixels are the same."""
+    """Decode a sound JPEG with the faster decoder; None leaves it to PIL. Pixels are the same."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
         if colours in JPEG_COLOURS:
@@ -72,8 +71,8 @@ def _decode_jpeg(encoded: bytes) -> np.ndarray | None:
 
 
 def _decode_any(encoded: bytes) -> Image.Image:
-    """Whatever PIL reads."""
-    with warnings.catch_warnings():  # a file's oddities, told by PIL anew in every epoch
+    """Decode whatever PIL reads."""
+    with warnings.catch_warnings():  # PIL would warn of a file's oddities anew in every epoch
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(encoded))
         _check_size(*image.size)
@@ -89,7 +88,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB. Raises ValueError for grey levels without a known range."""
+    """Convert any mode to RGB. Raises ValueError for grey levels without a known range."""
     if image.mode == "F":
         raise ValueError("floating-point pixels, of no known range")
     if not image.mode.startswith("I"):
@@ -107,13 +106,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class SquareView:
-    """What shows an image as one square of `size` px."""
+    """Base of the views that show an image as one square of `size` px."""
 
     size: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what it makes of an image."""
+        """Shape of the output for one image."""
         return self.size, self.size, 3
 
 
@@ -153,7 +152,7 @@ def draw_crop(
     area_range: tuple[float, float],
     aspect_range: tuple[float, float],
 ) -> Box:
-    """Crop by the law of TensorFlow's sample_distorted_bounding_box.
+    """Draw a crop by the law of TensorFlow's sample_distorted_bounding_box.
 
     Aspect is uniform (not its logarithm), then height is uniform over what the area range allows,
     then the place; a crop that covers less than a tenth of the image is drawn again, as TF-slim's
@@ -189,7 +188,7 @@ def draw_crop(
 
 
 def draw_colour(rng: np.random.Generator) -> Colour:
-    """TF-slim's fast colour mode: brightness and saturation in either order."""
+    """Draw as TF-slim's fast colour mode does: brightness and saturation in either order."""
     return Colour(
         rng.uniform(-MAX_BRIGHTNESS_DELTA, MAX_BRIGHTNESS_DELTA),
         rng.uniform(*SATURATION_RANGE),
@@ -234,14 +233,14 @@ class EvalView(SquareView):
 
 
 def shown(pixels: np.ndarray, view: EvalView) -> np.ndarray:
-    """An image by itself as an evaluation sees it: uint8 [H, W, 3] -> uint8 [size, size, 3]."""
+    """Show an image as an evaluation sees it: uint8 [H, W, 3] -> uint8 [size, size, 3]."""
     out = np.empty(view.shape, np.uint8)
     view(pixels, 0, 0, out)
     return out
 
 
 def _order_of_passes_varies(size: tuple[int, int], resized: tuple[int, int]) -> bool:
-    """Whether releases of Pillow differ: from 13 on it may resize the columns of an image first.
+    """Return whether releases of Pillow differ: from 13 on it may resize columns first.
 
     It does so where the height shrinks by more than twice what the width does (Pillow #9549), as
     it can in pictures that are over twice as high as wide.

@@ -1,4 +1,4 @@
-"""Loader processes: that none outlives its program, and none that died or hangs goes unnoticed."""
+"""Loader processes: none outlives its program, and none dies or hangs unnoticed."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ from typing import TypeVar
 
 from torch.utils.data import DataLoader
 
-from data.sources import DataError
+from data.errors import WorkerError
 
-Made = TypeVar("Made")  # what the loader's processes make
+Made = TypeVar("Made")  # a batch as the loader's processes make it
 
-RESCUE_S = 5  # torch tells of most time-outs itself, and by then has
-
-
-class WorkerError(DataError):
-    """A loader process died or gives nothing any more; only the rank that met it knows."""
+RESCUE_S = 5  # torch reports most time-outs itself, and by then has
 
 
 @dataclass(frozen=True)
 class Workers:
-    """Loader processes."""
+    """Number of loader processes of a rank, and how long it waits for them."""
 
     count: int | None = None  # 0: the calling process itself; None: `default_workers()`
     timeout_s: float = 0.0  # longest wait for a batch; 0: for ever
 
 
+def usable_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def default_workers() -> int:
-    """This rank's share of the cores the process may use, from 1 to 8."""
+    """Return this rank's share of the usable cores, from 1 to 8."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(8, len(os.sched_getaffinity(0)) // ranks_here))
+    return max(1, min(8, usable_cores() // ranks_here))
 
 
 def start_worker(_worker: int) -> None:
-    """What each loader process does first."""
+    """Make a loader process ready; it calls this first."""
     # Ctrl-C, torchrun and Slurm signal workers too; the loop needs them until it has stopped.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -68,31 +69,31 @@ def end_with_parent() -> None:
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Raise WorkerError, one line, for what torch says of dead or hanging loader processes.
+    """Turn what torch raises for dead or hanging loader processes into a WorkerError of one line.
 
-    `load` does so itself, but torch tells of a death wherever the main thread happens to be (its
+    `load` does so itself, but torch reports a death wherever the main thread happens to be (its
     handler of SIGCHLD raises), so that a program wants this around its whole work.
     """
     try:
         yield
     except RuntimeError as error:
-        said = str(error).partition(". ")[0]
-        if said.startswith("Pin memory thread exited"):  # it was fetching from one that died
-            said = "DataLoader worker exited unexpectedly"
-        if said.startswith("DataLoader worker"):
+        reason = str(error).partition(". ")[0]
+        if reason.startswith("Pin memory thread exited"):  # it was fetching from one that died
+            reason = "DataLoader worker exited unexpectedly"
+        if reason.startswith("DataLoader worker"):
             raise WorkerError(
-                f"{said}; most often memory has run out, or shared memory (/dev/shm): make more "
+                f"{reason}; most often memory has run out, or shared memory (/dev/shm): make more "
                 "available, or lower data.workers"
             ) from None
-        if said.startswith("DataLoader timed out"):
+        if reason.startswith("DataLoader timed out"):
             raise WorkerError(
-                f"{said}; the storage of the images hangs, or run.timeout_s is too short for it"
+                f"{reason}; the storage of the images hangs, or run.timeout_s is too short for it"
             ) from None
         raise
 
 
 def batches_of(loader: DataLoader[Made]) -> Iterator[Made]:
-    """The loader's batches. However this ends, no worker is left behind."""
+    """Yield the loader's batches. However this ends, no worker is left behind."""
     others = multiprocessing.active_children()
     iterator = iter(loader)
     workers = [child for child in multiprocessing.active_children() if child not in others]
@@ -112,8 +113,11 @@ def batches_of(loader: DataLoader[Made]) -> Iterator[Made]:
 def next_batch(
     iterator: Iterator[Made], workers: list[BaseProcess], timeout_s: float
 ) -> Made | None:
-    """The next batch, None after the last. Raises RuntimeError, in torch's words, for what torch
-    overlooks: a batch's memory is fetched from its worker, which may be about to die, or hang."""
+    """Return the next batch, None after the last.
+
+    Raises RuntimeError, in torch's words, for what torch overlooks: a batch's memory is fetched
+    from its worker, which may be about to die, or hang.
+    """
     hung = threading.Event()
 
     def cut_off() -> None:

@@ -2,7 +2,7 @@
 
 `load` reads a YAML file and `section.key=value` overrides into a `Config` before anything else
 happens; every mistake in them is reported at once. Sections speak of the experiment, with the few
-keys in `MACHINE_KEYS` that only say how this machine carries it out.
+`machine` keys that only say how this machine carries it out.
 """
 
 from __future__ import annotations
@@ -24,45 +24,31 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
+from data.errors import UserError
+from data.urls import check_url, without_secrets
 from irv2 import strict_yaml
-from irv2.urls import without_secrets
-
-# Keys that may differ when a run is continued: they move the same run to another place.
-MACHINE_KEYS = frozenset(
-    {
-        "run.name",
-        "run.dir",
-        "run.device",
-        "run.timeout_s",
-        "data.train",
-        "data.val",
-        "data.workers",
-        "data.cache_dir",
-        "data.cache_gb",
-        "data.max_bad_fraction",
-        "data.allow_resized",
-        "train.micro_batch",
-        "train.compile",
-        "train.max_steps",
-        "train.max_bad_steps",
-        "eval.batch",
-        "eval.every_epochs",
-        "checkpoint.every_steps",
-        "checkpoint.keep",
-        "log.every_steps",
-        "log.ledger",
-        "model.grad_checkpointing",
-    }
-)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """The config cannot be used; the message lists every fault, one a line."""
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def machine(default: Any = ..., *, description: str) -> Any:
+    """Describe a key that may differ when a run is continued.
+
+    Such keys move the same run to another place; all others speak of the experiment.
+    """
+    return Field(default, description=description, json_schema_extra=_mark)
+
+
+def _mark(_schema: dict[str, Any]) -> None:
+    """Mark a machine key; the schema for editors stays as it is."""
 
 
 Text = Annotated[str, Field(min_length=1)]
@@ -76,13 +62,13 @@ PositiveChannels = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_leng
 
 
 class Run(Section):
-    name: Text | None = Field(None, description="name of the run; null: the YAML file's name")
-    dir: Text | None = Field(None, description="run directory; null: runs/<run.name>")
+    name: Text | None = machine(None, description="name of the run; null: the YAML file's name")
+    dir: Text | None = machine(None, description="run directory; null: runs/<run.name>")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of everything random")
-    device: Literal["auto", "cpu", "cuda"] = Field(
+    device: Literal["auto", "cpu", "cuda"] = machine(
         "auto", description="auto: a GPU if there is one"
     )
-    timeout_s: Annotated[float, Field(gt=0, le=1e6)] = Field(
+    timeout_s: Annotated[float, Field(gt=0, le=1e6)] = machine(
         600.0, description="seconds after which a rank or loader that does not answer ends the run"
     )
 
@@ -109,25 +95,27 @@ class Model(Section):
         [10, 20, 9],
         description="repeats of block35, block17, block8; other values: another network",
     )
-    grad_checkpointing: bool = Field(False, description="recompute blocks in backward: less memory")
+    grad_checkpointing: bool = machine(
+        False, description="recompute blocks in backward: less memory"
+    )
 
 
 class Data(Section):
-    train: Text = Field(
+    train: Text = machine(
         description="training images: folder/<class>/<image>, a folder of shards or its https:// "
         "or s3:// URL, or synthetic:IMAGESxCLASSES"
     )
-    val: Text = Field(description="validation images, same classes; as train")
+    val: Text = machine(description="validation images, same classes; as train")
     image_size: Annotated[int, Field(ge=75)] = Field(299, description="side of the input, px")
-    workers: Annotated[int, Field(ge=0)] | None = Field(
+    workers: Annotated[int, Field(ge=0)] | None = machine(
         None, description="loader processes of each rank; null: its share of the cores, at most 8"
     )
-    cache_dir: Text | None = Field(
+    cache_dir: Text | None = machine(
         None,
         description="folder of a local disk that keeps images of https:// and s3://, for all runs "
         "of a machine; null: none is kept",
     )
-    cache_gb: Annotated[float, Field(gt=0)] = Field(
+    cache_gb: Annotated[float, Field(gt=0)] = machine(
         160.0, description="the most that cache_dir may take, 10^9 bytes; ImageNet has 155"
     )
     mean: Channels = Field([0.5, 0.5, 0.5], description="subtracted from pixels in [0, 1]")
@@ -155,10 +143,10 @@ class Data(Section):
     eval_interpolation: Literal["bicubic", "bilinear"] = Field(
         "bicubic", description="evaluation: how the image is resized"
     )
-    allow_resized: bool = Field(
+    allow_resized: bool = machine(
         False, description="evaluate shards whose images were resized when they were made"
     )
-    max_bad_fraction: Share = Field(
+    max_bad_fraction: Share = machine(
         0.001,
         description="end the run when more than this share of the images seen, or of one epoch's "
         "if that is more, could not be used and were replaced",
@@ -167,11 +155,8 @@ class Data(Section):
     @field_validator("train", "val")
     @classmethod
     def _holds_no_secret(cls, value: str) -> str:
-        if "://" in value and value != without_secrets(value):
-            raise ValueError(
-                "a URL is written without user, password, ? and #; credentials are taken from the "
-                "environment, ~/.aws, the machine's role or ~/.netrc"
-            )
+        if "://" in value:
+            check_url(value)
         return value
 
     @field_validator("crop_area", "crop_aspect")
@@ -188,18 +173,23 @@ class Train(Section):
         200, description="passes over the training images"
     )
     global_batch: Positive = Field(640, description="images of one update, over all ranks")
-    micro_batch: Positive | Literal["auto"] = Field(
+    micro_batch: Positive | Literal["auto"] = machine(
         32, description="most images one device takes at once; auto: what its memory holds"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type")
     reduce_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="type in which gradients travel between ranks; bf16: half the traffic"
     )
-    compile: bool = Field(False, description="torch.compile the network, block by block: for GPUs")
-    max_steps: Positive | None = Field(
+    accelerate: bool = Field(
+        True, description="merged convolutions, fused on CPUs; false: the network as timm has it"
+    )
+    compile: bool = machine(
+        False, description="torch.compile the network, block by block: for GPUs"
+    )
+    max_steps: Positive | None = machine(
         None, description="stop after this many updates; null: never"
     )
-    max_bad_steps: Annotated[int, Field(ge=0)] = Field(
+    max_bad_steps: Annotated[int, Field(ge=0)] = machine(
         10,
         description="end the run after more than this many steps in a row that were left out "
         "because the loss or the gradient was not finite",
@@ -255,20 +245,20 @@ class Ema(Section):
 
 
 class Eval(Section):
-    every_epochs: Annotated[float, Field(gt=0)] = Field(
+    every_epochs: Annotated[float, Field(gt=0)] = machine(
         1.0, description="epochs between evaluations"
     )
-    batch: Positive = Field(64, description="images a device evaluates at once")
+    batch: Positive = machine(64, description="images a device evaluates at once")
 
 
 class Checkpoint(Section):
-    every_steps: Positive = Field(1000, description="updates between checkpoints")
-    keep: Positive = Field(2, description="newest checkpoints kept")
+    every_steps: Positive = machine(1000, description="updates between checkpoints")
+    keep: Positive = machine(2, description="newest checkpoints kept")
 
 
 class Log(Section):
-    every_steps: Positive = Field(50, description="updates between lines")
-    ledger: bool = Field(False, description="write the images of every step, by rank, to ledger/")
+    every_steps: Positive = machine(50, description="updates between lines")
+    ledger: bool = machine(False, description="write the images of every step, by rank, to ledger/")
 
 
 class Config(Section):
@@ -321,7 +311,7 @@ class Config(Section):
 
     @property
     def directory(self) -> Path:
-        """Where the run lives."""
+        """Directory of the run."""
         return Path(self.run.dir or f"runs/{self.run.name}")
 
 
@@ -418,12 +408,20 @@ def _nearest(section: str, name: str | None = None) -> str:
 # ---------------------------------------------------------------------------------- describing
 
 
-def fields() -> Iterator[tuple[str, Any, str]]:
-    """(key, default, description) of every key, in order; a required key's default is Ellipsis."""
+def _infos() -> Iterator[tuple[str, FieldInfo]]:
+    """(key, what is said of it) of every key, in order."""
     for section, info in Config.model_fields.items():
         for name, field in typing.cast(type[Section], info.annotation).model_fields.items():
-            default = ... if field.is_required() else field.default
-            yield f"{section}.{name}", default, field.description or ""
+            yield f"{section}.{name}", field
+
+
+MACHINE_KEYS = frozenset(key for key, info in _infos() if info.json_schema_extra is _mark)
+
+
+def fields() -> Iterator[tuple[str, Any, str]]:
+    """(key, default, description) of every key, in order; a required key's default is Ellipsis."""
+    for key, info in _infos():
+        yield key, ... if info.is_required() else info.default, info.description or ""
 
 
 def describe() -> str:
@@ -433,28 +431,6 @@ def describe() -> str:
         shown = "required" if default is ... else json.dumps(default)
         lines.append(f"  {key} ({shown})\n      {description}")
     return "\n".join(lines)
-
-
-def differences(before: dict, after: dict) -> list[str]:
-    """Keys of the experiment whose values differ, as "key: before -> after".
-
-    A key that is absent, as `before` may be older than it, has its default. A staircase does not
-    depend on how long the run is, so it may be made longer or shorter.
-    """
-    free = set(MACHINE_KEYS)
-    if before["schedule"]["kind"] == after["schedule"]["kind"] == "staircase":
-        free.add("train.epochs")
-    old, new = (
-        {f"{section}.{key}": value for section, part in tree.items() for key, value in part.items()}
-        for tree in (before, after)
-    )
-    defaults = {key: default for key, default, _ in fields()}
-    old, new = defaults | old, defaults | new
-    return [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in {**old, **new}
-        if key not in free and old.get(key) != new.get(key)
-    ]
 
 
 def json_schema() -> str:

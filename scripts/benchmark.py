@@ -34,8 +34,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from irv2 import checkpoint, distributed, rundir
-from scripts.arguments import positive
+from data.files import write_atomically
+from irv2.cli import positive
+from irv2.report.markdown import has_section, replace_section
+from irv2.run import directory
+from irv2.training import distributed
 from scripts.benchmarks import (
     end_to_end,
     loading,
@@ -47,24 +50,23 @@ from scripts.benchmarks import (
     updating,
 )
 from scripts.benchmarks.network import Case
-from scripts.pages import has_section, replace_section
 
 WHAT = ("train", "infer", "optimizer", "start", "data", "checkpoint", "scaling")
 MODULES = {"data": loading, "scaling": scaling, "remote": remote}  # on the CPU, wherever they run
-Found = dict[str, Any]
+Figures = dict[str, Any]
 
 
 class Benchmark(NamedTuple):
     """Something to measure, and how to show it; `name` is its section of the page."""
 
     name: str
-    measure: Callable[[], Found]
-    table: Callable[[Found], str]
+    measure: Callable[[], Figures]
+    table: Callable[[Figures], str]
     check: Callable[[], None] | None = None
 
 
 def benchmarks(arguments: argparse.Namespace, device: torch.device) -> Iterator[Benchmark]:
-    """What the command line asks for."""
+    """Yield the benchmarks that the command line asks for."""
     wanted = WHAT if arguments.what == "all" else (arguments.what,)
     rounds, compiled = arguments.rounds, arguments.compile
     on = "-gpu" if device.type == "cuda" else ""
@@ -94,7 +96,7 @@ def benchmarks(arguments: argparse.Namespace, device: torch.device) -> Iterator[
 
 
 def network_cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:
-    """The precisions that are asked for or, if none is, that the device is fast in."""
+    """Yield a case for the precision asked for, else for those that the device is fast in."""
     batch = arguments.batch or (128 if device.type == "cuda" else 8)
     precisions = [arguments.precision] if arguments.precision else ["bf16"]
     if not arguments.precision and device.type == "cpu":
@@ -119,21 +121,21 @@ def network_benchmark(
     return Benchmark(
         f"{what}{suffix}",
         lambda: {"cases": [measure(case, rounds, compiled) for case in cases]},
-        lambda found: "\n\n".join(network.table(case) for case in found["cases"]),
+        lambda figures: "\n\n".join(network.table(case) for case in figures["cases"]),
         check_all,
     )
 
 
 def machine(names: Iterable[str]) -> str:
-    """What the benchmarks of these names were measured on, and with."""
+    """Device and software that the benchmarks of these names were measured with."""
     on_gpu = torch.cuda.is_available() and not MODULES.keys() >= set(names)
     device = torch.cuda.get_device_name() if on_gpu else cpu_name()
-    versions = ", ".join(f"{name} {version}" for name, version in rundir.software().items())
+    versions = ", ".join(f"{name} {version}" for name, version in directory.software().items())
     return f"{device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores; {versions}"
 
 
 def cpu_name() -> str:
-    """The processor, and whether it computes in bfloat16."""
+    """Name of the processor, and its unit for bfloat16 if it has one."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
@@ -184,7 +186,7 @@ def main() -> int:
         for case in network_cases(arguments, device):
             print(f"{case}\n{network.profile(case, arguments.what == 'train')}")
         return 0
-    results: dict[str, Found] = {}
+    results: dict[str, Figures] = {}
     wanted = list(benchmarks(arguments, device))
     if arguments.page is not None:
         missing = [b.name for b in wanted if not has_section(arguments.page, b.name)]
@@ -199,10 +201,10 @@ def main() -> int:
                 print(f"benchmark.py: {error}", file=sys.stderr)
                 return 1
             print(f"{benchmark.name}: results agree", flush=True)
-        found = benchmark.measure()
-        text = f"{benchmark.table(found)}\n\n{machine([benchmark.name])}"
+        figures = benchmark.measure()
+        text = f"{benchmark.table(figures)}\n\n{machine([benchmark.name])}"
         print(f"{text}\n", flush=True)
-        results[benchmark.name] = found
+        results[benchmark.name] = figures
         if arguments.page is not None:
             replace_section(arguments.page, benchmark.name, text)
     if arguments.json is not None:
@@ -210,11 +212,11 @@ def main() -> int:
     return 0
 
 
-def write_figures(path: Path, results: dict[str, Found]) -> None:
-    """One benchmark's figures, or several by name, with the machine."""
+def write_figures(path: Path, results: dict[str, Figures]) -> None:
+    """Write one benchmark's figures, or several by name, with the machine."""
     only = next(iter(results.values())) if len(results) == 1 else results
     content = json.dumps({**only, "machine": machine(results)}, indent=2) + "\n"
-    checkpoint.write_atomically(path, lambda file: file.write(content.encode()))
+    write_atomically(path, lambda file: file.write(content.encode()))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Say what will go wrong with a run before it does: its config, its images, its machine.
+"""Find what would go wrong with a run before it does: its config, its images, its machine.
 
   python scripts/doctor.py configs/irv2_rmsprop.yaml data.train=… data.val=… --ranks 8
   python scripts/doctor.py configs/quickstart.yaml --scan full --bad-files bad.txt
 
-A line for each finding: ok, warn (the run will do, but look at it) or FAIL (it will not do), with
-what to do about it. Nothing is written but what --bad-files and --json name. The run's own loader
-and network are timed for --seconds each. Exit status: 0 no FAIL, 1 a FAIL, 130 Ctrl-C.
+Prints a line for each finding: ok, warn (the run will do, but look at it) or FAIL (it will not do),
+with what to do about it. Nothing is written but what --bad-files and --json name, and images of
+an object store into data.cache_dir. The run's own loader and network are timed for --seconds each.
+Exit status: 0 no FAIL, 1 a FAIL, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import feed
-import recipe
-from data.sources import DataError
-from irv2 import checkpoint, config, distributed, program
+from data.errors import DataError
+from data.files import write_atomically
+from irv2 import build, cli, config
 from irv2.config import ConfigError
-from irv2.distributed import WorldError
+from irv2.training import batch, distributed
+from irv2.training.distributed import WorldError
 from scripts.checks import images, machine
 from scripts.checks.case import FAIL, OK, WARN, Case, Finding, Request
 
 
 def check_config(case: Case) -> Iterator[Finding]:
-    """The config, its batch and its device; sets `case.cfg` and `case.division`."""
+    """Check the config, its batch and its device; sets `case.cfg` and `case.division`."""
     request = case.request
     try:
         case.cfg = config.load(request.config, request.overrides)
@@ -40,10 +41,10 @@ def check_config(case: Case) -> Iterator[Finding]:
         device = distributed.choose_device(case.cfg.run.device)
         micro_batch = train.micro_batch
         if micro_batch == "auto":
-            room = recipe.memory_room(device, request.ranks)
-            micro_batch = recipe.largest_micro_batch(case.cfg, 1000, request.ranks, room)
-        division = distributed.divide_batch(train.global_batch, micro_batch, request.ranks)
-        feed.check_pairs(case.cfg, division.micro_batch)
+            room = batch.memory_room(device, request.ranks)
+            micro_batch = build.fitting_micro_batch(case.cfg, 1000, request.ranks, room)
+        pairs = build.mixes_pairs(case.cfg)
+        division = batch.divide(train.global_batch, micro_batch, request.ranks, pairs)
     except (ConfigError, WorldError) as error:
         yield Finding(FAIL, str(error), "train.py would refuse it with the same words")
         return
@@ -85,19 +86,19 @@ def show(name: str, finding: Finding) -> None:
 
 def examine(case: Case) -> list[tuple[str, Finding]]:
     """Run every check whose needs are met, showing what it finds."""
-    found = []
+    findings = []
     for name, check, needs in CHECKS:
         if any(getattr(case, need) is None for need in needs):
             print(f"-     {name:<11} not looked at: needs what failed above", flush=True)
             continue
         for finding in outcome(check, case):
             show(name, finding)
-            found.append((name, finding))
-    return found
+            findings.append((name, finding))
+    return findings
 
 
 def outcome(check: Check, case: Case) -> Iterator[Finding]:
-    """What a check finds; data that it cannot use is a FAIL."""
+    """Yield a check's findings; data that it cannot use is a FAIL."""
     try:
         yield from check(case)
     except DataError as error:
@@ -105,7 +106,7 @@ def outcome(check: Check, case: Case) -> Iterator[Finding]:
 
 
 def scan_size(text: str) -> int | None:
-    """--scan's value: a number, None for "full". Raises ValueError."""
+    """Parse the value of --scan: a number, None for "full". Raises ValueError."""
     if text == "full":
         return None
     if int(text) < 1:
@@ -150,19 +151,19 @@ def main() -> int:
     options = vars(parse_arguments())
     report = options.pop("json")
     request = Request(**options)
-    os.environ["LOCAL_WORLD_SIZE"] = str(request.ranks)  # as torchrun tells each rank
+    os.environ["LOCAL_WORLD_SIZE"] = str(request.ranks)  # as torchrun sets it for each rank
 
     def body() -> int:
-        found = examine(Case(request))
-        levels = [finding.level for _, finding in found]
+        findings = examine(Case(request))
+        levels = [finding.level for _, finding in findings]
         print(f"{levels.count(FAIL)} FAIL, {levels.count(WARN)} warn, {levels.count(OK)} ok")
         if report is not None:
-            lines = [{"check": name, **asdict(finding)} for name, finding in found]
+            lines = [{"check": name, **asdict(finding)} for name, finding in findings]
             text = json.dumps(lines, indent=1) + "\n"
-            checkpoint.write_atomically(report, lambda file: file.write(text.encode()))
+            write_atomically(report, lambda file: file.write(text.encode()))
         return 1 if FAIL in levels else 0
 
-    return program.exit_status(body, (OSError,), of_one_rank=())
+    return cli.exit_status(body)
 
 
 if __name__ == "__main__":

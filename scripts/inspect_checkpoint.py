@@ -4,8 +4,8 @@
   python scripts/inspect_checkpoint.py runs/quickstart
   python scripts/inspect_checkpoint.py runs/quickstart/checkpoints/step-000000060
 
-Of a run directory the newest good checkpoint is shown, after a line for each newer one that is
-damaged. Exit status: 0 what is shown is whole, 1 nothing whole is there.
+For a run directory the newest good checkpoint is shown, after a line for each newer one that is
+damaged. Exit status: 0 a whole checkpoint is shown, 1 there is none.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from irv2 import checkpoint, rundir
-from irv2.checkpoint import Checkpoint, CheckpointError
+from irv2.run import checkpoint, directory, resume
+from irv2.run.checkpoint import Checkpoint, CheckpointError
 
 
-def describe(found: Checkpoint) -> str:
-    """A table of a checkpoint and of its files. Raises KeyError if it is not train.py's."""
-    meta = found.meta
+def describe(loaded: Checkpoint) -> str:
+    """Return a table of a checkpoint and its files. Raises KeyError if it is not train.py's."""
+    meta = loaded.meta
     in_a_row = meta["bad_steps_in_a_row"]
     rows = [
-        ("checkpoint", str(found.path)),
+        ("checkpoint", str(loaded.path)),
         ("step", f"{meta['step']:,}"),
         ("images seen", f"{meta['images_seen']:,}"),
         ("epochs", f"{meta['images_seen'] / meta['images_per_epoch']:.3f}"),
@@ -36,10 +36,12 @@ def describe(found: Checkpoint) -> str:
     ]
     lines = [f"{name:<12} {value}" for name, value in rows]
     lines += ["", f"{'file':<22} {'tensors':>7} {'bytes':>13}  SHA-256 of what was read"]
-    for name, digest in found.sums.items():
-        part = found.parts.get(name.removesuffix(".safetensors"))
+    for name, digest in loaded.sums.items():
+        part = loaded.parts.get(name.removesuffix(".safetensors"))
         tensors = "" if part is None else len(part)
-        lines.append(f"{name:<22} {tensors:>7} {(found.path / name).stat().st_size:>13,}  {digest}")
+        lines.append(
+            f"{name:<22} {tensors:>7} {(loaded.path / name).stat().st_size:>13,}  {digest}"
+        )
     return "\n".join([*lines, "", "every file is as it was saved"])
 
 
@@ -51,8 +53,8 @@ def main() -> int:
     parser.add_argument("path", type=Path, help="a run directory, or one of its checkpoints")
     path = parser.parse_args().path
     try:
-        is_run = path.is_dir() and rundir.checkpoints(path)
-        print(describe(rundir.load_newest(path, print) if is_run else checkpoint.load(path)))
+        is_run = path.is_dir() and directory.checkpoints(path)
+        print(describe(resume.load_newest(path, print) if is_run else checkpoint.load(path)))
     except (CheckpointError, OSError) as error:
         print(f"inspect_checkpoint.py: {error}", file=sys.stderr)
         return 1

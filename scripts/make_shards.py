@@ -9,7 +9,7 @@ others, or check shards against their index.
 Shards are WebDataset's: KEY.jpg, KEY.cls (the label), KEY.json. The index, index.safetensors, lies
 beside them; data.train=SHARDS/train then trains in the same order, on the same views, as the
 folder. Writing that was interrupted is continued by the same command. Exit status: 0 done, 1
-something must be mended first, 130 Ctrl-C.
+something must be fixed first, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import shard_index, sources
+from data import sources
+from data.errors import DataError, enumeration
 from data.prepare import shard_scan, shard_writer
-from data.prepare.processes import run_all, usable_cores
-from scripts.arguments import positive
+from data.prepare.processes import run_all
+from data.shards import index as shard_index
+from data.workers import usable_cores
+from irv2.cli import positive
 
 
 def write(arguments: argparse.Namespace) -> str:
-    """Write shards; returns the last line."""
+    """Write shards; returns the summary."""
     source = sources.open_source(arguments.source)
-    base = os.path.basename(os.path.abspath(getattr(source, "root", "images")))
+    base = os.path.basename(os.path.abspath(source.root or "images"))
     options = shard_writer.Options(
         re.sub(r"[^A-Za-z0-9_-]+", "_", base),
         arguments.images_per_shard,
@@ -52,8 +55,8 @@ def write(arguments: argparse.Namespace) -> str:
     return summary(arguments.out, index)
 
 
-def index_others(arguments: argparse.Namespace) -> str:
-    """Index shards that are there; returns the last line."""
+def index_existing(arguments: argparse.Namespace) -> str:
+    """Index existing shards; returns the summary."""
     with progress(len(shard_scan.shards_in(arguments.index)), "shard") as bar:
         index = shard_scan.index_folder(
             arguments.index, arguments.classes, arguments.workers, lambda _: bar.update()
@@ -62,18 +65,18 @@ def index_others(arguments: argparse.Namespace) -> str:
 
 
 def verify(arguments: argparse.Namespace) -> str:
-    """Compare every shard with its SHA-256; returns the last line. Raises DataError."""
+    """Compare every shard with its SHA-256; returns the summary. Raises DataError."""
     root = arguments.verify
     shards = shard_index.load(root).shards
     with progress(len(shards), "shard") as bar:
-        found = run_all(
+        sound = run_all(
             [partial(is_whole, root, shard) for shard in shards],
             arguments.workers,
             lambda _: bar.update(),
         )
-    damaged = [shard.name for shard, is_sound in zip(shards, found) if not is_sound]
+    damaged = [shard.name for shard, is_sound in zip(shards, sound) if not is_sound]
     if damaged:
-        raise sources.DataError(
+        raise DataError(
             f"{root}: {len(damaged)} of {len(shards)} shards are missing, unreadable or damaged: "
             f"{', '.join(damaged)}; copy or make them anew"
         )
@@ -81,7 +84,7 @@ def verify(arguments: argparse.Namespace) -> str:
 
 
 def is_whole(root: Path, shard: shard_index.Shard) -> bool:
-    """Whether a shard can be read and is as it was indexed."""
+    """True if a shard can be read and is as it was indexed."""
     try:
         return shard_scan.sha256_of(root / shard.name) == shard.sha256
     except OSError:
@@ -91,15 +94,15 @@ def is_whole(root: Path, shard: shard_index.Shard) -> bool:
 def summary(root: Path, index: shard_index.Index) -> str:
     size = sum(shard.size for shard in index.shards)
     resized = f", shorter side at most {index.resized_to} px" if index.resized_to else ""
-    names = ", ".join(index.classes[:3]) + (", …" if len(index.classes) > 3 else "")
     return (
-        f"{root}: {index.starts[-1]:,} images of {len(index.classes):,} classes ({names}) in "
-        f"{len(index.shards):,} shards, {size / 1e6:,.1f} MB{resized}"
+        f"{root}: {index.starts[-1]:,} images of {len(index.classes):,} classes "
+        f"({enumeration(index.classes)}) in {len(index.shards):,} shards, {size / 1e6:,.1f} MB"
+        f"{resized}"
     )
 
 
 def progress(total: int, unit: str) -> tqdm:
-    return tqdm(total=total, unit=unit, leave=False, disable=not sys.stderr.isatty())
+    return tqdm(total=total, unit=unit, leave=False, disable=None)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -132,7 +135,7 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         metavar="FILE|DIR",
         help="with --index: class names in the order of the labels, one a line, or indexed shards "
-        "to take them from; default: as the shards tell, else the numbers",
+        "to take them from; default: as the shards name them, else the numbers",
     )
     parser.add_argument(
         "--workers",
@@ -156,19 +159,19 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         if arguments.verify is not None:
-            told = verify(arguments)
+            outcome = verify(arguments)
         elif arguments.index is not None:
-            told = index_others(arguments)
+            outcome = index_existing(arguments)
         else:
-            told = write(arguments)
-    except (OSError, sources.DataError) as error:
+            outcome = write(arguments)
+    except (OSError, DataError) as error:
         print(f"make_shards.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         continues = "; the same command continues" if arguments.source is not None else ""
         print(f"make_shards.py: stopped{continues}", file=sys.stderr)
         return 130
-    print(told)
+    print(outcome)
     return 0
 
 

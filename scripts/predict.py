@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Say what pictures show, by a run or by published weights.
+"""Classify pictures by a run or by published weights.
 
   python scripts/predict.py photo.jpg --run runs/quickstart
   python scripts/predict.py PHOTOS --weights runs/quickstart/best.safetensors --top 3
   find PHOTOS -name '*.jpg' | python scripts/predict.py - --weights timm:NAME --json
 
-Files, folders (with everything below them) and, from standard input, their paths, one a line. Each
-picture is seen as validate.py sees it. Results are printed in the order of the pictures, as each
-batch is done. With --json each line is {"image": …, "predictions": [{"class": …, "name": …,
-"probability": …}, …]} or {"image": …, "error": …}. Exit status: 0 done; 1 something must be mended
-first, or some pictures could not be used, of which each has its line on standard error; 130 Ctrl-C.
+Takes files, folders (with everything below them) and, from standard input, their paths, one a line.
+Each picture is preprocessed as by validate.py. Results are printed in the order of the pictures, as
+each batch is done. With --json each line is {"image": …, "predictions": [{"class": …, "name": …,
+"probability": …}, …]} or {"image": …, "error": …}. Exit status: 0 done; 1 something must be fixed
+first, or some pictures could not be used, each with a line on standard error; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data import pictures
+from data.pictures import Picture
 from data.to_input import ToInput
-from irv2 import checkpoint, distributed, imagenet_names, program, weights
-from irv2.folding import fold_batch_norm
-from irv2.trained import Trained
-from scripts import pictures, subjects
-from scripts.arguments import positive
-from scripts.pictures import Picture
-
-MISTAKES = (checkpoint.CheckpointError, distributed.WorldError, weights.WeightsError, OSError)
+from irv2 import cli, input_pipeline
+from irv2.cli import positive
+from irv2.network import imagenet_names
+from irv2.network.accelerate import fold_batch_norm
+from irv2.run.trained import Trained
+from irv2.training import distributed
 
 
 class Prediction(NamedTuple):
@@ -52,12 +52,12 @@ class Prediction(NamedTuple):
 class Predictor:
     """Pictures -> the likeliest classes of each, as validate.py ranks them."""
 
-    def __init__(self, subject: Trained, top: int, device: torch.device) -> None:
+    def __init__(self, network: Trained, top: int, device: torch.device) -> None:
         self.device = device
-        model = fold_batch_norm(subject.model)
+        model = fold_batch_norm(network.model)
         self.model = model.to(device, memory_format=torch.channels_last)
-        self.to_input = ToInput(subject.data["mean"], subject.data["std"], device)
-        self.labels = subject.classes or [str(i) for i in range(model.classif.out_features)]
+        self.to_input = ToInput(network.data.mean, network.data.std, device)
+        self.labels = network.classes or [str(i) for i in range(model.num_classes)]
         self.names = [imagenet_names.in_words(label) for label in self.labels]
         self.top = top
 
@@ -69,7 +69,7 @@ class Predictor:
         return self.model(self.to_input(images, flips, None))
 
     def __call__(self, batch: list[Picture]) -> list[list[Prediction]]:
-        """The predictions of each picture, the likeliest first; none where it cannot be seen."""
+        """Predict the classes of each picture, the likeliest first; none if it cannot be read."""
         seen = [picture.pixels for picture in batch if picture.pixels is not None]
         if not seen:
             return [[] for _ in batch]
@@ -87,9 +87,9 @@ class Predictor:
 
 def predict(arguments: argparse.Namespace, device: torch.device) -> int:
     """Print what each picture shows; returns the number of those that could not be used."""
-    subject = subjects.open_subject(arguments)
-    view = pictures.view_of(subject.data)
-    predictor = Predictor(subject, arguments.top, device)
+    network = cli.load_network(arguments)
+    view = input_pipeline.evaluation_view(network.data)
+    predictor = Predictor(network, arguments.top, device)
     show = show_json if arguments.json else Table()
     failed = 0
     paths = pictures.named(arguments.images)
@@ -115,7 +115,7 @@ Results = list[tuple[Picture, list[Prediction]]]
 
 
 def show_json(results: Results) -> None:
-    """A JSON object for each picture. File names that are no UTF-8 are escaped as Python does."""
+    """Print a JSON object for each picture. Names of files that are not UTF-8 are escaped."""
     for picture, predictions in results:
         content = {"image": picture.path}
         if picture.error:
@@ -129,7 +129,7 @@ def show_json(results: Results) -> None:
 
 
 class Table:
-    """A line for each picture; columns are as wide as the longest path so far."""
+    """Prints a line for each picture; columns are as wide as the longest path so far."""
 
     def __init__(self) -> None:
         self.width = 0
@@ -149,7 +149,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE|FOLDER|-", help="pictures; - reads paths, one a line"
     )
-    subjects.add_arguments(parser)
+    cli.add_network(parser)
     parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes (default: 5)")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     parser.add_argument(
@@ -162,17 +162,17 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Command line -> exit status."""
     arguments = parse_arguments()
-    sys.stdout.reconfigure(errors="surrogateescape")  # a file's name as it is, also if no UTF-8
+    sys.stdout.reconfigure(errors="surrogateescape")  # a file's name as it is, even if not UTF-8
 
     def body() -> int:
         try:
             with distributed.start(arguments.device) as world:
                 return 1 if predict(arguments, world.device) else 0
-        except BrokenPipeError:  # nobody reads on: | head
+        except BrokenPipeError:  # the reader has stopped: | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
 
-    return program.exit_status(body, MISTAKES, of_one_rank=())
+    return cli.exit_status(body)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ folder         images that lie in SRC/<class>/: the given share of each class fo
                same for the same seed; hard links where SRC and OUT share a file system, else copies
 
 What --from does not name is downloaded. OUT appears when it is complete; one that is there is left
-as it is. Exit status: 0 OUT is there, 1 something must be mended first, 130 Ctrl-C.
+as it is. Exit status: 0 OUT is there, 1 something must be fixed first, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def write(entries: Iterable[Entry], out: Path, total: int) -> Counter[str]:
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     counts: Counter[str] = Counter()
-    progress = tqdm(entries, total=total, unit="image", disable=not sys.stderr.isatty())
+    progress = tqdm(entries, total=total, unit="image", disable=None)
     try:
         for name, content in progress:
             path = partial / name
@@ -68,7 +68,7 @@ def write(entries: Iterable[Entry], out: Path, total: int) -> Counter[str]:
 
 
 def link_or_copy(file: Path, to: Path) -> None:
-    """A hard link to what `file` leads to; a copy where the file system will not have one."""
+    """Hard-link what `file` leads to, or copy it where the file system refuses links."""
     try:
         os.link(os.path.realpath(file), to)
     except OSError:
@@ -116,7 +116,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def entries_of(arguments: argparse.Namespace) -> Iterable[Entry]:
-    """The files of the set asked for."""
+    """Return the files of the set that the command line names."""
     if arguments.dataset == "digits":
         return public_sets.digits()
     if arguments.dataset == "fashion-mnist":

@@ -6,18 +6,18 @@
   python scripts/prepare_imagenet.py --archives DIR --out datasets/imagenet_shards --shards
 
 DIR holds ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, from
-https://image-net.org/challenges/LSVRC/2012/2012-downloads.php after registration. Written are
-OUT/train/<synset>/<name>.JPEG and OUT/val/<synset>/<name>.JPEG, byte for byte as in the archives,
-which are read in place: nothing is unpacked twice.
+https://image-net.org/challenges/LSVRC/2012/2012-downloads.php after registration. The images
+become OUT/train/<synset>/<name>.JPEG and OUT/val/<synset>/<name>.JPEG, byte for byte as in the
+archives, which are read in place: nothing is unpacked twice.
 
-The same command goes on after an interruption: classes that are whole are kept, those that were
-being written are written anew. OUT/train and OUT/val have these names once they are complete; until
-then they are called train.partial and val.partial. On a complete OUT the command compares every
-file's name and size with the archives.
+The same command continues after an interruption: classes that are whole are kept, those that were
+being written are written again. OUT/train and OUT/val have these names once they are complete;
+until then they are called train.partial and val.partial. On a complete OUT the command compares
+every file's name and size with the archives.
 
 With --shards, OUT/train and OUT/val are tar shards with an index, as scripts/make_shards.py writes.
 
-Exit status: 0 complete; 1 something must be mended first; 130 stopped by Ctrl-C.
+Exit status: 0 complete; 1 something must be fixed first; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.errors import DataError, enumeration
+from data.files import write_atomically
 from data.prepare import checksums, shard_writer
-from data.prepare.folder_writer import enumeration, partial_of, present_folder, write_folder
+from data.prepare.folder_writer import partial_of, present_folder, write_folder
 from data.prepare.imagenet import (
     BLACKLIST,
     ILSVRC2012,
@@ -48,32 +49,15 @@ from data.prepare.imagenet import (
     train_source,
     val_source,
 )
-from data.prepare.processes import usable_cores
 from data.prepare.progress import byte_bar
-from data.prepare.shard_scan import PLAN
-from data.shard_index import INDEX, write_atomically
-from data.sources import DataError
-from scripts.arguments import positive
+from data.shards.index import INDEX, PLAN
+from data.workers import usable_cores
+from irv2.cli import positive
 
 DOWNLOADS = "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php"
 STATE = ".prepare_imagenet.json"  # archives whose md5 was right
 OVERHEAD = 1.02  # of files' half-filled last blocks, or of shards' labels and descriptions
 THREADS = 8  # that write class folders
-
-
-class Layout(Protocol):
-    """What a split's folder is to be filled with."""
-
-    workers: int
-
-    def check(self, folder: Path, classes: Sequence[str]) -> None:
-        """Raise DataError if a folder holds anything else."""
-
-    def bytes_missing(self, folder: Path, archive_bytes: int, classes: int) -> float:
-        """About how much is still to be written."""
-
-    def write(self, source: ArchiveSource, folder: Path) -> None:
-        """Write what is missing. Raises DataError."""
 
 
 @dataclass(frozen=True)
@@ -83,21 +67,24 @@ class ClassFolders:
     workers: int  # threads
 
     def check(self, folder: Path, classes: Sequence[str]) -> None:
+        """Raise DataError if a folder holds anything else."""
         present_folder(folder, classes)
 
     def bytes_missing(self, folder: Path, archive_bytes: int, classes: int) -> float:
+        """Estimate how much is still to be written."""
         present = folder if folder.exists() else partial_of(folder)
         names = os.listdir(present) if present.is_dir() else []
         done = sum("." not in name for name in names)
         return OVERHEAD * archive_bytes * max(0, 1 - done / classes)
 
     def write(self, source: ArchiveSource, folder: Path) -> None:
+        """Write what is missing. Raises DataError."""
         write_folder(source, folder, self.workers)
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Tar shards with their index."""
+    """Tar shards with their index; the methods are those of ClassFolders."""
 
     workers: int  # processes
     images_per_shard: int
@@ -111,7 +98,7 @@ class Shards:
 
     def bytes_missing(self, folder: Path, archive_bytes: int, classes: int) -> float:
         if self.shorter_side is not None or (folder / INDEX).exists():
-            return 0.0  # finished, or of a size that nobody knows beforehand
+            return 0.0  # finished, or of a size that is unknown beforehand
         return OVERHEAD * archive_bytes - sum(p.stat().st_size for p in folder.glob("*.tar"))
 
     def write(self, source: ArchiveSource, folder: Path) -> None:
@@ -123,6 +110,9 @@ class Shards:
             shard_writer.write_shards(
                 source, folder, options, self.workers, lambda scan: bar.update(len(scan.samples))
             )
+
+
+Layout = ClassFolders | Shards
 
 
 def prepare(
@@ -160,7 +150,7 @@ def prepare(
 def open_split(
     split: str, archives: Path, devkit: Devkit, expected: Expected, workers: int
 ) -> ArchiveSource:
-    """The images of "train" or "val", found in their archive."""
+    """Open the images of "train" or "val" in their archive."""
     if split == "val":
         return val_source(archives / expected.val.name, devkit)
     path = archives / expected.train.name
@@ -174,7 +164,7 @@ def open_split(
 def check_beforehand(
     archives: Path, out: Path, splits: Sequence[str], layout: Layout, expected: Expected
 ) -> None:
-    """Raise DataError with everything that can be seen at once to stand in the way."""
+    """Raise DataError with all faults that can be seen before anything is written."""
     needed = [expected.devkit, *(getattr(expected, split) for split in splits)]
     faults = [fault for archive in needed if (fault := archive_fault(archives, archive))]
     if faults:
@@ -186,7 +176,7 @@ def check_beforehand(
 
 
 def archive_fault(archives: Path, archive: Archive) -> str:
-    """What is wrong with an archive at first sight; empty if nothing is."""
+    """Describe what is wrong with an archive at first sight; empty if nothing is."""
     path = archives / archive.name
     if not path.is_file():
         return f"{path}: not there"
@@ -197,7 +187,7 @@ def archive_fault(archives: Path, archive: Archive) -> str:
 
 
 def content_fault(out: Path) -> str:
-    """What else is in the way of the result; empty if nothing is."""
+    """Describe other things that lie in the result's place; empty if there are none."""
     if not out.exists():
         return ""
     if not out.is_dir():
@@ -213,7 +203,7 @@ def content_fault(out: Path) -> str:
 def space_fault(
     archives: Path, out: Path, splits: Sequence[str], layout: Layout, expected: Expected
 ) -> str:
-    """How much room the disk lacks for what is not written yet; empty if it has enough."""
+    """Describe a disk without room for what is not written yet; empty if it has enough."""
     needed = 0.0
     for split in splits:
         archive = archives / getattr(expected, split).name
@@ -286,7 +276,7 @@ def main(arguments: Sequence[str] | None = None, expected: Expected = ILSVRC2012
         print(f"prepare_imagenet.py: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # no permission, no space
-        print(f"prepare_imagenet.py: {error}; once mended, run it again", file=sys.stderr)
+        print(f"prepare_imagenet.py: {error}; once that is fixed, run it again", file=sys.stderr)
         return 1
     return 0
 

@@ -7,7 +7,7 @@
 
 --out writes index.html, which opens from the disk: curves, results, and in which keys the configs
 of several runs differ. For one run it also writes README.md, curves.png, and copies of log.jsonl,
-config.yaml and validate.json. Exit status: 0 done, 1 a folder is no run, 130 Ctrl-C.
+config.yaml and validate.json. Exit status: 0 done, 1 a folder is not a run, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from irv2 import jsonl
-from report import page, run
-from report.run import Run
+from data.errors import UserError
+from irv2.report import page, runs
+from irv2.report.runs import Run
+from irv2.run import jsonl
 
 COPIED = ("log.jsonl", "config.yaml", "validate.json")
 
 
-class RunError(ValueError):
-    """A folder that is no run."""
+class RunError(UserError):
+    """A folder that is not a run."""
 
 
 def read_run(directory: Path) -> Run:
-    """A run from what lies in its directory. Raises RunError."""
+    """Read a run from its directory. Raises RunError."""
     log = jsonl.read(directory / "log.jsonl")
-    if not run.of_kind(log, "train"):
+    if not runs.lines_of_kind(log, "train"):
         raise RunError(f"{directory}: no log.jsonl with a step of training in it; is it a run?")
     config, validated = {}, {}
     try:
@@ -52,24 +53,24 @@ def read_run(directory: Path) -> Run:
     return Run(directory, log, config, validated)
 
 
-def summary(found: Run) -> str:
-    """The summary and the command that shows more, for a terminal."""
+def summary(run: Run) -> str:
+    """Return a run's summary and the command that shows more, for a terminal."""
     tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
-    rows = [*run.summary(found), ("watch", f"{tensorboard} --logdir {found.directory}")]
+    rows = [*runs.summary(run), ("watch", f"{tensorboard} --logdir {run.directory}")]
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
 
 
-def write_pages(runs: list[Run], out: Path) -> None:
-    """index.html; for one run also README.md beside what it was made from."""
-    run.write(out, runs)
-    if len(runs) > 1:
+def write_pages(shown: list[Run], out: Path) -> None:
+    """Write index.html; for one run also README.md and what it was made from."""
+    runs.write(out, shown)
+    if len(shown) > 1:
         return
-    directory = runs[0].directory
+    directory = shown[0].directory
     for name in COPIED:
         if (directory / name).exists() and directory.resolve() != out.resolve():
             page.write(out / name, (directory / name).read_bytes())
     command = ["python", "scripts/report.py", str(directory), "--out", str(out)]
-    run.write_readme(out, runs[0], shlex.join(command))
+    runs.write_readme(out, shown[0], shlex.join(command))
 
 
 def main() -> int:
@@ -81,10 +82,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the page")
     arguments = parser.parse_args()
     try:
-        runs = [read_run(directory) for directory in arguments.run]
-        print("\n\n".join(map(summary, runs)))
+        shown = [read_run(directory) for directory in arguments.run]
+        print("\n\n".join(map(summary, shown)))
         if arguments.out is not None:
-            write_pages(runs, arguments.out)
+            write_pages(shown, arguments.out)
     except (RunError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections import defaultdict
@@ -13,7 +14,7 @@ import pytest
 from programs import run, write_images
 from small_run import CONFIG, IMAGES, arguments
 
-from scripts.pages import replace_section
+from irv2.report.markdown import replace_section
 
 # Modules of half a minute and more.
 LONGEST = ("faults", "mutations", "validate", "train", "benchmark", "finetune", "moving_to_shards",
@@ -132,3 +133,28 @@ def shards(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert result.returncode == 0, result.stderr
     return out
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
+    """What is flushed (a path, its size if it is a file) and renamed (the new path), in order."""
+    seen: list[tuple[str, object]] = []
+    fsync, replace, rename = os.fsync, os.replace, Path.rename
+
+    def spy_fsync(descriptor: int) -> None:
+        target = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        seen.append(("fsync", target, target.stat().st_size if target.is_file() else None))
+        fsync(descriptor)
+
+    def spy_replace(source, target) -> None:
+        seen.append(("rename", Path(target)))
+        replace(source, target)
+
+    def spy_rename(source: Path, target: Path) -> Path:
+        seen.append(("rename", target))
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    monkeypatch.setattr(Path, "rename", spy_rename)
+    return seen

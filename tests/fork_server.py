@@ -27,7 +27,13 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTED = ("train", "validate", "irv2.native.norm", "irv2.native.update", "data.prepare.imagenet")
+IMPORTED = (
+    "train",
+    "validate",
+    "irv2.network.cpu.norm",
+    "irv2.network.cpu.update",
+    "data.prepare.imagenet",
+)
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -128,15 +134,14 @@ def warm() -> None:
 
     from data.resample import Box, resize
     from data.to_input import ToInput
-    from irv2 import fused
-    from irv2.native import update
+    from irv2.network.cpu import fused, update
 
     image, view = (np.zeros((side, side, 3), np.uint8) for side in (8, 4))
     resize(image, view, box=Box(0, 0, 8, 8), size=(4, 4))
     images, flips = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.bool)
     for colours in (None, torch.zeros(1, 3)):
         x = ToInput([0.5] * 3, [0.5] * 3, torch.device("cpu"))(images, flips, colours)
-    fused.norm_relu(x, torch.nn.BatchNorm2d(3), 0.1)
+    fused.norm_relu(x, torch.nn.BatchNorm2d(3))
     weight, rates = [torch.zeros(1)] * 5, update.Rates(1.0, 0.0, 0.9, 1.0, 0.9, 0.0, 0.0)
     update.rmsprop([update.Slots(*weight)], rates)
     update.norm(weight[:1])

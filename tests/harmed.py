@@ -28,7 +28,10 @@ from torch.utils.tensorboard import FileWriter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from irv2 import checkpoint, distributed, engine, jsonl
+from irv2 import evaluation
+from irv2.run import checkpoint, directory, jsonl
+from irv2.training import step
+from irv2.training.loss import Loss
 
 
 def span(text: str) -> range:
@@ -117,29 +120,29 @@ def kill_in_prune(call: range) -> None:
 
 def nan(where: str) -> None:
     rank, _, steps = where.partition(":")
-    loss, current = engine.Loss.__call__, {"step": 0}
-    before(engine, "train_step", lambda state, *_: current.update(step=state.step + 1))
+    loss, current = Loss.__call__, {"step": 0}
+    before(step, "begin", lambda state, *_: current.update(step=state.step + 1))
 
     def harmed(self, output, labels) -> torch.Tensor:
         value = loss(self, output, labels)
         is_hit = current["step"] in span(steps) and os.environ.get("RANK", "0") == rank
         return value * float("nan") if is_hit else value
 
-    engine.Loss.__call__ = harmed
+    Loss.__call__ = harmed
 
 
 def slow_evaluation(seconds: float) -> None:
-    evaluate = engine.evaluate
+    scored = evaluation.scored
 
-    def slow(model, batches, *arguments, **options):
+    def slow(model, batches, *arguments):
         print("evaluation begins", flush=True)
-        return evaluate(model, (time.sleep(seconds) or b for b in batches), *arguments, **options)
+        return scored(model, (time.sleep(seconds) or b for b in batches), *arguments)
 
-    engine.evaluate = slow
+    evaluation.scored = slow
 
 
 def slow_step(seconds: float) -> None:
-    before(engine, "train_step", lambda *_arguments: time.sleep(seconds))
+    before(step, "begin", lambda *_arguments: time.sleep(seconds))
 
 
 def slow_save(seconds: float) -> None:
@@ -153,7 +156,7 @@ def slow_save(seconds: float) -> None:
 def apart(name: str) -> None:
     own = name + os.environ["RANK"]
     sys.argv = [word + own if word.startswith("run.dir=") else word for word in sys.argv]
-    distributed.APPEARS_WITHIN_S = 1.0
+    directory.APPEARS_WITHIN_S = 1.0
 
 
 FAULTS: dict[str, Callable[[str], None]] = {

@@ -10,8 +10,8 @@ from itertools import count
 import torch
 from PIL import Image
 
+from data.base import Source
 from data.loader import Batch, load
-from data.sources import Source
 from data.to_input import ToInput
 from data.transforms import EvalView
 from data.workers import Workers
@@ -20,7 +20,7 @@ IDENTITY = ToInput([0.0] * 3, [1.0] * 3, torch.device("cpu"))
 VIEW = EvalView(8, 1.0, "bilinear")
 
 
-class Numbered:
+class Numbered(Source):
     """Image i is all of grey level i, its label 100 + i; those of `broken` hold no image."""
 
     classes = ("unused",)

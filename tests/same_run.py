@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from small_run import IMAGES, STEPS
 
-from irv2 import checkpoint, jsonl, weights
+from irv2.network import weights
+from irv2.run import checkpoint, jsonl
 
 
 def checkpoint_of(directory: Path, step: int) -> checkpoint.Checkpoint:
@@ -15,7 +16,7 @@ def checkpoint_of(directory: Path, step: int) -> checkpoint.Checkpoint:
 
 
 def steps(directory: Path) -> list[int]:
-    return [checkpoint.step_of(path) for path in checkpoint.found(directory / "checkpoints")]
+    return [checkpoint.step_of(path) for path in checkpoint.list_all(directory / "checkpoints")]
 
 
 def differing(ours: checkpoint.Parts, theirs: checkpoint.Parts) -> list[str]:

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 from tars import Entry, tar
 
+from data.base import Source
 from data.prepare.shard_writer import Options, write_shards
-from data.sources import FolderSource, Source
+from data.sources import FolderSource
 
 IMAGES = 14  # of `write_folder`
 SMALL = Options("train", images_per_shard=4)

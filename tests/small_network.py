@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from irv2.distributed import World
-from irv2.engine import StepOptions, TrainState, running_average, train_step
-from irv2.optim import RMSpropTF, parameter_groups
+from data import loader
+from irv2.evaluation import EvalOptions, collect, scored
+from irv2.training.distributed import World
+from irv2.training.metrics import Predictions
+from irv2.training.optim import RMSpropTF, parameter_groups
+from irv2.training.state import TrainState, running_average
+from irv2.training.step import StepOptions, train_step
 
 ALONE = World(0, 1, torch.device("cpu"))
 CLASSES, LR = 6, 0.1
@@ -71,13 +76,24 @@ def pieces(batch: Batch, size: int) -> Iterator[Batch]:
     return zip(*(part.split(size) for part in batch))
 
 
-def numbered(
-    batches: Iterable[Batch], first: int = 0
-) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
-    """Batches with the numbers of their images, as an evaluation takes them."""
+def numbered(batches: Iterable[Batch], first: int = 0) -> Iterator[tuple[loader.Batch, Tensor]]:
+    """Batches as a loader makes them, of images numbered from `first` on, and their answers."""
     for x, labels in batches:
-        yield x, labels, list(range(first, first + len(x)))
-        first += len(x)
+        keys = [(0, number) for number in range(first, first + len(labels))]
+        sizes = np.full((len(labels), 2), 6, np.int32)
+        yield loader.Batch(x, labels, sizes, keys, [], []), labels
+        first += len(labels)
+
+
+def evaluate(
+    network: nn.Module,
+    batches: Iterable[tuple[loader.Batch, Tensor]],
+    world: World = ALONE,
+    options: EvalOptions | None = None,
+    **on_batch,
+) -> Predictions:
+    """Predictions for the images of all ranks' batches."""
+    return collect(scored(network, batches, options or EvalOptions()), world, **on_batch)
 
 
 def train(state: TrainState, micro_batch: int, steps: int = 3, batch: int = 8, **options) -> list:

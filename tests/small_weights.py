@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from small_network import randomised
 
-from irv2 import weights
-from irv2.model import inception_resnet_v2
+from irv2.network import weights
+from irv2.network.model import inception_resnet_v2
 
 VIEW = {
     "image_size": 75,

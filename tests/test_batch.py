@@ -8,9 +8,12 @@ import pytest
 import torch
 from small_network import ALONE
 
-import recipe
-from irv2 import config, memory, rundir
-from irv2.distributed import World, WorldError, divide_batch
+from irv2 import build, config
+from irv2.network import memory
+from irv2.run import directory
+from irv2.training import batch
+from irv2.training.batch import divide
+from irv2.training.distributed import World, WorldError
 
 CPU = torch.device("cpu")
 
@@ -31,7 +34,7 @@ CPU = torch.device("cpu")
 def test_the_batch_is_divided_into_the_largest_equal_parts(
     global_batch, micro_batch, ranks, expected
 ):
-    assert divide_batch(global_batch, micro_batch, ranks) == expected
+    assert divide(global_batch, micro_batch, ranks) == expected
 
 
 def test_every_division_makes_the_global_batch_of_parts_no_larger_than_asked():
@@ -39,7 +42,7 @@ def test_every_division_makes_the_global_batch_of_parts_no_larger_than_asked():
         for ranks in (1, 2, 3, 4, 8):
             for micro_batch in (1, 2, 5, 8, 32):
                 try:
-                    size, accumulation = divide_batch(global_batch, micro_batch, ranks)
+                    size, accumulation = divide(global_batch, micro_batch, ranks)
                 except WorldError:
                     continue
                 assert size * accumulation * ranks == global_batch
@@ -51,7 +54,7 @@ def test_a_number_of_ranks_that_does_not_divide_the_batch_names_values_that_work
     global_batch, ranks
 ):
     with pytest.raises(WorldError) as caught:
-        divide_batch(global_batch, 32, ranks)
+        divide(global_batch, 32, ranks)
     message = str(caught.value)
     assert message.startswith(f"train.global_batch={global_batch} ")
     assert f"{ranks} ranks" in message
@@ -59,25 +62,25 @@ def test_a_number_of_ranks_that_does_not_divide_the_batch_names_values_that_work
     for other in filter(None, near):
         assert global_batch % int(other) == 0
     fitting = int(re.search(r"set train\.global_batch=(\d+)", message)[1])
-    divide_batch(fitting, 32, ranks)
+    divide(fitting, 32, ranks)
 
 
 def test_more_ranks_than_images_are_refused_with_a_batch_that_works():
     with pytest.raises(WorldError, match=r"start 3 ranks, or set train\.global_batch=8"):
-        divide_batch(3, 32, 8)
+        divide(3, 32, 8)
 
 
 def test_a_share_without_equal_parts_near_the_micro_batch_names_values_that_work():
     with pytest.raises(WorldError) as caught:
-        divide_batch(74, 32, 2)  # 37 images a rank, a prime
+        divide(74, 32, 2)  # 37 images a rank, a prime
     message = str(caught.value)
     assert "37 images a rank" in message
     micro_batches = re.search(r"train\.micro_batch=(\d+) or (\d+)", message).groups()
     assert micro_batches == ("1", "37")
     for micro_batch in map(int, micro_batches):
-        divide_batch(74, micro_batch, 2)
+        divide(74, micro_batch, 2)
     fitting = int(re.search(r"or train\.global_batch=(\d+)", message)[1])
-    assert divide_batch(fitting, 32, 2) == (32, fitting // 64)
+    assert divide(fitting, 32, 2) == (32, fitting // 64)
 
 
 # ---------------------------------------------------------------------- train.micro_batch=auto
@@ -96,10 +99,10 @@ def configured(*overrides: tuple[str, dict]) -> config.Config:
 
 def fitting(monkeypatch, images: int, cfg: config.Config, ranks: int = 1) -> int:
     """What is found where memory holds a step of so many images on each rank."""
-    need = recipe.memory_sizes(cfg, 4).training(images)
+    need = build.memory_sizes(cfg, 4).training(images)
     monkeypatch.setattr(memory, "device_memory", lambda _: int(ranks * need / 0.85) + 1)
-    room = recipe.memory_room(CPU, ranks)
-    return recipe.largest_micro_batch(cfg, 4, ranks, room)
+    room = batch.memory_room(CPU, ranks)
+    return build.fitting_micro_batch(cfg, 4, ranks, room)
 
 
 @pytest.mark.parametrize(
@@ -119,35 +122,40 @@ def test_pairs_are_not_parted(monkeypatch):
 
 def test_a_run_goes_on_with_as_many_images_at_once_as_before(monkeypatch, tmp_path):
     """Else batch norm would see other images together, and the run would not be the same."""
-    need = recipe.memory_sizes(configured(), 4).training(50)
+    need = build.memory_sizes(configured(), 4).training(50)
     monkeypatch.setattr(memory, "device_memory", lambda _: int(need / 0.85) + 1)
-    rundir.write_config(tmp_path, {"train": {"micro_batch": 24}})
-    before = rundir.micro_batch_before(tmp_path)
-    assert recipe.micro_batch(configured(), 4, ALONE) == 48
-    assert recipe.micro_batch(configured(), 4, ALONE, before) == 24
-    assert recipe.micro_batch(configured(), 4, ALONE, 96) == 48  # it does not fit any more
-    assert recipe.micro_batch(configured(), 4, ALONE, 7) == 48  # of another number of ranks
-    assert rundir.micro_batch_before(tmp_path / "new") is None
+    runs = {
+        name: configured(("run", {"dir": str(tmp_path / name)}))
+        for name in ("new", "24", "96", "7")
+    }
+    for taken in (24, 96, 7):
+        (tmp_path / str(taken)).mkdir()
+        directory.write_config(tmp_path / str(taken), {"train": {"micro_batch": taken}})
+    taken = {name: build.divide_batch(cfg, 4, ALONE).micro_batch for name, cfg in runs.items()}
+    assert taken["24"] == 24
+    assert taken["new"] == taken["96"] == 48  # 96 do not fit any more
+    assert taken["7"] == 48  # of another number of ranks
 
 
 def test_what_cannot_fit_is_an_error_with_what_to_do(monkeypatch):
     monkeypatch.setattr(memory, "device_memory", lambda _: 1 << 20)
     with pytest.raises(WorldError, match=r"a step of 1 images.*grad_checkpointing=true"):
-        recipe.micro_batch(configured(), 4, ALONE)
+        build.divide_batch(configured(), 4, ALONE)
 
 
 def test_the_rank_with_the_least_memory_decides_for_all(monkeypatch):
-    sizes = recipe.memory_sizes(configured(), 4)
+    sizes = build.memory_sizes(configured(), 4)
     monkeypatch.setattr(memory, "device_memory", lambda _: int(sizes.training(96) / 0.85) + 1)
 
     class Elsewhere(World):
         def smallest(self, value: int) -> int:
             return min(value, sizes.training(24))  # bytes; as a number of images it is no limit
 
-    assert recipe.micro_batch(configured(), 4, ALONE) == 96
-    assert recipe.micro_batch(configured(), 4, Elsewhere(0, 1, CPU)) == 24
+    assert build.divide_batch(configured(), 4, ALONE).micro_batch == 96
+    assert build.divide_batch(configured(), 4, Elsewhere(0, 1, CPU)).micro_batch == 24
 
 
-def test_a_number_is_taken_as_it_is():
-    cfg = configured(("train", {"global_batch": 96, "micro_batch": 7}))
-    assert recipe.micro_batch(cfg, 4, ALONE) == 7
+def test_a_number_is_taken_whatever_the_memory(monkeypatch):
+    monkeypatch.setattr(memory, "device_memory", lambda _: 1 << 20)
+    cfg = configured(("train", {"global_batch": 96, "micro_batch": 12}))
+    assert build.divide_batch(cfg, 4, ALONE).micro_batch == 12

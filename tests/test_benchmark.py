@@ -7,9 +7,11 @@ import multiprocessing
 import pytest
 import torch
 
-from irv2 import config, engine, update
-from irv2.model import inception_resnet_v2
-from irv2.native import threads
+from irv2 import config
+from irv2.network.accelerate import accelerate
+from irv2.network.cpu import threads
+from irv2.network.model import inception_resnet_v2
+from irv2.training import update as end_of_step
 from scripts.benchmarks import (
     end_to_end,
     limits,
@@ -64,7 +66,7 @@ def small_networks(monkeypatch):
 
     def pair(device):
         torch.manual_seed(0)
-        ours = inception_resnet_v2(blocks=(1, 1, 1))
+        ours = accelerate(inception_resnet_v2(blocks=(1, 1, 1)))
         return ours.to(memory_format=torch.channels_last), copy.deepcopy(ours)
 
     monkeypatch.setattr(network, "networks", pair)
@@ -122,10 +124,10 @@ def test_results_that_differ_are_told(small_networks, monkeypatch):
 @pytest.mark.parametrize("spoilt", ["clipping", "average"])
 def test_updates_that_differ_are_told(small_networks, monkeypatch, spoilt):
     if spoilt == "clipping":
-        monkeypatch.setattr(update, "gradient_norm", lambda parameters: torch.tensor(1e-3))
+        monkeypatch.setattr(end_of_step, "gradient_norm", lambda parameters: torch.tensor(1e-3))
     else:
-        average = engine.running_average
-        monkeypatch.setattr(engine, "running_average", lambda model, _: average(model, 0.05))
+        average = network.running_average
+        monkeypatch.setattr(network, "running_average", lambda model, _: average(model, 0.05))
     with pytest.raises(network.DisagreementError, match="changes of"):
         updating.check(SMALL_CASE.device)
 

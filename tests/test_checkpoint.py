@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from irv2 import checkpoint
-from irv2.checkpoint import CheckpointError, write_atomically
+from irv2.run import checkpoint
+from irv2.run.checkpoint import CheckpointError
 
 
 def names(directory: Path) -> list[str]:
@@ -30,94 +30,7 @@ def save(directory: Path, *steps: int) -> list[Path]:
 
 
 def kept_steps(directory: Path) -> list[int]:
-    return [checkpoint.step_of(path) for path in checkpoint.found(directory)]
-
-
-# ---------------------------------------------------------------------------------- writing
-
-
-def test_a_file_is_created_and_replaced(tmp_path):
-    path = tmp_path / "file"
-    for content in (b"first, and longer", b"second"):
-        write_atomically(path, lambda file, content=content: file.write(content))
-        assert path.read_bytes() == content
-    assert names(tmp_path) == ["file"]
-
-
-@pytest.fixture
-def old(tmp_path: Path) -> Path:
-    """A file with something in it."""
-    (tmp_path / "file").write_bytes(b"old")
-    return tmp_path / "file"
-
-
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_writer_that_fails_half_way_leaves_the_old_file_and_nothing_else(old, error):
-    def write(file) -> None:
-        file.write(b"half of the n")
-        file.flush()
-        raise error
-
-    with pytest.raises(type(error)):
-        write_atomically(old, write)
-    assert old.read_bytes() == b"old"
-    assert names(old.parent) == ["file"]
-
-
-def test_the_old_file_is_there_until_the_new_one_is_whole(old):
-    seen = []
-
-    def write(file) -> None:
-        file.write(b"new")
-        file.flush()
-        seen.append(old.read_bytes())
-
-    write_atomically(old, write)
-    assert seen == [b"old"]
-
-
-@pytest.fixture
-def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
-    """What is flushed (a path, its size if it is a file) and renamed (the new path), in order."""
-    seen: list[tuple[str, object]] = []
-    fsync, replace, rename = os.fsync, os.replace, Path.rename
-
-    def spy_fsync(descriptor: int) -> None:
-        target = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        seen.append(("fsync", target, target.stat().st_size if target.is_file() else None))
-        fsync(descriptor)
-
-    def spy_replace(source, target) -> None:
-        seen.append(("rename", Path(target)))
-        replace(source, target)
-
-    def spy_rename(source: Path, target: Path) -> Path:
-        seen.append(("rename", target))
-        return rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", spy_fsync)
-    monkeypatch.setattr(os, "replace", spy_replace)
-    monkeypatch.setattr(Path, "rename", spy_rename)
-    return seen
-
-
-def test_content_reaches_the_disk_before_the_name_and_the_name_before_the_return(tmp_path, events):
-    path = tmp_path / "file"
-    write_atomically(path, lambda file: file.write(b"12345"))
-    (flush, _, size), *rest = events
-    assert (flush, size) == ("fsync", 5)
-    assert rest == [("rename", path), ("fsync", tmp_path, None)]
-
-
-def test_a_failed_fsync_leaves_the_old_file(old, monkeypatch):
-    def fail(descriptor: int) -> None:
-        raise OSError("input/output error")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="input/output"):
-        write_atomically(old, lambda file: file.write(b"new"))
-    assert old.read_bytes() == b"old"
-    assert names(old.parent) == ["file"]
+    return [checkpoint.step_of(path) for path in checkpoint.list_all(directory)]
 
 
 # ---------------------------------------------------------------------------------- a run's
@@ -168,7 +81,7 @@ def test_the_newest_are_kept_by_step_not_by_name_or_time(tmp_path, keep):
         os.utime(path, (0, 10_000 - step))
         checkpoint.prune(tmp_path, keep)
     assert kept_steps(tmp_path) == steps[-keep:]
-    assert names(tmp_path) == [path.name for path in checkpoint.found(tmp_path)]
+    assert names(tmp_path) == [path.name for path in checkpoint.list_all(tmp_path)]
 
 
 def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path):
@@ -223,14 +136,14 @@ def test_a_save_that_fails_leaves_the_old_checkpoints_and_nothing_else(tmp_path,
 
 
 def test_nothing_is_found_where_there_is_nothing(tmp_path):
-    assert checkpoint.found(tmp_path) == []
-    assert checkpoint.found(tmp_path / "absent") == []
+    assert checkpoint.list_all(tmp_path) == []
+    assert checkpoint.list_all(tmp_path / "absent") == []
 
 
 def test_a_directory_that_cannot_be_listed_does_not_look_empty(tmp_path):
     (tmp_path / "checkpoints").touch()
     with pytest.raises(NotADirectoryError):
-        checkpoint.found(tmp_path / "checkpoints")
+        checkpoint.list_all(tmp_path / "checkpoints")
 
 
 def test_nothing_is_read_where_nothing_is_to_be_removed(tmp_path, monkeypatch):

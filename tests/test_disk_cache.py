@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import disk_cache
-from data.disk_cache import SECTOR, DiskCache
-from data.sources import DataError
+from data.errors import DataError
+from data.shards import disk_cache
+from data.shards.disk_cache import SECTOR, DiskCache
 
 OURS, THEIRS = "0" * 16, "f" * 16
 FOLDERS, ROOM = 4, 4  # sectors of each folder

@@ -16,13 +16,16 @@ import programs
 import pytest
 import torch
 from calling import Called, call
-from scipy.stats import binomtest
 
-import recipe
 from data import sources
+from data.base import Source
+from data.errors import DataError
 from data.prepare import checkup
 from data.prepare.checkup import BadImage
-from irv2 import config, distributed, engine, fused, memory
+from irv2 import build, config
+from irv2.network import memory
+from irv2.network.cpu import fused
+from irv2.training import distributed, step
 from scripts import doctor
 from scripts.checks import capacity, images, machine
 from scripts.checks.case import FAIL, OK, WARN, Case, Finding, Request
@@ -143,38 +146,16 @@ def test_an_impossible_option_is_refused_first(arguments, project, examine):
 # ---------------------------------------------------------------------------------- images
 
 
-class Scattered:
-    """Images of three classes in no order of theirs: labels 2, 0, 2, 1, 2, 0."""
+class Unfiled(Source):
+    """Six images of three classes that lie in no files."""
 
-    LABELS = (2, 0, 2, 1, 2, 0)
-    classes = ("a", "b", "c")
-
-    def __init__(self, unreadable: tuple[int, ...] = ()) -> None:
-        self.unreadable = unreadable
-
-    def __len__(self) -> int:
-        return len(self.LABELS)
+    classes, starts = ("a", "b", "c"), (0, 2, 3, 6)
 
     def read(self, index: int) -> tuple[bytes, int]:
-        if index in self.unreadable:
-            raise sources.ImageError(f"{index}: cannot be read")
-        return bytes([index]), self.LABELS[index]
+        return bytes([index]), self.label(index)
 
     def name(self, index: int) -> str:
         return f"image {index}"
-
-    def members(self, index: int) -> list[int]:
-        return [i for i, label in enumerate(self.LABELS) if label == self.LABELS[index]]
-
-
-def test_counts_of_a_hand_made_case():
-    for unreadable in ((), (0, 1)):
-        assert checkup.class_counts(Scattered(unreadable)).tolist() == [2, 1, 3]
-
-
-def test_a_class_that_cannot_be_read_at_all_is_told():
-    with pytest.raises(sources.ImageError, match="3: cannot be read"):
-        checkup.class_counts(Scattered(unreadable=(3,)))
 
 
 def test_extreme_imbalance_is_warned_of():
@@ -202,12 +183,6 @@ def test_a_sample_is_spread_evenly_and_has_no_image_twice():
     assert np.histogram(drawn, bins=8, range=(0, 1000))[0].tolist() == [8] * 8
     assert drawn != checkup.sample(1000, 64, seed=1)
     assert checkup.sample(5, 64, seed=0) == [0, 1, 2, 3, 4]
-
-
-def test_the_interval_of_a_share_is_wilsons():
-    for bad, looked_at in ((0, 1000), (1, 1000), (7, 20), (5, 5)):
-        expected = binomtest(bad, looked_at).proportion_ci(0.95, method="wilson")
-        assert checkup.share_interval(bad, looked_at) == pytest.approx(tuple(expected), abs=1e-5)
 
 
 def judged(split: str, bad: int, looked: int, length: int) -> Finding:
@@ -242,13 +217,13 @@ def test_a_scan_names_every_bad_image_with_its_reason(project, tmp_path):
     assert bad[0].reason.startswith("cannot be decoded") and "No such file" in bad[1].reason
 
 
-def die(_source: object, _indices: object) -> list:
+def die(_source: object, _index: int) -> None:
     os._exit(1)
 
 
 def test_a_process_that_dies_while_scanning_is_told():
-    with pytest.raises(sources.DataError, match="a worker process has died"):
-        list(checkup.in_parallel(die, Scattered(), range(6), 2, "decoding"))
+    with pytest.raises(DataError, match="a worker process has died"):
+        list(checkup.in_parallel(die, Unfiled(), range(6), 2, "decoding"))
 
 
 def test_images_of_both_splits_are_found_by_content(project, tmp_path):
@@ -263,7 +238,7 @@ def test_images_of_both_splits_are_found_by_content(project, tmp_path):
 
 
 def test_sources_without_files_are_compared_as_far_as_asked():
-    here = there = Scattered()
+    here = there = Unfiled()
     whole = checkup.same_images(here, [0, 4], there, limit=6, processes=1)
     assert sorted(whole.pairs) == [(0, 0), (4, 4)] and whole.compared == 6
     assert checkup.same_images(here, [0, 4], there, limit=3, processes=1).compared == 3
@@ -286,10 +261,10 @@ def test_a_checkpoints_size_is_that_of_its_tensors(project):
     for overrides in ((), ("model.bn_scale=false", "train.precision=bf16")):
         case = case_of(project, *overrides)
         with distributed.start("cpu") as world:
-            state = recipe.new_state(case.cfg, 3, world.device)
+            state = build.new_state(case.cfg, 3, world.device)
             batch = torch.rand(2, 3, 75, 75), torch.tensor([0, 1])
-            engine.train_step(state, state.model, iter([batch]), 0.1, engine.StepOptions(), world)
-        sizes = recipe.memory_sizes(case.cfg, 3)
+            step.train_step(state, state.model, iter([batch]), 0.1, step.StepOptions(), world)
+        sizes = build.memory_sizes(case.cfg, 3)
         parts = [sum(t.nbytes for t in part.values()) for part in state.tensors().values()]
         assert sizes.checkpoint == sum(parts)
         assert sizes.weights == parts[0]
@@ -297,7 +272,7 @@ def test_a_checkpoints_size_is_that_of_its_tensors(project):
 
 def test_the_full_networks_checkpoint_has_870_megabytes():
     cfg = config.load(FULL, ["model.bn_scale=true"])
-    assert recipe.memory_sizes(cfg, 1000).checkpoint == pytest.approx(870e6 + 24e6, rel=0.01)
+    assert build.memory_sizes(cfg, 1000).checkpoint == pytest.approx(870e6 + 24e6, rel=0.01)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -305,8 +280,8 @@ def test_activations_are_those_that_autograd_keeps(project, precision, monkeypat
     """With plain operations, as on a GPU."""
     monkeypatch.setattr(fused, "trains", lambda x, norms: False)
     cfg = config.load(project, [f"train.precision={precision}"])
-    sizes = recipe.memory_sizes(cfg, 3)
-    model = recipe.new_state(cfg, 3, torch.device("cpu")).model.train()
+    sizes = build.memory_sizes(cfg, 3)
+    model = build.new_state(cfg, 3, torch.device("cpu")).model.train()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
 
@@ -314,7 +289,7 @@ def test_activations_are_those_that_autograd_keeps(project, precision, monkeypat
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    dtype = engine.PRECISIONS[precision]
+    dtype = step.PRECISIONS[precision]
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", dtype, enabled=dtype is not None),
@@ -326,13 +301,13 @@ def test_activations_are_those_that_autograd_keeps(project, precision, monkeypat
 
 def test_gradient_checkpointing_is_seen_to_keep_less():
     cfgs = [config.load(FULL, [f"model.grad_checkpointing={on}"]) for on in ("false", "true")]
-    plain, frugal = (recipe.memory_sizes(cfg, 10).activations for cfg in cfgs)
+    plain, frugal = (build.memory_sizes(cfg, 10).activations for cfg in cfgs)
     assert plain / 2 < frugal < 0.7 * plain  # the stem, not checkpointed, has half of them
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_told(project, free):
     case = case_of(project, "checkpoint.keep=3")
-    sizes = recipe.memory_sizes(case.cfg, 3)
+    sizes = build.memory_sizes(case.cfg, 3)
     need = 5 * sizes.checkpoint + 2 * sizes.weights
     for size, level in ((need - 1, FAIL), (need, WARN), (2 * need, OK)):
         free(size)
@@ -356,7 +331,7 @@ def test_checkpoints_that_are_there_need_no_room(project, free):
     (old / "model.safetensors").write_bytes(bytes(1_000_000))
     free(10**12)
     (finding,) = machine.check_disk(case)
-    sizes = recipe.memory_sizes(case.cfg, 3)
+    sizes = build.memory_sizes(case.cfg, 3)
     assert finding.figures["need"] == 4 * sizes.checkpoint + 2 * sizes.weights - 1_000_000
 
 

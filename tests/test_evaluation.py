@@ -9,6 +9,7 @@ import torch
 from small_network import (
     ALONE,
     LR,
+    evaluate,
     images,
     new_state,
     numbered,
@@ -19,8 +20,8 @@ from small_network import (
 )
 from torch import nn
 
-from irv2 import engine
-from irv2.engine import EvalOptions, StepOptions, train_step
+from irv2.evaluation import EvalOptions, scored
+from irv2.training.step import StepOptions, train_step
 
 
 def test_an_evaluation_counts_every_image_and_changes_nothing():
@@ -28,8 +29,8 @@ def test_an_evaluation_counts_every_image_and_changes_nothing():
     x, labels = images(23)
     before = copy.deepcopy(network.state_dict())
     seen = []
-    result = engine.evaluate(
-        network, numbered(pieces((x, labels), 5)), ALONE, on_batch=lambda n, _: seen.append(n)
+    result = evaluate(
+        network, numbered(pieces((x, labels), 5)), on_batch=lambda n, _: seen.append(n)
     )
     with torch.no_grad():
         logits = network.eval()(x)
@@ -47,7 +48,7 @@ def test_a_step_after_an_evaluation_trains_again():
     straight, interrupted = (new_state(small_network(drop_rate=0.5)) for _ in range(2))
     train(straight, 8, steps=2)
     train(interrupted, 8, steps=1)
-    engine.evaluate(interrupted.model, numbered([images(4)]), ALONE)
+    evaluate(interrupted.model, numbered([images(4)]))
     batches = iter([images(8, seed=1)])
     train_step(interrupted, interrupted.model, batches, LR, StepOptions(), ALONE)
     assert torch.equal(trainable(straight.model), trainable(interrupted.model))
@@ -64,7 +65,7 @@ def test_several_views_of_an_image_count_as_the_mean_of_their_softmax():
     for is_mirrored, expected in ((False, every.mean(0)), (True, (every + mirrored).mean(0) / 2)):
         for at_once in (None, 5):
             options = EvalOptions(mirrored=is_mirrored, at_once=at_once)
-            (batch,) = engine.scored(network, [(flat, labels, [0, 1, 2, 3])], options)
+            (batch,) = scored(network, numbered([(flat, labels)]), options)
             assert torch.allclose(batch.scores.exp(), expected, atol=1e-6)
 
 
@@ -74,9 +75,7 @@ def test_classes_that_do_not_compete_are_never_answers():
     competing = torch.tensor([True, False, True, True, False, True])
     mine = competing[labels]
     x, labels = x[mine], labels[mine]
-    result = engine.evaluate(
-        network, numbered([(x, labels)]), ALONE, EvalOptions(competing=competing)
-    )
+    result = evaluate(network, numbered([(x, labels)]), options=EvalOptions(competing=competing))
     places = competing.nonzero().squeeze(1)
     with torch.no_grad():
         logits = network.eval()(x)[:, places]

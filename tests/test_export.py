@@ -20,9 +20,11 @@ from small_network import copied, randomised, relative
 from small_weights import BLOCKS, SYNSETS, VIEW, WORDS, write_small_weights
 from torch import Tensor
 
-from irv2 import checkpoint, trained, weights
-from irv2.model import inception_resnet_v2
-from scripts import export, formats
+from irv2 import formats
+from irv2.network import weights
+from irv2.network.model import inception_resnet_v2
+from irv2.run import checkpoint, trained
+from scripts import export
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +52,7 @@ def images() -> Tensor:
 @pytest.fixture(scope="module")
 def expected(small_weights: Path, images: Tensor) -> Tensor:
     with torch.inference_mode():
-        return trained.of_weights(str(small_weights)).model.eval()(images)
+        return trained.load_weights(str(small_weights)).model.eval()(images)
 
 
 @pytest.fixture
@@ -144,9 +146,9 @@ def test_safetensors_are_the_weights_and_say_how_to_use_them(small_weights, tmp_
     assert state.keys() == original.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in original.items())
     assert decoded(found) == METADATA
-    opened = trained.of_weights(str(path))
+    opened = trained.load_weights(str(path))
     assert opened.classes == SYNSETS
-    assert {key: opened.data[key] for key in VIEW} == VIEW
+    assert {key: getattr(opened.data, key) for key in VIEW} == VIEW
 
 
 def test_timm_opens_its_export_in_both_ways(tmp_path, call, images):

@@ -19,7 +19,7 @@ from same_run import assert_same_batches, assert_same_end, checkpoint_of, differ
 from small_run import HARMED, STEPS, Inject, arguments, kill, lose_a_rank, rank_pids
 
 import train
-from irv2 import checkpoint, jsonl
+from irv2.run import checkpoint, jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def test_a_run_killed_in_its_saves_ends_as_if_it_had_not_been(
         result = run(HARMED, fault, *arguments(config, tmp_path / "run"))
         assert result.returncode == -signal.SIGKILL, result.stderr
         assert steps(tmp_path / "run") == expected
-        assert all(map(checkpoint.is_whole, checkpoint.found(tmp_path / "run" / "checkpoints")))
+        assert all(map(checkpoint.is_whole, checkpoint.list_all(tmp_path / "run" / "checkpoints")))
     result = run("train.py", *arguments(config, tmp_path / "run"), as_user=True)
     assert result.returncode == 0, result.stderr
     assert f"continuing after step {STEPS} " in result.stdout
@@ -67,7 +67,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(
 def test_only_damaged_checkpoints_are_an_error(config, undisturbed, tmp_path, inject: Inject):
     inject("all checkpoints damaged")
     shutil.copytree(undisturbed, tmp_path / "run")
-    for path in checkpoint.found(tmp_path / "run" / "checkpoints"):
+    for path in checkpoint.list_all(tmp_path / "run" / "checkpoints"):
         (path / "meta.json").unlink()
     status, _, error = call(train, *arguments(config, tmp_path / "run"))
     assert status == 1

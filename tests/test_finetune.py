@@ -14,9 +14,13 @@ from same_run import checkpoint_of, differing, timeless
 from small_network import ALONE, copied
 from torch import nn
 
-from irv2 import engine, finetune, optim, weights
-from irv2.model import InceptionResnetV2, inception_resnet_v2
-from irv2.weights import WeightsError
+from irv2.network import weights
+from irv2.network.accelerate import accelerate
+from irv2.network.model import InceptionResnetV2, inception_resnet_v2
+from irv2.network.weights import WeightsError
+from irv2.training import finetune, optim
+from irv2.training.state import TrainState, running_average
+from irv2.training.step import StepOptions, running_statistics, train_mode, train_step
 
 BLOCKS = (1, 1, 1)
 STEM = ("conv2d_1a.", "conv2d_2a.", "conv2d_2b.", "conv2d_3b.", "conv2d_4a.")
@@ -25,35 +29,35 @@ FOUR = ["north", "south", "east", "west"]
 
 def network(num_classes: int = 3, seed: int = 0, **options) -> InceptionResnetV2:
     torch.manual_seed(seed)
-    model = inception_resnet_v2(num_classes, blocks=BLOCKS, **options)
+    model = accelerate(inception_resnet_v2(num_classes, blocks=BLOCKS, **options))
     for name, buffer in model.named_buffers():
         if "running" in name:  # small, so that a network that uses them lets images through
             nn.init.uniform_(buffer, *((0.05, 0.3) if name.endswith("var") else (-0.2, 0.2)))
     return model
 
 
-def state_of(model: nn.Module, layer_decay: float = 1.0) -> engine.TrainState:
-    scales = finetune.lr_scales(layer_decay)
+def state_of(model: nn.Module, layer_decay: float = 1.0) -> TrainState:
+    scales = finetune.lr_scales(model, layer_decay)
     groups = optim.parameter_groups(model, 1e-3, scales)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    average = engine.running_average(model, 0.9)
-    return engine.TrainState(model, average, optim.RMSpropTF(groups, 0.1), scaler)
+    average = running_average(model, 0.9)
+    return TrainState(model, average, optim.RMSpropTF(groups, 0.1), scaler)
 
 
-def step(state: engine.TrainState, seed: int = 0) -> None:
+def step(state: TrainState, seed: int = 0) -> None:
     """A training step of two images."""
     generator = torch.Generator().manual_seed(seed)
     batch = torch.rand(2, 3, 75, 75, generator=generator) * 2 - 1, torch.tensor([0, 2])
-    engine.train_step(state, state.model, iter([batch]), 0.1, engine.StepOptions(), ALONE)
+    train_step(state, state.model, iter([batch]), 0.1, StepOptions(), ALONE)
 
 
 # ---------------------------------------------------------------------------------- stages
 
 
 def test_every_child_with_parameters_is_in_exactly_one_stage():
-    children = [child for stage in finetune.STAGES for child in stage]
     with torch.device("meta"):
         model = inception_resnet_v2(aux_logits=True)
+    children = [child for stage in model.stages() for child in stage]
     having = [name for name, child in model.named_children() if list(child.parameters())]
     assert sorted(children) == sorted(having)
 
@@ -63,14 +67,15 @@ def test_stages_lie_in_the_order_in_which_an_image_passes_them():
     for name, child in model.named_children():
         child.register_forward_hook(lambda *_, name=name: passed.append(name))
     model(torch.zeros(1, 3, 75, 75))
-    backwards = [c for stage in finetune.STAGES for c in stage if c != "aux"]
-    assert [name for name in passed if not name.startswith("maxpool")] == backwards[::-1]
+    backwards = [child for stage in model.stages() for child in stage]
+    assert [name for name in passed if name in backwards] == backwards[::-1]
 
 
 def test_without_layer_decay_the_groups_are_as_if_there_were_no_stages():
     model = network()
     plain, staged = (
-        optim.parameter_groups(model, 4e-5, scales) for scales in (None, finetune.lr_scales(1.0))
+        optim.parameter_groups(model, 4e-5, scales)
+        for scales in (None, finetune.lr_scales(model, 1.0))
     )
     assert len(plain) == len(staged) == 2
     for ours, theirs in zip(staged, plain):
@@ -81,7 +86,7 @@ def test_without_layer_decay_the_groups_are_as_if_there_were_no_stages():
 def test_with_it_every_parameter_is_in_one_group_with_its_stages_share():
     model = network(aux_logits=True)
     names = {id(p): name for name, p in model.named_parameters()}
-    groups = optim.parameter_groups(model, 4e-5, finetune.lr_scales(0.5))
+    groups = optim.parameter_groups(model, 4e-5, finetune.lr_scales(model, 0.5))
     found = [(names[id(p)], group["lr_scale"]) for group in groups for p in group["params"]]
     assert sorted(name for name, _ in found) == sorted(names.values())
     expected = {"classif": 1, "aux": 1, "conv2d_7b": 2, "block8": 2, "repeat_2": 4, "mixed_7a": 8,
@@ -105,7 +110,7 @@ def test_a_first_step_moves_each_stage_by_its_share():
         before = copied(dict(state.model.named_parameters()))
         step(state)
         moved.append({name: p - before[name] for name, p in state.model.named_parameters()})
-    shares = finetune.lr_scales(0.5)
+    shares = finetune.lr_scales(state.model, 0.5)
     for name, whole in moved[0].items():
         expected = shares[name.partition(".")[0]] * whole
         assert (moved[1][name] - expected).norm() <= 1e-3 * expected.norm() + 1e-6, name
@@ -148,8 +153,8 @@ def test_statistics_of_frozen_parts_are_not_averaged_over_ranks():
     """A mean of three equal numbers need not be that number."""
     model = network()
     finetune.freeze(model, "stem")
-    engine.train_mode(model, freeze_bn=False)
-    moving = {id(tensor) for tensor in engine.running_statistics(model)}
+    train_mode(model, freeze_bn=False)
+    moving = {id(tensor) for tensor in running_statistics(model)}
     stem = {id(b) for name, b in model.named_buffers() if name.startswith(STEM)}
     assert stem and not stem & moving
     assert len(moving) == len(list(model.named_buffers())) - len(stem)
@@ -157,8 +162,8 @@ def test_statistics_of_frozen_parts_are_not_averaged_over_ranks():
 
 def test_gamma_that_is_never_learned_does_not_freeze_its_batch_norm():
     model = network(bn_scale=False)
-    engine.train_mode(model, freeze_bn=False)
-    assert len(engine.running_statistics(model)) == len(list(model.named_buffers()))
+    train_mode(model, freeze_bn=False)
+    assert len(running_statistics(model)) == len(list(model.named_buffers()))
 
 
 # ---------------------------------------------------------------------------------- weights

@@ -13,10 +13,21 @@ from torch import Tensor
 from data import augment, loader, sources, stream, transforms
 from data.to_input import ToInput
 from data.workers import Workers
-from irv2 import checkpoint, engine, metrics, optim
-from irv2.distributed import World
-from irv2.model import inception_resnet_v2
-from irv2.saving import BackgroundSaver
+from irv2.network.accelerate import accelerate
+from irv2.network.model import inception_resnet_v2
+from irv2.run import checkpoint
+from irv2.run.saving import BackgroundSaver
+from irv2.training import metrics, optim
+from irv2.training.distributed import World
+from irv2.training.state import TrainState, running_average
+from irv2.training.step import (
+    RUNNING,
+    StepOptions,
+    begin,
+    forward_backward,
+    train_step,
+    update,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,21 +89,21 @@ def batch(device: torch.device) -> tuple[Tensor, Tensor]:
     return images.to(device, memory_format=torch.channels_last), torch.arange(8, device=device) % 3
 
 
-def state_on(device: torch.device) -> engine.TrainState:
+def state_on(device: torch.device) -> TrainState:
     torch.manual_seed(0)
-    model = inception_resnet_v2(3, drop_rate=0.0, blocks=(1, 1, 1)).to(device)
-    return engine.TrainState(
+    model = accelerate(inception_resnet_v2(3, drop_rate=0.0, blocks=(1, 1, 1))).to(device)
+    return TrainState(
         model,
-        engine.running_average(model, 0.9),
+        running_average(model, 0.9),
         optim.RMSpropTF(optim.parameter_groups(model, 4e-5), lr=0.045),
         torch.amp.GradScaler(device.type, enabled=False),
     )
 
 
-def step(state: engine.TrainState, device: torch.device, precision: str) -> tuple[Tensor, Tensor]:
-    options = engine.StepOptions(clip_norm=2.0, precision=precision)
+def step(state: TrainState, device: torch.device, precision: str) -> tuple[Tensor, Tensor]:
+    options = StepOptions(clip_norm=2.0, precision=precision)
     batches = iter([batch(device)])
-    return engine.train_step(state, state.model, batches, 0.045, options, World(0, 1, device))
+    return train_step(state, state.model, batches, 0.045, options, World(0, 1, device))
 
 
 def test_a_float32_step_is_that_of_the_cpu() -> None:
@@ -113,16 +124,16 @@ def test_a_step_never_waits_for_the_device(precision: str) -> None:
     state = state_on(CUDA)
     step(state, CUDA, precision)  # allocations and autotuning may wait
     prepared = iter([batch(CUDA)])
-    options = engine.StepOptions(clip_norm=2.0, precision=precision)
+    options = StepOptions(clip_norm=2.0, precision=precision)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine.train_step(state, state.model, prepared, 0.045, options, World(0, 1, CUDA))
+        train_step(state, state.model, prepared, 0.045, options, World(0, 1, CUDA))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def everything(state: engine.TrainState) -> dict[str, Tensor]:
+def everything(state: TrainState) -> dict[str, Tensor]:
     return {
         f"{part}.{name}": tensor.clone()
         for part, tensors in state.tensors().items()
@@ -136,29 +147,31 @@ def test_a_bad_step_changes_nothing_and_waits_for_nothing() -> None:
     before = everything(state)
     images, labels = batch(CUDA)
     images[3] = float("nan")
-    options = engine.StepOptions(clip_norm=2.0)
+    options = StepOptions(clip_norm=2.0)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         batches = iter([(images, labels)])
-        engine.train_step(state, state.model, batches, 0.045, options, World(0, 1, CUDA))
+        train_step(state, state.model, batches, 0.045, options, World(0, 1, CUDA))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     after = everything(state)
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert engine.read_bad_steps(state) == ([2], 1)
+    assert state.read_bad_steps() == ([2], 1)
 
 
 def test_a_background_save_is_of_the_moment_it_began(tmp_path: Path) -> None:
     state = state_on(CUDA)
     step(state, CUDA, "fp32")
-    engine.read_bad_steps(state)
+    state.read_bad_steps()
     before = {name: tensor.cpu() for name, tensor in everything(state).items()}
-    options = engine.StepOptions(clip_norm=2.0)
-    with BackgroundSaver(tmp_path, 2, 0, print, engine.RUNNING) as saver:
+    options = StepOptions(clip_norm=2.0)
+    with BackgroundSaver(tmp_path, 2, 0, print, RUNNING) as saver:
         saver.begin(1, state.tensors(), state.counters())
-        batches, world = iter([batch(CUDA)]), World(0, 1, CUDA)
-        engine.train_step(state, state.model, batches, 0.045, options, world, saver.wait_for_copy)
+        before_step, world = begin(state, options), World(0, 1, CUDA)
+        loss = forward_backward(state, state.model, *batch(CUDA), 0, options, world)
+        saver.wait_for_copy()
+        update(state, loss, before_step, 0.045, options, world)
     saved = checkpoint.load(tmp_path / "step-000000001").parts
     for part, tensors in saved.items():
         for name, tensor in tensors.items():

@@ -15,6 +15,7 @@ from imagenet_miniature import devkit_files, devkit_tar, train_images, train_tar
 from tars import special, tar
 from torchvision.datasets import ImageFolder
 
+from data.errors import DataError, ImageError
 from data.prepare.imagenet import (
     ArchiveSource,
     Listing,
@@ -23,7 +24,6 @@ from data.prepare.imagenet import (
     train_source,
     val_source,
 )
-from data.sources import DataError, ImageError
 
 CLASSES = sorted(miniature.NUMBERS)
 
@@ -78,6 +78,7 @@ def test_members_are_the_images_of_a_class(sources):
         for i, label in enumerate(labels):
             members = [k for k, other in enumerate(labels) if other == label]
             assert list(source.members(i)) == list(source.images_of(label)) == members
+        assert source.class_counts() == np.bincount(labels).tolist()
 
 
 def test_a_source_reads_the_same_in_another_process(sources):

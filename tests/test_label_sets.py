@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from data import label_sets
-from data.sources import DataError, FolderSource
+from data.errors import DataError
+from data.sources import FolderSource
 
 SYNSETS = ["n00000001", "n00000002", "n00000003"]
 
@@ -44,7 +45,7 @@ def numbers(labels: label_sets.LabelSet, source: FolderSource) -> list[int]:
 
 
 def plain(source: FolderSource, classes: list[str] | None = SYNSETS) -> label_sets.LabelSet:
-    return label_sets.of_folders(source, source.root, classes, 3, "net")
+    return label_sets.from_folders(source, source.root, classes, 3, "net")
 
 
 def right(labels: label_sets.LabelSet, source: FolderSource) -> list[list[int]]:
@@ -60,8 +61,8 @@ def test_folders_stand_for_classes_by_name(validation):
     assert plain(validation, None).outputs.tolist() == [0, 1, 2]
     with pytest.raises(DataError, match=r"1 unknown .* and 1 missing"):
         plain(validation, ["n00000001", "n00000002", "n00000009"])
-    with pytest.raises(DataError, match="3 classes, but net tells apart 5"):
-        label_sets.of_folders(validation, "val", None, 5, "net")
+    with pytest.raises(DataError, match="3 classes, but net distinguishes 5"):
+        label_sets.from_folders(validation, "val", None, 5, "net")
 
 
 def test_folders_named_by_number_are_outputs_as_imagenetv2s(tmp_path):
@@ -70,12 +71,12 @@ def test_folders_named_by_number_are_outputs_as_imagenetv2s(tmp_path):
     assert source.classes[:3] == ["0", "1", "10"]  # the trap: sorted as text
     synsets = [f"n{i:08d}" for i in range(12)]
     for classes in (None, synsets):
-        labels = label_sets.of_folders(source, "v2", classes, 12, "net")
+        labels = label_sets.from_folders(source, "v2", classes, 12, "net")
         assert labels.name == "numbered"
         assert right(labels, source) == [int(name) for name in source.classes]
     with pytest.raises(DataError):  # a network of something else, by chance of as many classes
-        label_sets.of_folders(source, "v2", [f"shoe{i}" for i in range(12)], 12, "net")
-    own = label_sets.of_folders(source, "digits", source.classes, 12, "net")
+        label_sets.from_folders(source, "v2", [f"shoe{i}" for i in range(12)], 12, "net")
+    own = label_sets.from_folders(source, "digits", source.classes, 12, "net")
     assert own.outputs.tolist() == list(range(12))  # its own classes, in its own order
 
 
@@ -90,7 +91,7 @@ def test_folders_named_by_number_are_outputs_as_imagenetv2s(tmp_path):
 )
 def test_a_class_index_names_the_outputs_that_compete(two_of_three, tmp_path, content):
     (tmp_path / "index").write_text(content)
-    labels = label_sets.of_class_index(two_of_three, "a", SYNSETS, 3, tmp_path / "index")
+    labels = label_sets.from_class_index(two_of_three, "a", SYNSETS, 3, tmp_path / "index")
     assert right(labels, two_of_three) == [0, 2]
     assert labels.competing.tolist() == [True, False, True]
     with pytest.raises(DataError, match="--class-index FILE"):
@@ -113,7 +114,7 @@ def test_a_wrong_class_index_is_refused(two_of_three, tmp_path, content, message
     if content is not None:
         (tmp_path / "index").write_text(content)
     with pytest.raises(DataError, match=message):
-        label_sets.of_class_index(two_of_three, "a", SYNSETS, 3, tmp_path / "index")
+        label_sets.from_class_index(two_of_three, "a", SYNSETS, 3, tmp_path / "index")
 
 
 def test_real_labels_follow_the_images_numbers_and_leave_out_those_without(validation, tmp_path):
@@ -162,7 +163,7 @@ def test_lists_name_images_by_number_or_file(validation, tmp_path, lines):
 
 def test_where_folders_hold_files_of_the_same_name_lists_need_the_folder(tmp_path):
     source = folders(tmp_path / "x", {name: ["0.png", "1.png"] for name in "abc"})
-    labels = label_sets.of_folders(source, "x", ["a", "b", "c"], 3, "net")
+    labels = label_sets.from_folders(source, "x", ["a", "b", "c"], 3, "net")
     (tmp_path / "list").write_text("b/1.png\nc/0\n")
     kept = label_sets.only(labels, source, tmp_path / "list")
     assert kept.indices.tolist() == [3, 4]
@@ -174,7 +175,7 @@ def test_where_folders_hold_files_of_the_same_name_lists_need_the_folder(tmp_pat
 @pytest.mark.parametrize("line", ["my photo.png", "my photo", "a.1", "a.1.png", "12", "x/12.png"])
 def test_lists_name_files_whatever_they_are_called(tmp_path, line):
     source = folders(tmp_path / "x", {"a": ["my photo.png"], "x": ["12.png", "a.1.png"]})
-    labels = label_sets.of_folders(source, "x", ["a", "x"], 2, "net")
+    labels = label_sets.from_folders(source, "x", ["a", "x"], 2, "net")
     (tmp_path / "list").write_text(f"{line}\n")
     (index,) = label_sets.only(labels, source, tmp_path / "list").indices
     name = Path(source.name(index)).name

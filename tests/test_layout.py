@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import graphlib
 import json
 import subprocess
 import sys
@@ -13,11 +14,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"irv2", "data"}
-REPORT = sorted((ROOT / "report").glob("*.py"))
 STORIES = [ROOT / "train.py", ROOT / "validate.py"]
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-# Modules that stand alone: plain arguments in, nothing of the project imported.
-LEAVES = ["optim", "schedule", "metrics", "statistics", "checkpoint", "distributed", "strict_yaml"]
+# What irv2 and report take of data: nothing about images.
+SHARED = {"data.errors", "data.files", "data.urls"}
+# Modules that stand alone: plain arguments in, nothing of the project imported but SHARED.
+LEAVES = [
+    *("training/optim", "training/schedule", "training/metrics", "training/distributed"),
+    *("report/statistics", "run/checkpoint", "strict_yaml"),
+]
 
 # Imports everything, then tells what has changed in the process.
 PROBE = """
@@ -53,7 +58,7 @@ print(json.dumps([effect for effect, happened in effects.items() if happened]))
 
 
 def dotted(path: Path) -> str:
-    """irv2/optim.py -> irv2.optim."""
+    """irv2/training/optim.py -> irv2.training.optim."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -78,9 +83,23 @@ def roots(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imports(path)}
 
 
-def packages_of(path: Path) -> set[str]:
-    """Which of irv2 and data a file imports."""
-    return roots(path) & PACKAGES
+def modules_of(path: Path) -> set[str]:
+    """The modules of irv2 and data that a file imports."""
+    return imports(path) & set(map(dotted, MODULES)) - PACKAGES
+
+
+def inner_imports(path: Path) -> set[str]:
+    """Our modules that a file imports within functions."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inner = [node for function in functions for node in ast.walk(function)]
+    return {
+        name
+        for node in inner
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None), *(alias.name for alias in node.names)]
+        if name and name.split(".")[0] in PACKAGES
+    }
 
 
 def test_imports_are_found_in_every_form(tmp_path, monkeypatch):
@@ -89,49 +108,109 @@ def test_imports_are_found_in_every_form(tmp_path, monkeypatch):
     path = tmp_path / "irv2" / "example.py"
     path.write_text(
         "import data.stream as s\n"
-        "def later():\n    from irv2 import model\n"
-        "from . import optim\nfrom .engine import Loss\n",
+        "def later():\n    from irv2 import build\n"
+        "from . import config\nfrom .formats import FORMATS\n",
         encoding="utf-8",
     )
-    assert packages_of(path) == {"irv2", "data"}
-    assert {"data.stream", "irv2.model", "irv2.optim", "irv2.engine"} <= imports(path)
+    assert roots(path) == {"irv2", "data"}
+    assert inner_imports(path) == {"irv2"}
+    assert {"data.stream", "irv2.build", "irv2.config", "irv2.formats"} <= imports(path)
 
 
 def test_both_packages_are_looked_at():
-    assert {"irv2.model", "irv2.engine", "data.stream", "data.loader"} <= set(map(dotted, MODULES))
+    seen = set(map(dotted, MODULES))
+    assert {"irv2.network.model", "irv2.training.step", "data.stream", "data.loader"} <= seen
 
 
-def test_neither_package_imports_the_other():
-    others = {
-        dotted(path): packages_of(path) - {path.relative_to(ROOT).parts[0]} for path in MODULES
+def of_package(name: str) -> dict[str, Path]:
+    """The modules below a package by name, without those that only say what a package is."""
+    modules = {dotted(path): path for path in MODULES if path.stem != "__init__"}
+    return {module: path for module, path in modules.items() if module.startswith(f"{name}.")}
+
+
+def strangers(package: str, *known: str) -> dict[str, set[str]]:
+    """Modules of a package -> what they import of ours besides the package and the known."""
+    own = {package, *known}
+    taken = {
+        name: {m for m in modules_of(path) if not any(f"{m}.".startswith(f"{k}.") for k in own)}
+        for name, path in of_package(package).items()
     }
-    assert {name: packages for name, packages in others.items() if packages} == {}
+    return {name: modules for name, modules in taken.items() if modules}
 
 
-def test_report_knows_of_the_rest_only_how_to_count():
-    strangers = {
+def test_data_knows_nothing_of_irv2():
+    assert strangers("data") == {}
+
+
+def test_each_room_of_irv2_knows_only_what_stands_before_it():
+    assert strangers("irv2.network", *SHARED) == {}
+    assert strangers("irv2.training", *SHARED, "irv2.network") == {}
+    assert strangers("irv2.report", "data.files", "data.errors", "irv2.training.metrics") == {}
+    assert strangers("irv2.run", "data", "irv2.config", "irv2.network", "irv2.training") == {}
+
+
+def test_there_is_no_circle():
+    graph = {dotted(path): modules_of(path) for path in MODULES if path.stem != "__init__"}
+    assert len(graph["data.loader"]) > 3 and len(graph["irv2.evaluation"]) > 10
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, with the circle
+
+
+def test_no_import_hides_in_a_function():
+    assert {dotted(path): found for path in MODULES if (found := inner_imports(path))} == {}
+    assert [dotted(path) for path in MODULES if "TYPE_CHECKING" in path.read_text()] == []
+
+
+def test_shards_are_read_without_other_sources():
+    """data.sources opens them, and not the other way round."""
+    assert strangers("data.shards", *SHARED, "data.base", "data.stream") == {}
+
+
+def test_the_network_imports_nothing_of_what_trains_it():
+    allowed = {"irv2", "irv2.run.checkpoint"}  # whose files are written whole or not at all
+    above = {
         (dotted(path), name)
-        for path in REPORT
-        for name in imports(path)
-        if name.split(".")[0] in PACKAGES | {"torch"}
-        and name.split(".")[:2] != ["irv2", "statistics"]
+        for path in (ROOT / "irv2" / "network").rglob("*.py")
+        for name in imports(path) - allowed
+        if name.startswith("irv2") and not name.startswith("irv2.network")
     }
-    assert strangers == set()
+    assert above == set()
+
+
+def test_one_module_knows_of_the_folder_for_cpus():
+    """So that the folder can be deleted: test_accelerate.py does."""
+    folder = ROOT / "irv2" / "network" / "cpu"
+    knowing = {
+        dotted(path)
+        for path in [*MODULES, *ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py")]
+        if folder not in path.parents and any("network.cpu" in name for name in imports(path))
+    }
+    assert knowing == {"irv2.network.accelerate"}
 
 
 def test_a_leaf_imports_nothing_of_the_project():
-    assert [name for name in LEAVES if packages_of(ROOT / "irv2" / f"{name}.py")] == []
+    leaves = {name: modules_of(ROOT / "irv2" / f"{name}.py") for name in LEAVES}
+    assert {name for name, modules in leaves.items() if modules - SHARED} == set()
 
 
 def test_no_module_imports_a_program():
-    programs = {"train", "validate", "feed", "exam", "recipe", "scripts", "tests"}
-    modules = [*MODULES, *REPORT]
-    assert [dotted(path) for path in modules if roots(path) & programs] == []
+    programs = {"train", "validate", "scripts", "tests"}
+    assert [dotted(path) for path in MODULES if roots(path) & programs] == []
+
+
+def test_the_root_holds_the_two_programs_and_no_other_module():
+    assert sorted(path.name for path in ROOT.glob("*.py")) == ["train.py", "validate.py"]
+
+
+def test_programs_stay_stories():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in STORIES}
+    step = ROOT / "irv2" / "training" / "step.py"
+    assert lengths["train.py"] <= 200 and lengths["validate.py"] <= 220
+    assert len(step.read_text().splitlines()) <= 260
 
 
 def test_a_script_finds_the_project_before_it_imports_it():
     """Python puts a script's own folder into its path, not the repository."""
-    ours = {*PACKAGES, "report", "scripts", "feed", "exam", "recipe"}
+    ours = {*PACKAGES, "scripts"}
     for path in (ROOT / "scripts").glob("*.py"):
         body = ast.parse(path.read_text()).body
         starts = any(ast.unparse(part).startswith("if __name__ ==") for part in body)
@@ -142,21 +221,8 @@ def test_a_script_finds_the_project_before_it_imports_it():
             assert any(text.startswith("sys.path.insert(0, ") for text in before), path.name
 
 
-def test_only_the_programs_import_both_packages():
-    folders = [
-        path
-        for path in ROOT.iterdir()
-        if path.is_dir() and path.name[0] != "." and path.name not in {"tests", "datasets", "runs"}
-    ]
-    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
-    both = {path.relative_to(ROOT) for path in files if packages_of(path) == PACKAGES}
-    programs = {"train.py", "validate.py", "feed.py", "exam.py", "recipe.py", "scripts"}
-    assert both == {path for path in both if path.parts[0] in programs}
-    assert Path("train.py") in both
-
-
 def test_no_module_is_called_utils():
-    names = {path.stem for path in [*MODULES, *REPORT, *STORIES, *(ROOT / "scripts").rglob("*.py")]}
+    names = {path.stem for path in [*MODULES, *STORIES, *(ROOT / "scripts").rglob("*.py")]}
     assert not names & {"util", "utils", "helpers", "common", "misc"}
 
 
@@ -169,8 +235,8 @@ def test_a_program_does_nothing_unless_it_is_started():
 
 @pytest.mark.slow
 def test_importing_every_module_has_no_effects(tmp_path):
-    modules = [*MODULES, *REPORT, *STORIES]
-    names = sorted([*map(dotted, modules), "feed", "exam", "recipe"])
+    modules = [*MODULES, *STORIES]
+    names = sorted(map(dotted, modules))
     finished = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{PROBE}"],
         input=json.dumps(names),

@@ -18,8 +18,10 @@ from PIL import Image
 from programs import write_images
 from torchvision.datasets import ImageFolder
 
+from data.base import Source
+from data.errors import ImageError
 from data.loader import MAX_REPLACEMENTS, Batch, load, replacements
-from data.sources import FolderSource, ImageError, Source, SyntheticSource
+from data.sources import FolderSource, SyntheticSource
 from data.stream import Key, Stream, evaluation_batches, micro_batches
 from data.to_input import Colour, ToInput
 from data.transforms import EvalView, TrainView, decode

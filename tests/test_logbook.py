@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from written_runs import eval_line, train_line
 
-from irv2.jsonl import JsonLines, cut_back, read
-from irv2.logbook import Logbook
+from irv2.run.jsonl import JsonLines, cut_back, read
+from irv2.run.logbook import Logbook
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
 
-from irv2.loss import Loss, balanced_weights
+from irv2.training.loss import Loss, balanced_weights
 
 COUNTS = [50, 3, 12, 7]
 WEIGHTS = sum(COUNTS) / (len(COUNTS) * np.array(COUNTS))

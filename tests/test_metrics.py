@@ -18,12 +18,15 @@ from small_network import ALONE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-import feed
-import train
 from data import sources
-from irv2 import config, figures, metrics
-from irv2.logbook import Logbook
-from irv2.metrics import (
+from data.base import Source
+from data.workers import Workers
+from irv2 import config, evaluation, input_pipeline
+from irv2.report import figures
+from irv2.report.statistics import calibration, mcnemar, wilson
+from irv2.run.logbook import Logbook
+from irv2.training import metrics
+from irv2.training.metrics import (
     UNRANKED,
     Collector,
     Pace,
@@ -32,7 +35,6 @@ from irv2.metrics import (
     best_answers,
     label_ranks,
 )
-from irv2.statistics import calibration, mcnemar, wilson
 
 
 def plain_rank(logits: list[float], label: int) -> int:
@@ -48,7 +50,8 @@ def collected(logits: Tensor, labels: Tensor, batch: int = 7) -> Predictions:
     for start in range(0, len(labels), batch):
         part = slice(start, start + batch)
         indices = list(range(len(labels)))[part]
-        collector.add(Scored(logits[part], labels[part], indices))
+        sizes = np.ones((len(indices), 2), np.int32)
+        collector.add(Scored(logits[part], labels[part], indices, sizes))
     return Predictions.merged(collector.predictions())
 
 
@@ -143,7 +146,7 @@ def test_a_result_divides_by_the_images():
     rank = np.full(50_000, 9)
     rank[:47_656], rank[:40_217] = 4, 0
     zeros = np.zeros((50_000, 5))
-    found = Predictions(np.arange(50_000), rank % 7, rank, rank * 0 + 0.5, zeros, zeros)
+    found = Predictions(np.arange(50_000), rank % 7, rank, rank * 0 + 0.5, zeros, zeros, zeros)
     assert (found.top1, found.top5, found.mean_loss) == (80.434, 95.312, 0.5)
 
 
@@ -283,7 +286,8 @@ def result(numbers: range = range(8)) -> Predictions:
     scores = torch.zeros(8, 3)
     scores[torch.arange(8), torch.tensor(ANSWERS)] = torch.tensor(SURENESS).float()
     collector = Collector()
-    collector.add(Scored(scores, torch.tensor(LABELS), list(numbers)))
+    sizes = np.ones((8, 2), np.int32)
+    collector.add(Scored(scores, torch.tensor(LABELS), list(numbers), sizes))
     return collector.predictions()[0]
 
 
@@ -337,7 +341,7 @@ def test_any_name_can_be_drawn():
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> tuple[config.Config, sources.Source]:
+def project(tmp_path: Path) -> tuple[config.Config, Source]:
     path = programs.write_project(tmp_path)
     cfg = config.load(path)
     return cfg, sources.open_source(cfg.data.val)
@@ -345,19 +349,21 @@ def project(tmp_path: Path) -> tuple[config.Config, sources.Source]:
 
 def test_a_picture_is_what_an_evaluation_sees_and_one_that_cannot_be_read_is_left_out(project):
     cfg, source = project
-    before = next(iter(feed.evaluation_batches(cfg, source, ALONE))).images
+    before = next(
+        iter(input_pipeline.evaluation_batches(cfg.data, source, range(12), 12, Workers(0), ALONE))
+    ).images
     Path(source.name(6)).write_bytes(b"no image")
-    found = feed.pictures(cfg, source, [3, 6, 4])
+    found = input_pipeline.pictures(cfg.data, source, [3, 6, 4])
     assert list(found) == [3, 4]
     for index, pixels in found.items():
         assert np.array_equal(((before[index] + 1) * 127.5).round().byte().permute(1, 2, 0), pixels)
 
 
-def shown(project: tuple[config.Config, sources.Source], folder: Path) -> EventAccumulator:
+def shown(project: tuple[config.Config, Source], folder: Path) -> EventAccumulator:
     """What TensorBoard finds of a result that is shown at step 6."""
     cfg, source = project
     log = Logbook(folder, step=0, total_steps=6)
-    train.show_result(cfg, result(), source, 6, log)
+    evaluation.draw(cfg, result(), source, log, 6)
     log.close()
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()

@@ -12,12 +12,12 @@ from programs import run
 from same_run import assert_same_batches, checkpoint_of, differing, ledger
 from small_run import IMAGES, STEPS, arguments
 
-import feed
 import train
 import validate
 from data import loader
+from irv2 import input_pipeline
 from irv2.config import load
-from irv2.distributed import World
+from irv2.training.distributed import World
 from scripts import make_shards
 from scripts.benchmarks.range_server import serving
 
@@ -65,9 +65,9 @@ def second_batch(config: Path, rank: int, ranks: int, recipe: tuple[str, ...]) -
     """Return a rank's part of the second batch, as the network gets it."""
     cfg = load(config, ["train.micro_batch=4", *recipe])
     world = World(rank, ranks, torch.device("cpu"))
-    source, _ = feed.open_sources(cfg)
-    order = feed.training_order(cfg, source)
-    batches = feed.training_batches(cfg, source, order, 4, 4 // ranks, world)
+    source, _ = input_pipeline.open_sources(cfg)
+    order = input_pipeline.training_order(cfg, source)
+    batches = input_pipeline.training_batches(cfg, source, order, 4, 4 // ranks, world)
     batch = next(batches)
     batches.close()
     return batch

@@ -13,11 +13,11 @@ from small_network import relative
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from irv2 import engine, update
-from irv2.model import inception_resnet_v2
-from irv2.native import threads
-from irv2.native import update as native
-from irv2.optim import RMSpropTF, parameter_groups
+from irv2.network.accelerate import loops as native
+from irv2.network.model import inception_resnet_v2
+from irv2.training import update
+from irv2.training.optim import RMSpropTF, parameter_groups
+from irv2.training.state import TrainState, running_average
 
 RECORDED = Path(__file__).parent / "data" / "tensorflow.json"
 TRAJECTORIES = {t["name"]: t for t in json.loads(RECORDED.read_text(encoding="utf-8"))["rmsprop"]}
@@ -258,8 +258,8 @@ def test_a_layer_without_a_rule_is_refused_by_name():
 
 # ---------------------------------------------------------------------------------- one pass
 
-needs_threads = pytest.mark.skipif(
-    not threads.available(), reason="PyTorch's threads: none we know"
+needs_loops = pytest.mark.skipif(
+    native is None or not native.omp.available(), reason="no compiled loops here"
 )
 
 
@@ -283,17 +283,16 @@ def distances(ours: nn.Module, theirs: nn.Module) -> dict[str, float]:
     }
 
 
-@needs_threads
 @pytest.mark.parametrize("clip_norm", [None, 2.0, 1e6])
-@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize("one_pass", [pytest.param(True, marks=needs_loops), False])
 def test_five_steps_equal_timms(monkeypatch, clip_norm, one_pass):
     """Clipping, RMSProp and the running average in one pass, against timm's three."""
     if not one_pass:
-        monkeypatch.setattr(native, "fits", lambda slots: False)
+        monkeypatch.setattr(update, "loops", None)
     ours, theirs = layers(), layers()
-    state = engine.TrainState(
+    state = TrainState(
         ours,
-        engine.running_average(ours, 0.999),
+        running_average(ours, 0.999),
         RMSpropTF(parameter_groups(ours, 0.01), lr=0.045),
         torch.amp.GradScaler("cpu", enabled=False),
     )
@@ -322,7 +321,7 @@ def slots(*layouts: Tensor) -> list[native.Slots]:
     return [native.Slots(*layouts)]
 
 
-@needs_threads
+@needs_loops
 def test_pytorch_learns_of_the_changes():
     """Else a graph that was recorded before would compute with other numbers than it was given."""
     p, weight = torch.ones(5), torch.ones(5, requires_grad=True)
@@ -332,7 +331,7 @@ def test_pytorch_learns_of_the_changes():
         loss.backward()
 
 
-@needs_threads
+@needs_loops
 def test_the_norm_tells_of_one_number_that_is_not_finite():
     tensors = [torch.ones(5), torch.ones(10_000)]
     assert native.norm(tensors).item() == pytest.approx(10_005**0.5, rel=1e-7)
@@ -341,7 +340,7 @@ def test_the_norm_tells_of_one_number_that_is_not_finite():
         assert not native.norm(tensors).isfinite()
 
 
-@needs_threads
+@needs_loops
 def test_what_does_not_lie_alike_in_memory_is_left_to_pytorchs_operations():
     plain = torch.zeros(4, 3, 2, 2)
     turned = plain.contiguous(memory_format=torch.channels_last)

@@ -12,14 +12,13 @@ import torch.distributed as dist
 from calling import call
 from programs import ROOT, run
 
-import recipe
-from irv2 import config
-from irv2.distributed import WorldError
-from irv2.model import inception_resnet_v2
+from data.errors import UserError
+from irv2 import build, config
+from irv2.network.model import inception_resnet_v2
+from irv2.training.distributed import WorldError
 from scripts import plan
-from scripts.planning import devices, network, prediction, steptime
-from scripts.planning.devices import PlanError
-from scripts.planning.prediction import Needs, Run
+from scripts.planning import devices, prediction, steptime
+from scripts.planning.prediction import Run
 from scripts.planning.steptime import Cluster, Device, Gradients, Link
 
 RECIPE = ROOT / "configs" / "irv2_rmsprop.yaml"
@@ -27,14 +26,21 @@ SIZE = 217e6
 GRADIENTS = Gradients(SIZE, messages=9)
 LINK = Link(bytes_per_s=10e9, latency_s=0.0)
 DEVICE = Device(images_per_s=1000.0, overhead_s=0.01, update_s=0.005, overlaps=True)
-NEEDS = Needs(mean_bytes=1e5, per_core_per_s=500.0, price_per_hour=2.0)
 IDEAL = Cluster(
     Device(1000.0, overhead_s=0.0, update_s=0.0, overlaps=True),
     Link(math.inf, 0.0),
     Link(math.inf, 0.0),
     per_node=8,
 )
-RUN = Run(images=1_281_167, epochs=90, global_batch=640, micro_batch=80, gradients=GRADIENTS)
+RUN = Run(
+    steps=180_165,
+    global_batch=640,
+    micro_batch=80,
+    gradients=GRADIENTS,
+    mean_bytes=1e5,
+    per_core_per_s=500.0,
+    price_per_hour=2.0,
+)
 
 
 # ---------------------------------------------------------------------------------- links
@@ -128,26 +134,25 @@ def test_an_exchange_as_fast_as_backward_hides_but_for_its_last_message():
 
 def test_a_run_on_one_device_is_its_steps():
     cluster = Cluster(DEVICE, LINK, LINK, 8)
-    found = prediction.predict(RUN, cluster, 1, NEEDS)
+    row = prediction.predict(RUN, cluster, 1)
     seconds = 8 * (0.01 + 0.08) + 0.005
-    assert RUN.steps == math.ceil(90 * 1_281_167 / 640) == 180_165
-    assert found.division == (80, 8)
-    assert found.hours == pytest.approx(180_165 * seconds / 3600)
-    assert found.cost == pytest.approx(2.0 * found.hours)
-    assert found.efficiency == found.hidden == 1.0
-    assert found.sent_bytes == 0
-    assert found.fill == pytest.approx(8 / 9)
-    assert found.images_per_s == pytest.approx(640 / seconds)
+    assert row["division"] == (80, 8)
+    assert row["hours"] == pytest.approx(180_165 * seconds / 3600)
+    assert row["cost"] == pytest.approx(2.0 * row["hours"])
+    assert row["efficiency"] == row["step"].hidden == 1.0
+    assert row["sent_bytes"] == 0
+    assert row["fill"] == pytest.approx(8 / 9)
+    assert row["images_per_s"] == pytest.approx(640 / seconds)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8, 16, 64, 640])
 def test_ideal_devices_and_links_scale_perfectly(ranks):
-    found = prediction.predict(RUN, IDEAL, ranks, NEEDS)
-    assert found.efficiency == pytest.approx(1)
-    assert found.images_per_s == pytest.approx(1000 * ranks)
-    assert found.loader_cores == pytest.approx(1000 / 500 * min(ranks, 8))
-    assert found.read_bytes_per_s == pytest.approx(1000 * ranks * 1e5)
-    assert found.cost == pytest.approx(prediction.predict(RUN, IDEAL, 1, NEEDS).cost)
+    row = prediction.predict(RUN, IDEAL, ranks)
+    assert row["efficiency"] == pytest.approx(1)
+    assert row["images_per_s"] == pytest.approx(1000 * ranks)
+    assert row["loader_cores"] == pytest.approx(1000 / 500 * min(ranks, 8))
+    assert row["read_bytes_per_s"] == pytest.approx(1000 * ranks * 1e5)
+    assert row["cost"] == pytest.approx(prediction.predict(RUN, IDEAL, 1)["cost"])
 
 
 def test_the_batch_stops_scaling_where_fixed_costs_outweigh_the_images():
@@ -158,13 +163,14 @@ def test_the_batch_stops_scaling_where_fixed_costs_outweigh_the_images():
     for least in (0.8, 0.5, 0.2):
         shares = [n for n in range(1, 641) if 640 % n == 0]
         fitting = [n for n in shares if (0.1 + 0.64) / (n * (0.1 + 0.64 / n)) >= least]
-        assert prediction.most_ranks(whole, cluster, least, 1024) == fitting[-1]
-    assert prediction.most_ranks(whole, IDEAL, 0.99, 1024) == 640
+        steps = prediction.every_step(whole, cluster, 1024)
+        assert prediction.most_ranks(steps, least) == fitting[-1]
+    assert prediction.most_ranks(prediction.every_step(whole, IDEAL, 1024), 0.99) == 640
 
 
 def test_ranks_that_cannot_share_the_batch_are_refused_as_train_py_would():
     with pytest.raises(WorldError, match="start 20 or 32 ranks"):
-        prediction.predict(RUN, IDEAL, 24, NEEDS)
+        prediction.predict(RUN, IDEAL, 24)
 
 
 # ---------------------------------------------------------------------------------- the network
@@ -176,10 +182,9 @@ def built(**sections: dict) -> config.Config:
 
 def test_the_network_is_counted_as_it_is_known():
     cfg = built()
-    weight = network.weigh(cfg, 1000)
-    assert weight.parameters == 55_843_464
-    assert weight.gradients.size == 4 * 55_843_464
-    assert network.multiply_adds(cfg.model, 1000, 299) == 13_154_258_016 + 1_536_000
+    sizes = build.memory_sizes(cfg, 1000)
+    assert plan.gradients(cfg, sizes).size == sizes.trainable == 4 * 55_843_464
+    assert plan.multiply_adds(cfg.model, 1000, 299) == 13_154_258_016 + 1_536_000
 
 
 @pytest.mark.slow
@@ -198,16 +203,17 @@ def test_images_that_ask_for_more_take_longer_in_proportion():
 def test_gradients_and_checkpoint_have_the_bytes_of_their_tensors(frozen):
     freeze = {"freeze": "backbone", "init": "weights.safetensors"} if frozen else {}
     cfg = built(model={"blocks": [1, 1, 1], **freeze}, train={"reduce_dtype": "bf16"})
-    state = recipe.new_state(cfg, 10, torch.device("cpu"))
+    state = build.new_state(cfg, 10, torch.device("cpu"))
     trained = [p for p in state.model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     state.optimizer.step()
     tensors = [t for part in state.tensors().values() for t in part.values()]
-    weight = network.weigh(cfg, 10)
-    assert weight.checkpoint_bytes == sum(t.numel() * t.element_size() for t in tensors)
-    assert weight.gradients.size == sum(p.grad.bfloat16().nbytes for p in trained)
-    assert weight.gradients.messages == steptime.buckets(sum(p.nbytes for p in trained))
+    sizes = build.memory_sizes(cfg, 10)
+    assert sizes.checkpoint == sum(t.numel() * t.element_size() for t in tensors)
+    gradients = plan.gradients(cfg, sizes)
+    assert gradients.size == sum(p.grad.bfloat16().nbytes for p in trained)
+    assert gradients.messages == steptime.buckets(sum(p.nbytes for p in trained))
 
 
 # ---------------------------------------------------------------------------------- the table
@@ -233,7 +239,7 @@ def test_every_figure_of_the_table_says_where_it_comes_from():
 def test_a_mistake_in_the_table_is_told_by_its_place(tmp_path, before, after, message):
     path = tmp_path / "devices.yaml"
     path.write_text(devices.TABLE.read_text().replace(before, after, 1))
-    with pytest.raises(PlanError) as caught:
+    with pytest.raises(UserError) as caught:
         devices.load(path)
     assert message in str(caught.value)
 
@@ -252,13 +258,13 @@ def case(**changes: float) -> dict:
 
 
 def test_a_measured_device_and_link_are_those_that_were_measured():
-    device = devices.measured_device(case(), "a file").plain(work=2.0)
+    device, link = devices.measured(case(), "a file")
+    device, link = device.plain(work=2.0), link.plain()
     assert device.images_per_s == pytest.approx(5)  # of twice the work
     assert device.overhead_s == pytest.approx(0.2)
     assert device.update_s == pytest.approx(0.1)
     assert device.forward_share == pytest.approx(0.3)
     assert not device.overlaps
-    link = devices.measured_link(case(), "a file").plain()
     assert link.bytes_per_s == pytest.approx(5e8)
     assert link.latency_s == pytest.approx(2e-4)
 
@@ -269,9 +275,7 @@ def test_a_batch_that_costs_less_than_twice_its_half_has_no_negative_overhead():
 
 
 def test_a_measured_step_of_two_processes_is_predicted_from_its_parts():
-    device, link = (
-        make(case(), "a file") for make in (devices.measured_device, devices.measured_link)
-    )
+    device, link = devices.measured(case(), "a file")
     cluster = Cluster(device.plain(1.0), link.plain(), link.plain(), per_node=2)
     step = steptime.step(cluster, 2, 8, 1, Gradients(1e8, steptime.buckets(1e8)))
     assert step.total_s == pytest.approx(0.3 + 0.7 + 0.1 + case()["reduce_s"])
@@ -313,6 +317,7 @@ def test_a_measured_cpu_is_planned_with(tmp_path):
         (["--device", "h10"], "unknown device 'h10'; did you mean h100?"),
         (["--device", "cpu"], "scripts/benchmark.py scaling --json"),
         (["--between", "infiniband"], "unknown link 'infiniband'; did you mean infiniband-"),
+        (["--between", "cpu"], "unknown link 'cpu'"),
         (["--gpus", "24"], "start 20 or 32 ranks"),
         (["--measured", "absent.json"], "absent.json: cannot be read: No such file"),
         (["train.micro_batch=auto"], "such as train.micro_batch=80"),

@@ -19,8 +19,8 @@ from sklearn.datasets import load_sample_images
 from small_network import randomised
 from small_weights import SYNSETS, VIEW, WORDS, write_small_weights
 
-from irv2 import imagenet_names, weights
-from irv2.model import inception_resnet_v2
+from irv2.network import imagenet_names, weights
+from irv2.network.model import inception_resnet_v2
 from scripts import predict
 
 

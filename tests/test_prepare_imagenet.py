@@ -24,7 +24,7 @@ from shard_makers import flip
 from data.prepare import checksums, folder_writer
 from data.prepare.imagenet import BLACKLIST, ILSVRC2012, Expected
 from data.prepare.progress import byte_bar
-from data.shards import ShardSource
+from data.shards.local import ShardSource
 from data.sources import open_source
 from scripts import prepare_imagenet
 from scripts.prepare_imagenet import STATE

@@ -18,6 +18,7 @@ from small_network import (
     ALONE,
     LR,
     copied,
+    evaluate,
     images,
     new_state,
     numbered,
@@ -29,10 +30,13 @@ from small_network import (
 )
 from torch import Tensor
 
-from irv2 import distributed, engine
-from irv2.distributed import World, WorldError
-from irv2.engine import StepOptions, TrainState, train_step
-from irv2.model import inception_resnet_v2
+from irv2.network.accelerate import accelerate
+from irv2.network.model import inception_resnet_v2
+from irv2.run import directory
+from irv2.training import distributed
+from irv2.training.distributed import World, WorldError
+from irv2.training.state import TrainState
+from irv2.training.step import StepOptions, settle, train_mode, train_step
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +56,7 @@ def be_a_rank(function: str, folder: str) -> None:
     """Leave in the folder what a function returns on this rank."""
     torch.set_num_threads(1)
     os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ["RANK"]  # as hosts count them, apart
-    distributed.APPEARS_WITHIN_S = 0.5
+    directory.APPEARS_WITHIN_S = 0.5
     with distributed.start("cpu") as world:
         found = globals()[function](world, Path(folder))
     torch.save(found, Path(folder) / f"{world.rank}.pt")
@@ -78,7 +82,7 @@ def two_ranks(world: World, folder: Path) -> dict:
         "frozen": three_steps(world, freeze_bn=True, micro_batch=4),
         "accumulated": three_steps(world, freeze_bn=True, micro_batch=2),
         "live": three_steps(world, freeze_bn=False, micro_batch=4),
-        "evaluated": dataclasses.asdict(engine.evaluate(small_network(), batches, world)),
+        "evaluated": dataclasses.asdict(evaluate(small_network(), batches, world)),
         "unshared": [check_shared(world, folder / name) for name in ("shared", f"own-{rank}")],
         "alone": gradients(World(rank, 1, world.device), "bf16"),  # nothing travels
         **{reduce_dtype: gradients(world, reduce_dtype) for reduce_dtype in ("fp32", "bf16")},
@@ -104,11 +108,11 @@ def three_steps(world: World, freeze_bn: bool, micro_batch: int) -> dict:
     return {**weights, "results": results, "first_mean": means[0]}
 
 
-def check_shared(world: World, directory: Path) -> str:
+def check_shared(world: World, folder: Path) -> str:
     """The error about ranks that do not share a directory, or ""."""
-    directory.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     try:
-        distributed.check_shared(directory, world)
+        directory.check_shared(folder, world)
     except WorldError as error:
         return str(error)
     return ""
@@ -117,12 +121,12 @@ def check_shared(world: World, directory: Path) -> str:
 def gradients(world: World, reduce_dtype: str) -> dict[str, Tensor]:
     """What a rank applies: of its two images, averaged with the other's."""
     torch.manual_seed(0)
-    state = new_state(inception_resnet_v2(10, blocks=(1, 1, 1)))
+    state = new_state(accelerate(inception_resnet_v2(10, blocks=(1, 1, 1))))
     network = distributed.parallel(state.model, False, world, reduce_dtype)
     generator = torch.Generator().manual_seed(world.rank)
     x = torch.rand(SIZE, generator=generator) * 2 - 1
     labels = torch.randint(10, SIZE[:1], generator=generator)
-    engine.train_mode(state.model, freeze_bn=False)
+    train_mode(state.model, freeze_bn=False)
     torch.manual_seed(world.rank)
     torch.nn.functional.cross_entropy(network(x), labels).backward()
     return {name: p.grad.clone() for name, p in state.model.named_parameters()}
@@ -187,7 +191,7 @@ def test_the_running_mean_is_that_of_all_ranks_images(ranks):
 
 
 def test_an_evaluation_by_two_ranks_counts_every_image_once(ranks):
-    alone = engine.evaluate(small_network(), numbered([images(7)]), ALONE)
+    alone = evaluate(small_network(), numbered([images(7)]))
     for found in ranks:
         for column in ("index", "label", "rank", "top"):
             assert np.array_equal(found["evaluated"][column], getattr(alone, column))
@@ -260,7 +264,7 @@ def is_continued(world: World, settled: bool, reduce_dtype: str) -> bool:
     unbroken, network = started(world, settled, reduce_dtype)
     one_step(unbroken, network, world)
     saved = {part: copied(tensors) for part, tensors in unbroken.tensors().items()}
-    engine.read_bad_steps(unbroken)
+    unbroken.read_bad_steps()
     counters = unbroken.counters()
     one_step(unbroken, network, world)
 
@@ -272,11 +276,11 @@ def is_continued(world: World, settled: bool, reduce_dtype: str) -> bool:
 
 def started(world: World, settled: bool, reduce_dtype: str) -> tuple[TrainState, torch.nn.Module]:
     torch.manual_seed(0)
-    state = new_state(inception_resnet_v2(10, blocks=(1, 1, 1)))
+    state = new_state(accelerate(inception_resnet_v2(10, blocks=(1, 1, 1))))
     network = distributed.parallel(state.model, False, world, reduce_dtype)
     if settled:
         before = copied(state.model.state_dict())
-        engine.settle(state, network, torch.zeros(SIZE), StepOptions())
+        settle(state, network, SIZE[0], SIZE[2], StepOptions())
         after = state.model.state_dict()
         assert all(torch.equal(after[name], value) for name, value in before.items())
         assert all(p.grad is None for p in state.model.parameters())

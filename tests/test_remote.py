@@ -12,29 +12,30 @@ import threading
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from faulty_proxy import CUT, ERROR, PASS, SLOW, WHOLE, FaultyProxy, faulty
 from shard_makers import IMAGES, everything, flip, write_folder, write_set
 
-import feed
-from data import loader, object_store, stream
-from data.shards import ShardSource
-from data.sources import (
-    DataError,
-    ImageError,
-    Source,
-    Storage,
-    StorageError,
-    open_source,
-)
+from data import loader, stream
+from data.base import Source
+from data.errors import DataError, ImageError, StorageError
+from data.prepare import checkup
+from data.shards import object_store
+from data.shards.local import ShardSource
+from data.shards.remote import Storage
+from data.sources import open_source
 from data.to_input import ToInput
 from data.transforms import TrainView
 from data.workers import Workers
-from irv2 import config
-from irv2.distributed import World
+from irv2 import config, evaluation, input_pipeline
+from irv2.run.trained import Trained
+from irv2.training.distributed import World
 from scripts.benchmarks.range_server import serving
+from scripts.checks import images
+from scripts.checks.case import OK, Case, Request
 
 pytest.importorskip("aiohttp", reason="remote shards are NOT tested: requirements-remote.txt")
 
@@ -131,9 +132,9 @@ def test_a_window_keeps_to_the_same_order(made, url):
         data = {"train": train, "val": train, "image_size": 75, "workers": 0, "shuffle_window": 5}
         small = {"global_batch": BATCH, "micro_batch": BATCH}
         cfg = config.build({"data": data, "train": small, "log": {"ledger": True}})
-        source = feed.open_source(cfg, train)
-        order, world = feed.training_order(cfg, source), World(0, 1, torch.device("cpu"))
-        made_batches = feed.training_batches(cfg, source, order, 0, BATCH, world)
+        source = input_pipeline.open_source(train, cfg.data, cfg.run.timeout_s)
+        order, world = input_pipeline.training_order(cfg, source), World(0, 1, torch.device("cpu"))
+        made_batches = input_pipeline.training_batches(cfg, source, order, 0, BATCH, world)
         taken.append(list(islice(made_batches, 8)))
     assert identical(*taken)
 
@@ -224,6 +225,57 @@ def test_a_disk_that_refuses_is_told_and_the_run_goes_on(made, url, tmp_path, mo
     assert str(tmp_path / "cache") in told
 
 
+def data_section(**keys) -> config.Data:
+    """Section "data" of a config."""
+    return config.Data(train="unused", image_size=75, **keys)
+
+
+def evaluated(data: config.Data) -> list[list[int]]:
+    """The images that validate.py shows a run's network, for which nothing is computed here."""
+    model = SimpleNamespace(num_classes=3)
+    network = Trained(model, "a run", "ema", 1, None, data, data.val)
+    asked = evaluation.prepare(network, {}, evaluation.LabelFiles())
+    world = World(0, 1, torch.device("cpu"))
+    batches = asked.batches(BATCH, Workers(0), world)
+    return [[index for _, index in batch.keys] for batch, _ in batches]
+
+
+def test_a_second_evaluation_of_a_run_reads_its_cache_and_asks_for_no_image(url, tmp_path):
+    with faulty(url) as (at, proxy):
+        data = data_section(val=at, cache_dir=str(tmp_path / "cache"))
+        first = evaluated(data)
+        assert sum(map(len, first)) == IMAGES
+        proxy.requests.clear()
+        assert evaluated(data) == first
+        # Whether the server knows of ranges is asked of a header.
+        assert [path for path in proxy.requests if path.endswith(".tar")] == ["/train-00000.tar"]
+
+
+def test_an_evaluation_goes_on_where_a_runs_cache_cannot_be(url, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    data = data_section(val=url, cache_dir=str(tmp_path / "file" / "cache"))
+    with pytest.raises(DataError, match="images cannot be kept here"):
+        input_pipeline.open_source(url, data)
+    assert sum(map(len, evaluated(data))) == IMAGES
+    assert "images cannot be kept here" in capsys.readouterr().err
+
+
+def test_a_doctors_look_fills_the_cache_of_the_run(url, tmp_path):
+    data = {"train": url, "val": url, "cache_dir": str(tmp_path / "cache")}
+    case = Case(Request("small.yaml", []), cfg=config.build({"data": data}))
+    assert [finding.level for finding in images.check_sources(case)] == [OK]
+    everything(case.val)
+    assert len(list((tmp_path / "cache").glob("*/[0-9a-f]*-*"))) == IMAGES
+
+
+def test_a_doctors_look_fetches_many_images_at_a_time(url):
+    with faulty(url, lambda path, number: SLOW if number > 6 else PASS) as (at, proxy):
+        source = open_source(at)
+        proxy.most_in_flight = 0
+        assert checkup.bad_images(source, range(IMAGES), processes=1) == []
+    assert proxy.most_in_flight > IMAGES / 2
+
+
 # ---------------------------------------------------------------------------------- faults
 
 
@@ -275,7 +327,7 @@ def test_a_server_that_is_gone_is_told_by_its_url(made, impatient):
         source = open_source(at)
     source.store.timeout_s = 0.5
     for attempt in (lambda: source.read(3), lambda: open_source(at, storage(timeout_s=0.5))):
-        with pytest.raises(DataError, match=f"{at}.*: .*; the same command goes on when"):
+        with pytest.raises(DataError, match=f"{at}.*: .*; the same command continues once"):
             attempt()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import gzip
 import io
@@ -23,12 +24,14 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, recall_score
 from written_runs import eval_line, train_line, write_run
 
-from irv2.metrics import Collector, Scored
-from irv2.statistics import wilson
-from report import evaluation, page
-from report.evaluation import Evaluation
+from irv2 import results
+from irv2.report import evaluations, page, plots
+from irv2.report.evaluations import Evaluation
+from irv2.report.markdown import replace_section
+from irv2.report.statistics import wilson
+from irv2.report.thumbnails import Gallery
+from irv2.training.metrics import Collector, Scored
 from scripts import report
-from scripts.pages import replace_section
 
 EXAMPLE = programs.ROOT / "docs" / "results" / "fashion_mnist"
 OF_ONE = ["README.md", "config.yaml", "curves.png", "index.html", "log.jsonl", "validate.json"]
@@ -48,9 +51,9 @@ LOG = [
 def made(scores: torch.Tensor, labels: torch.Tensor) -> Evaluation:
     """An evaluation of these scores; image 7 i shows a shade of grey of its own."""
     collector = Collector()
-    collector.add(Scored(scores, labels, [7 * i for i in range(len(labels))]))
+    sizes = np.random.default_rng(0).integers(100, 500, (len(labels), 2), np.int32)
+    collector.add(Scored(scores, labels, [7 * i for i in range(len(labels))], sizes))
     (predictions,) = collector.predictions()
-    rng = np.random.default_rng(0)
     classes = [f"n{i:02}" for i in range(scores.shape[1])]
     names = [HOSTILE, "猫 & ÿ", "x" * 200, *classes[3:]][: len(classes)]
     return Evaluation(
@@ -61,9 +64,13 @@ def made(scores: torch.Tensor, labels: torch.Tensor) -> Evaluation:
         names=names,
         image_name=lambda index: f"folder/caf\udce9-{index}.png",
         thumbnail=lambda index: Image.new("L", (300, 200), index % 256),
-        sizes=rng.integers(100, 500, (len(labels), 2), np.int32),
         log=LOG,
     )
+
+
+def resized(subject: Evaluation, size: np.ndarray) -> Evaluation:
+    """The same evaluation of images of other sizes."""
+    return replace(subject, predictions=replace(subject.predictions, size=size))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +91,7 @@ def labels(scores) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def written(scores, labels, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluation") / "not" / "there yet"
-    evaluation.write(folder, made(scores, labels))
+    evaluations.write(folder, made(scores, labels))
     return folder
 
 
@@ -103,8 +110,8 @@ def test_names_cannot_write_into_a_page(written):
 def test_a_confusions_share_is_one_of_the_true_classs_images(scores, labels):
     page_of = made(scores, labels)
     matrix = confusion_matrix(labels, scores.argmax(1), labels=range(CLASSES))
-    pairs = evaluation.confused_pairs(page_of)
-    assert len(pairs) == evaluation.PAIRS
+    pairs = evaluations.confused_pairs(page_of)
+    assert len(pairs) == evaluations.PAIRS
     for pair in pairs:
         true, predicted = page_of.names.index(pair.true), page_of.names.index(pair.predicted)
         assert pair.images == matrix[true, predicted]
@@ -118,7 +125,7 @@ def test_every_section_is_shown_without_a_network(chromium, written, width):
         assert shown.title() == "<b>a run</b>, step 2"
         loaded = "images => images.every(image => image.complete && image.naturalWidth > 0)"
         assert shown.eval_on_selector_all("img", loaded)
-        assert shown.locator("#mistakes img").count() == evaluation.MISTAKES
+        assert shown.locator("#mistakes img").count() == evaluations.MISTAKES
         assert shown.locator("#training svg").count() == 4
         assert HOSTILE in shown.locator("#facts").inner_text()
     html = (written / "index.html").read_text("utf-8")
@@ -191,21 +198,21 @@ def test_the_most_confident_mistakes_come_first(shown, scores, labels):
 
 def test_calibration_and_sizes(scores, labels):
     subject = made(scores, labels)
-    sure, correct = evaluation.confidence(subject.predictions), scores.argmax(1) == labels
+    sure, correct = evaluations.confidence(subject.predictions), scores.argmax(1) == labels
     edges = np.digitize(sure, np.linspace(0, 1, 16)[1:-1])
     gaps = [(edges == k, sure[edges == k].mean()) for k in np.unique(edges)]
     error = sum(m.sum() * abs(correct.numpy()[m].mean() - mean) for m, mean in gaps) / IMAGES
-    assert evaluation.calibrated(subject.predictions).error == pytest.approx(100 * error)
+    assert evaluations.calibrated(subject.predictions).error == pytest.approx(100 * error)
 
-    rows = evaluation.size_rows(subject)
-    shorter = subject.sizes.min(1)
-    assert len(rows) == evaluation.SIZE_BINS and rows[0].low == shorter.min()
+    rows = evaluations.size_rows(subject)
+    shorter = subject.predictions.size.min(1)
+    assert len(rows) == evaluations.SIZE_BINS and rows[0].low == shorter.min()
     for row in rows:
         mine = (shorter >= row.low) & (shorter <= row.high)
         assert row.top1 == (int(correct.numpy()[mine].sum()), int(mine.sum()))
     assert sum(row.top1.images for row in rows) == IMAGES
-    two = replace(subject, sizes=np.array([[60, 40], [30, 50]] * (IMAGES // 2), np.int32))
-    bounds = [(row.low, row.high, row.top1.images) for row in evaluation.size_rows(two)]
+    two = resized(subject, np.array([[60, 40], [30, 50]] * (IMAGES // 2), np.int32))
+    bounds = [(row.low, row.high, row.top1.images) for row in evaluations.size_rows(two)]
     assert bounds == [(30, 30, IMAGES // 2), (40, 40, IMAGES // 2)]
 
 
@@ -230,7 +237,7 @@ def test_tables_beside_the_page(written, scores, labels):
 
 
 def test_the_same_evaluation_gives_the_same_bytes(written, scores, labels, tmp_path):
-    evaluation.write(tmp_path, made(scores, labels))
+    evaluations.write(tmp_path, made(scores, labels))
     for name in ("index.html", "per_class.csv", "predictions.csv.gz"):
         assert (tmp_path / name).read_bytes() == (written / name).read_bytes(), name
     assert len(list(tmp_path.iterdir())) == 3
@@ -240,8 +247,9 @@ def test_the_same_evaluation_gives_the_same_bytes(written, scores, labels, tmp_p
 def test_two_classes_and_not_one_mistake(chromium, tmp_path, width):
     labels = torch.arange(40) % 2
     subject = made(20.0 * torch.nn.functional.one_hot(labels).float(), labels)
-    subject = replace(subject, log=[], names=subject.classes, sizes=np.full((40, 2), [30, 20]))
-    evaluation.write(tmp_path, subject)
+    subject = replace(subject, log=[], names=subject.classes)
+    subject = resized(subject, np.full((40, 2), [30, 20]))
+    evaluations.write(tmp_path, subject)
     with opened(chromium, tmp_path / "index.html", width) as shown:
         assert_shown(shown, [*SECTIONS, "matrix"])
         assert "There are none" in shown.locator("#mistakes").inner_text()
@@ -255,7 +263,7 @@ def test_two_classes_and_not_one_mistake(chromium, tmp_path, width):
 def test_a_thousand_classes(chromium, tmp_path):
     generator = torch.Generator().manual_seed(0)
     subject = made(torch.randn(3000, 1000, generator=generator), torch.arange(3000) % 1000)
-    evaluation.write(tmp_path, subject)
+    evaluations.write(tmp_path, subject)
     assert (tmp_path / "index.html").stat().st_size < 1_000_000
     with opened(chromium, tmp_path / "index.html", 390) as shown:
         assert_shown(shown, SECTIONS)
@@ -268,7 +276,7 @@ def test_a_thousand_classes(chromium, tmp_path):
 
 def test_tiny_pictures_are_enlarged_pixel_by_pixel(chromium, scores, labels, tmp_path):
     subject = replace(made(scores, labels), thumbnail=lambda index: Image.new("L", (8, 8), 9))
-    evaluation.write(tmp_path, subject)
+    evaluations.write(tmp_path, subject)
     with opened(chromium, tmp_path / "index.html", 390) as shown:
         picture = shown.locator("#mistakes img").first
         assert picture.evaluate("e => [e.naturalWidth, e.clientWidth]") == [8, 112]
@@ -282,6 +290,28 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
 
 
+def test_a_picture_is_scaled_down_as_a_whole():
+    gallery = Gallery(lambda number: Image.new("L", (100 * number, 200)), lambda number: "a/b.png")
+    picture = gallery.picture(3)
+    content = base64.b64decode(picture.source.partition(",")[2])
+    assert Image.open(io.BytesIO(content)).size == (112, 75)
+    assert (picture.name, picture.is_tiny) == ("b.png", False)
+
+
+def test_a_diagram_takes_the_pages_colours_and_its_text_stays_text():
+    drawn = plots.inline_svg(lambda axes: axes.set(xlabel="epoch"), "a diagram")
+    assert "var(--ink)" in drawn and plots.INK not in drawn
+    assert ">epoch</text>" in drawn
+
+
+def test_the_log_of_a_run_is_found_beside_its_weights(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    within = tmp_path / "checkpoints" / "step-000000001"
+    for place in (tmp_path / "best.safetensors", within):
+        assert [line["step"] for line in results.log_beside(str(place))] == [1]
+    assert results.log_beside(str(within / "deeper" / "a.pth")) == []
+
+
 def test_what_is_less_than_everything_is_not_rounded_up_to_it():
     assert [page.percent(x, 2) for x in (100.0, 99.999, 0.001, 98.611)] == [
         *("100.00", "99.99", "0.00", "98.61")
@@ -289,7 +319,7 @@ def test_what_is_less_than_everything_is_not_rounded_up_to_it():
 
 
 def test_report_does_without_torch():
-    code = "import sys, report.evaluation, report.run; sys.exit('torch' in sys.modules)"
+    code = "import sys, irv2.report.evaluations, irv2.report.runs; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=programs.ROOT, check=True)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from irv2 import checkpoint, saving
-from irv2.checkpoint import CheckpointError
-from irv2.saving import BackgroundSaver
+from irv2.run import checkpoint, saving
+from irv2.run.checkpoint import CheckpointError
+from irv2.run.saving import BackgroundSaver
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_leaving_waits_until_everything_is_on_the_disk(tmp_path, saver, said):
     with saver:
         for step in (1, 2, 3):
             saver.begin(step, parts(step), {"step": step})
-    assert [checkpoint.step_of(path) for path in checkpoint.found(tmp_path)] == [2, 3]
+    assert [checkpoint.step_of(path) for path in checkpoint.list_all(tmp_path)] == [2, 3]
     assert torch.equal(loaded(tmp_path, 3)["weight"], torch.full((8,), 3.0))
     assert saver.saved_step == 3
     assert said == []
@@ -62,7 +62,7 @@ def test_training_goes_on_while_the_disk_is_slow(tmp_path, saver, gate, monkeypa
         saver.begin(1, state, {"step": 1})
         saver.wait_for_copy()
         state["model"]["weight"].fill_(2.0)
-        assert saver.saved_step == 0 and checkpoint.found(tmp_path) == []
+        assert saver.saved_step == 0 and checkpoint.list_all(tmp_path) == []
         gate.set()
     assert torch.equal(loaded(tmp_path, 1)["weight"], torch.ones(8))
 
@@ -104,7 +104,7 @@ def test_a_save_that_fails_is_said_and_the_next_one_tries_again(tmp_path, saver,
         assert said == ["NOT SAVED, training goes on: step 2: No space left on device"]
         saver.begin(3, parts(3.0), {"step": 3})
     assert saver.saved_step == 3
-    assert [checkpoint.step_of(path) for path in checkpoint.found(tmp_path)] == [1, 3]
+    assert [checkpoint.step_of(path) for path in checkpoint.list_all(tmp_path)] == [1, 3]
 
 
 def test_the_time_training_stood_still_is_added_up(saver, gate, monkeypatch):

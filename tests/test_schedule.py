@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from irv2.schedule import Schedule, period_ended
+from irv2.training.schedule import Schedule
 
 IMAGENET = 1_281_167
 
@@ -106,7 +106,14 @@ def test_a_staircase_does_not_depend_on_how_long_the_run_is():
 
 def test_a_period_ends_with_the_step_that_reaches_or_passes_it():
     """Of 10 images an epoch, in batches of 4: half epochs end at 5, 10, 15, 20 images."""
-    ended = [seen for seen in range(0, 24, 4) if period_ended(seen, 4, 0.5, 10)]
+    schedule = staircase(images_per_epoch=10, global_batch=4)
+    ended = [seen for seen in range(0, 24, 4) if schedule.period_ended(seen, 0.5)]
     assert ended == [8, 12, 16, 20]
-    assert not period_ended(0, 4, 0.5, 10)
-    assert [seen for seen in range(0, 24, 4) if period_ended(seen, 4, 1.0, 10)] == [12, 20]
+    assert not schedule.period_ended(0, 0.5)
+    assert [seen for seen in range(0, 24, 4) if schedule.period_ended(seen, 1.0)] == [12, 20]
+
+
+def test_a_run_has_as_many_steps_as_its_epochs_or_its_limit_allow():
+    assert staircase(total_epochs=1.7, global_batch=4, images_per_epoch=14).total_steps == 6
+    assert staircase(total_epochs=2, global_batch=1000, max_steps=1).total_steps == 1
+    assert staircase(total_epochs=2, global_batch=1000, max_steps=9).total_steps == 2

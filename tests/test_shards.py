@@ -31,12 +31,15 @@ from shard_makers import (
 )
 from tars import special
 
-from data import shard_index, shards
+from data import sources
+from data.errors import DataError, ImageError
 from data.prepare.shard_scan import index_folder
 from data.prepare.shard_writer import Options, write_shards
-from data.shard_index import Index, Shard
-from data.shards import ShardSource
-from data.sources import DataError, FolderSource, ImageError, SyntheticSource, open_source
+from data.shards import index as shard_index
+from data.shards import local
+from data.shards.index import Index, Shard
+from data.shards.local import ShardSource
+from data.sources import FolderSource, SyntheticSource, open_source
 
 
 def index_here(root: Path, classes: Path | None = None) -> ShardSource:
@@ -156,7 +159,7 @@ def test_few_files_stay_open_and_none_when_the_source_is_gone(made, monkeypatch)
         links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
         return sum(str(made) in os.readlink(link) for link in links if os.path.lexists(link))
 
-    monkeypatch.setattr(shards, "MAX_OPEN", 2)
+    monkeypatch.setattr(local, "MAX_OPEN", 2)
     source = ShardSource(made)
     assert open_here() == 0
     everything(source)
@@ -477,26 +480,8 @@ def test_larger_images_are_scaled_down_and_the_others_copied(tmp_path):
     assert [name.rpartition(".")[2] for name in map(source.name, range(3))] == ["jpg"] * 3
 
     with pytest.raises(DataError, match=r"^VAL: .*shorter side of 32 px"):
-        shards.refuse_resized(source, "VAL", "--option")
+        sources.refuse_resized(source, "VAL", "--option")
     write_shards(source, tmp_path / "again", Options("a"), 1, ignore)
     assert ShardSource(tmp_path / "again").resized_to == 32
-    shards.refuse_resized(originals, "VAL", "--option")
-    shards.refuse_resized(SyntheticSource(4, 2), "VAL", "--option")
-
-
-def test_an_index_reaches_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    events, fsync, replace = [], os.fsync, os.replace
-
-    def spy_fsync(descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        events.append(("fsync", path.stat().st_size if path.is_file() else path))
-        fsync(descriptor)
-
-    def spy_replace(source: Path, target: Path) -> None:
-        events.append(("replace", target))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", spy_fsync)
-    monkeypatch.setattr(os, "replace", spy_replace)
-    shard_index.write_atomically(tmp_path / "index", lambda file: file.write(b"12345"))
-    assert events == [("fsync", 5), ("replace", tmp_path / "index"), ("fsync", tmp_path)]
+    sources.refuse_resized(originals, "VAL", "--option")
+    sources.refuse_resized(SyntheticSource(4, 2), "VAL", "--option")

@@ -13,15 +13,9 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from data import sources
-from data.sources import (
-    DataError,
-    FolderSource,
-    ImageError,
-    Source,
-    SyntheticSource,
-    check_same_classes,
-    open_source,
-)
+from data.base import Source
+from data.errors import DataError, ImageError
+from data.sources import FolderSource, SyntheticSource, check_same_classes, open_source
 
 CONTENT = {  # as created: neither classes nor images in order
     "zebra": "b.png a/z.JPG a.jpeg a-1/c.png",

@@ -22,10 +22,20 @@ from small_network import (
 )
 from torch import Tensor, nn
 
-from irv2 import checkpoint, engine, update
-from irv2.distributed import World
-from irv2.engine import StepOptions, TrainState, dropout_seed, running_average, train_step
-from irv2.model import inception_resnet_v2
+from irv2.network.model import inception_resnet_v2
+from irv2.run import checkpoint
+from irv2.training import update as end_of_step
+from irv2.training.distributed import World
+from irv2.training.state import TrainState, running_average
+from irv2.training.step import (
+    StepOptions,
+    begin,
+    dropout_seed,
+    forward_backward,
+    train_mode,
+    train_step,
+    update,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +136,7 @@ def test_a_restored_state_continues_bit_by_bit(tmp_path):
     state = new_state(small_network(drop_rate=0.5))
     train(state, 4, steps=2, seed=3)
     state.images_seen = 16
-    assert engine.read_bad_steps(state) == ([], 0)
+    assert state.read_bad_steps() == ([], 0)
     checkpoint.save(tmp_path, state.step, state.tensors(), state.counters())
     restored = new_state(small_network(drop_rate=0.5))
     torch.rand(17)  # what the random generators did in between must not matter
@@ -158,7 +168,7 @@ def test_frozen_batch_norm_goes_with_gradient_checkpointing():
         network = inception_resnet_v2(
             2, drop_rate=0.0, blocks=(1, 1, 1), grad_checkpointing=grad_checkpointing
         )
-        engine.train_mode(network, freeze_bn=True)
+        train_mode(network, freeze_bn=True)
         network(x).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
     assert relative(gradients[1], gradients[0]) < 1e-5
@@ -265,9 +275,9 @@ def decide_on_the_device(monkeypatch) -> None:
     """Take the way of a GPU on the CPU."""
 
     def apply(state, good, norm, clip_norm, statistics, before):
-        update._apply_where(state, good, norm, clip_norm, statistics, before)
+        end_of_step._apply_where(state, good, norm, clip_norm, statistics, before)
 
-    monkeypatch.setattr(update, "apply", apply)
+    monkeypatch.setattr("irv2.training.step.apply", apply)
 
 
 def everything(state: TrainState) -> dict[str, Tensor]:
@@ -314,13 +324,13 @@ def test_bad_steps_are_numbered_and_counted():
     state = new_state(small_network())
     for harm in ("", "loss", "", "gradient", "loss"):
         step(state, harm)
-    assert engine.read_bad_steps(state) == ([2, 4, 5], 2)
+    assert state.read_bad_steps() == ([2, 4, 5], 2)
     assert (state.bad_steps, state.bad_steps_in_a_row) == (3, 2)
     step(state, "loss")
     step(state)
-    assert engine.read_bad_steps(state) == ([6], 3)  # a row that has ended since counts
+    assert state.read_bad_steps() == ([6], 3)  # a row that has ended since counts
     step(state)
-    assert engine.read_bad_steps(state) == ([], 0)
+    assert state.read_bad_steps() == ([], 0)
     assert (state.bad_steps, state.bad_steps_in_a_row) == (4, 0)
     counters = state.counters()
     assert counters["bad_steps"] == 4 and counters["step"] == 8
@@ -344,23 +354,19 @@ def test_an_infinite_gradient_is_in_order_where_the_scaler_skips_it():
     before = everything(state)
     scale = state.scaler.get_scale()
     step(state, "gradient")
-    assert engine.read_bad_steps(state) == ([], 0)
+    assert state.read_bad_steps() == ([], 0)
     assert state.scaler.get_scale() < scale
     assert torch.equal(everything(state)["model.0.weight"], before["model.0.weight"])
     step(state, "loss")
-    assert engine.read_bad_steps(state) == ([2], 1)
+    assert state.read_bad_steps() == ([2], 1)
 
 
-def test_the_caller_learns_when_the_weights_are_about_to_change():
+def test_weights_change_in_the_update_alone():
     state = new_state(small_network())
     weights = copy.deepcopy(state.model[0].weight)
-    seen = []
-
-    def before_update() -> None:
-        seen.append(torch.equal(state.model[0].weight, weights))
-        assert state.model[0].weight.grad is not None
-
-    batches = iter([images(8)])
-    train_step(state, state.model, batches, LR, StepOptions(), ALONE, before_update)
-    assert seen == [True]
+    before = begin(state, StepOptions())
+    loss = forward_backward(state, state.model, *images(8), 0, StepOptions(), ALONE)
+    assert torch.equal(state.model[0].weight, weights)
+    assert state.model[0].weight.grad is not None
+    update(state, loss, before, LR, StepOptions(), ALONE)
     assert not torch.equal(state.model[0].weight, weights)

@@ -7,7 +7,7 @@ from itertools import chain, count, islice, product
 import numpy as np
 import pytest
 
-from data.ahead import Asked, with_coming
+from data.shards.prefetch import Request, requests
 from data.stream import Key, Stream, evaluation_batches, micro_batches, read_ahead
 
 LENGTH, SEED = 11, 3
@@ -181,7 +181,7 @@ def test_each_block_is_told_of_with_the_next_as_it_is_entered():
 def check_coming(number: int, size: int, ahead: int, processes: int) -> None:
     """Each process is told of its own batches' images once, in order and early enough."""
     batches = [[(0, size * batch + i) for i in range(size)] for batch in range(number)]
-    asked = list(with_coming(batches, ahead, processes))
+    asked = list(requests(batches, ahead, processes))
     assert [keys for keys, _ in asked] == batches
     for process in range(processes):
         own = asked[process::processes]  # as the DataLoader deals them out
@@ -202,8 +202,8 @@ def test_a_process_is_told_of_all_its_images_once_and_early_enough(size, ahead):
 def test_an_endless_stream_is_looked_into_no_further_than_needed():
     taken = []
     batches = (taken.append(number) or [(0, number)] for number in count())
-    assert list(islice(with_coming(batches, 3, 2), 2)) == [
-        Asked([(0, 0)], [0, 2, 4, 6]),
-        Asked([(0, 1)], [1, 3, 5, 7]),
+    assert list(islice(requests(batches, 3, 2), 2)) == [
+        Request([(0, 0)], [0, 2, 4, 6]),
+        Request([(0, 1)], [1, 3, 5, 7]),
     ]
     assert len(taken) <= 2 + 2 * 3

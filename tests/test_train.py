@@ -17,9 +17,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from irv2 import checkpoint, config, distributed, engine, weights
-from irv2.distributed import World
-from irv2.model import inception_resnet_v2
+from irv2 import config, evaluation
+from irv2.network import weights
+from irv2.network.model import inception_resnet_v2
+from irv2.run import checkpoint, directory
+from irv2.training import distributed, step
+from irv2.training.distributed import World
 
 pytestmark = pytest.mark.slow
 
@@ -103,8 +106,8 @@ def test_best_weights_are_those_of_the_best_evaluation(project: Path) -> None:
 def test_the_best_weights_stay_when_later_ones_are_worse(tmp_path, monkeypatch) -> None:
     others = {"top5": 100.0, "mean_per_class": 50.0, "mean_loss": 1.0, "images": 12}
     results = iter(SimpleNamespace(top1=top1, **others) for top1 in (50.0, 60.0, 40.0, 55.0))
-    monkeypatch.setattr(engine, "evaluate", lambda *_: next(results))
-    monkeypatch.setattr(train, "show_result", lambda *_: None)
+    monkeypatch.setattr(evaluation, "predict", lambda *_: next(results))
+    monkeypatch.setattr(evaluation, "draw", lambda *_: None)
     assert (
         call(train, "--config", programs.write_project(tmp_path), "train.max_steps=6").status == 0
     )
@@ -214,9 +217,9 @@ def test_ranks_exchange_as_the_config_says_in_a_settled_order(tmp_path, monkeypa
     monkeypatch.setattr(World, "gather", lambda _, items: items)
     monkeypatch.setattr(World, "average_", lambda *_: done.append("step"))
     monkeypatch.setattr(distributed, "start", lambda *_: nullcontext(two))
-    monkeypatch.setattr(distributed, "check_shared", lambda *_: None)
+    monkeypatch.setattr(directory, "check_shared", lambda *_: None)
     monkeypatch.setattr(distributed, "parallel", lambda model, *how: done.append(how[2:]) or model)
-    monkeypatch.setattr(engine, "settle", lambda *_: done.append("settled"))
+    monkeypatch.setattr(step, "settle", lambda *_: done.append("settled"))
     overrides = ("train.reduce_dtype=bf16", "train.max_steps=1")
     assert call(train, "--config", programs.write_project(tmp_path), *overrides).status == 0
     assert done == [("bf16",), "settled", "step"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from irv2 import user_cache
+from irv2.network import user_cache
 
 
 def test_a_folder_of_the_users_cache_is_made_or_there_is_none(

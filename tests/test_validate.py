@@ -7,7 +7,6 @@ import gzip
 import json
 import shutil
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +19,18 @@ from calling import call
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-import exam
 import validate
 from data.protocols import PROTOCOLS
 from data.sources import FolderSource
 from data.transforms import EvalView, decode
 from data.workers import Workers
-from irv2 import checkpoint, engine, imagenet_names, trained, weights
-from irv2.distributed import World
-from irv2.metrics import Predictions, Scored
-from irv2.model import inception_resnet_v2
-from report import reference, result
+from irv2 import evaluation
+from irv2.network import imagenet_names, weights
+from irv2.network.model import inception_resnet_v2
+from irv2.report import reference, result
+from irv2.run import checkpoint, trained
+from irv2.training.distributed import World
+from irv2.training.metrics import Predictions, Scored
 
 pytestmark = pytest.mark.slow
 
@@ -112,11 +112,10 @@ def test_timms_weights_give_timms_counts_and_loss(photographs, peer, tmp_path) -
 def test_every_images_logits_are_timms(photographs, peer, tmp_path) -> None:
     path = tmp_path / "weights.pth"
     torch.save(peer.model.state_dict(), path)
-    stated = {"val": str(photographs), "protocol": "timm"}
-    network = trained.of_weights(str(path))
-    asked = exam.prepare(network, stated, exam.LabelFiles(), allow_resized=False)
-    batches = exam.batches(asked, 5, Workers(0), {}, ALONE)
-    scored = list(engine.scored(network.model, batches, engine.EvalOptions()))
+    network = trained.load_weights(str(path))
+    asked = evaluation.prepare(network, {"val": str(photographs)}, evaluation.LabelFiles())
+    batches = asked.batches(5, Workers(0), ALONE)
+    scored = list(evaluation.scored(network.model, batches, evaluation.EvalOptions()))
     ours = torch.cat([batch.scores for batch in scored])
     assert [index for batch in scored for index in batch.indices] == list(range(17))
     error = (ours - peer.logits).abs().amax(1) / peer.logits.abs().amax(1)
@@ -212,7 +211,7 @@ def image_names(folder: Path) -> list[str]:
 
 def scores_of(path: Path, folder: Path) -> torch.Tensor:
     """Probabilities by plain means: [17, 8]."""
-    network = trained.of_weights(str(path)).model.eval()
+    network = trained.load_weights(str(path)).model.eval()
     view = EvalView(75, 1.0, "bicubic")
     rows = []
     source = FolderSource(folder)
@@ -244,7 +243,7 @@ def test_several_networks_their_ensemble_and_comparisons(photographs, small, tmp
 
 @pytest.mark.parametrize("protocol", ["flip", "paper-12"])
 def test_the_softmax_is_averaged_over_views(photographs, small, protocol, tmp_path) -> None:
-    network = trained.of_weights(str(small[1])).model.eval()
+    network = trained.load_weights(str(small[1])).model.eval()
     view = PROTOCOLS[protocol].view(75, 1.0, "bicubic")
     source = FolderSource(photographs)
     losses = []
@@ -286,7 +285,7 @@ def test_networks_may_have_images_and_views_of_their_own(photographs, small, tmp
 def test_where_results_cannot_go_is_told_before_the_first_image(
     photographs, small, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(exam, "batches", None)  # would fail
+    monkeypatch.setattr(evaluation.Evaluation, "batches", None)  # would fail
     file = tmp_path / "file"
     file.touch()
     for options, message in (
@@ -310,8 +309,8 @@ def test_all_checkpoints_of_a_run_and_their_average(run_directory, tmp_path) -> 
     checkpoint.save(other / "checkpoints", 4, moved, {**state.meta, "step": 4})
     found, _ = validated(tmp_path, "--run", other, "--all")
     assert [r["step"] for r in found["results"]] == [2, 4]
-    networks = trained.of_checkpoints(other, "ema", print)
-    mean = trained.averaged(networks)
+    networks = trained.load_checkpoints(other, "ema", print)
+    mean = trained.average(networks)
     expected = (state.parts["ema"]["classif.bias"] + moved["ema"]["classif.bias"]) / 2
     assert torch.equal(mean.model.state_dict()["classif.bias"], expected)
     status, stdout, _ = call(validate, "--run", other, "--average", "2")
@@ -389,7 +388,10 @@ def test_fast_is_close(photographs, small, tmp_path) -> None:
         (("--weights", "w", "--all"), "--run DIR"),
         (("--weights", "w", "--which", "raw"), "--run DIR"),
         (("--weights", "w", "--ensemble"), "want several networks"),
-        (("--weights", "w", "--protocol", "slim", "--crop", "0.9"), "not of --protocol slim"),
+        (
+            ("--weights", "w", "--protocol", "slim", "--crop", "0.9"),
+            "do not go with --protocol slim",
+        ),
         (("--run", "r", "--average", "1"), "at least 2"),
         (("--weights", "w", "--protocol", "best"), "invalid choice"),
     ],
@@ -433,7 +435,7 @@ def test_mistakes_are_one_line_and_leave_no_result(
         (("--weights", tmp_path / "nowhere.pth"), "no such weights file"),
         (("--weights", resnet), "not an Inception-ResNet-v2"),
         (("--weights", small_weights), "--data DIR is needed"),
-        (("--weights", small_weights, "--data", tmp_path / "two"), "tells apart 3"),
+        (("--weights", small_weights, "--data", tmp_path / "two"), "distinguishes 3"),
         (("--weights", small_weights, "--data", tmp_path / "empty"), "no class folders"),
         (("--weights", small_weights, "--data", tmp_path / "bad"), "cannot be decoded"),
         (("--weights", small_weights, "--data", tmp_path / "flat"), "prepare_imagenet.py"),
@@ -456,11 +458,12 @@ def test_mistakes_are_one_line_and_leave_no_result(
 def test_an_ensemble_is_the_mean_of_its_networks_probabilities() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 5 * torch.randn(3, 7, CLASSES, generator=generator)  # of three networks
-    sums: list[Scored] = []
+    ensemble, nothing = evaluation.Ensemble(), np.zeros((0, 2), np.int32)
     for own in logits:
-        parts = [Scored(own[at], torch.zeros(len(own[at])), []) for at in (slice(4), slice(4, 7))]
-        assert list(validate.adding_up(parts, sums)) == parts
-    found = torch.cat([batch.scores for batch in validate.mean_of(sums, 3)])
+        cuts = (own[:4], own[4:])
+        parts = [Scored(cut, torch.zeros(len(cut)), [], nothing) for cut in cuts]
+        assert list(ensemble.adding(parts)) == parts
+    found = torch.cat([batch.scores for batch in ensemble.mean()])
     torch.testing.assert_close(found.exp(), logits.softmax(2).mean(0))
 
 
@@ -468,13 +471,14 @@ def test_a_list_decides_which_images_are_shown(photographs, small, tmp_path) -> 
     source, listed = FolderSource(photographs), [2, 3, 11, 16]
     names = [Path(source.name(i)).relative_to(source.root) for i in listed]
     (tmp_path / "list").write_text("".join(f"{name}\n" for name in names))
-    network = trained.of_weights(str(small[1]))
-    stated = {"val": str(photographs), "protocol": "timm"}
+    network = trained.load_weights(str(small[1]))
+    stated = {"val": str(photographs)}
 
     def shown(**files: Path) -> tuple[torch.Tensor, list[int], list[int]]:
-        asked = exam.prepare(network, stated, exam.LabelFiles(**files), allow_resized=False)
-        views, answers, numbers = zip(*exam.batches(asked, 3, Workers(0), {}, ALONE))
-        return torch.cat(views), torch.cat(answers).tolist(), list(chain(*numbers))
+        asked = evaluation.prepare(network, stated, evaluation.LabelFiles(**files))
+        batches, answers = zip(*asked.batches(3, Workers(0), ALONE))
+        numbers = [index for batch in batches for _, index in batch.keys]
+        return torch.cat([b.images for b in batches]), torch.cat(answers).tolist(), numbers
 
     views, _, _ = shown()
     others = [i for i in range(17) if i not in listed]
@@ -487,7 +491,9 @@ def test_a_list_decides_which_images_are_shown(photographs, small, tmp_path) -> 
 def test_each_rate_is_held_against_its_own_interval() -> None:
     rank = np.repeat([0, 3, 9], [60, 30, 10])  # 60 % and 90 %: 50.2 to 69.1 and 82.6 to 94.5
     nothing = np.zeros((100, 5))
-    predictions = Predictions(np.arange(100), nothing[:, 0], rank, nothing[:, 0], nothing, nothing)
+    predictions = Predictions(
+        np.arange(100), nothing[:, 0], rank, nothing[:, 0], nothing, nothing, nothing
+    )
     facts = {"labels": "imagenet", "protocol": "slim", "images": 100, "source": "a paper"}
     references = [
         reference.Reference("near", top1=62.0, top5=88.0, **facts),

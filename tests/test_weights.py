@@ -14,9 +14,10 @@ import timm
 import torch
 from torch import Tensor
 
-from irv2 import imagenet_names, trained, weights
-from irv2.model import inception_resnet_v2
-from irv2.weights import WeightsError
+from irv2.network import imagenet_names, weights
+from irv2.network.model import inception_resnet_v2
+from irv2.network.weights import WeightsError
+from irv2.run import trained
 
 BLOCKS = (1, 1, 1)
 State = dict[str, Tensor]
@@ -281,7 +282,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 def opened(path: Path, state: State, **metadata: str) -> trained.Trained:
     """What a file is taken for that holds this small network and metadata."""
     weights.write(path, state, {"blocks": "[1, 1, 1]"} | metadata)
-    return trained.of_weights(str(path))
+    return trained.load_weights(str(path))
 
 
 def test_what_metadata_leaves_open_is_as_published(tmp_path, timm_state):
@@ -290,9 +291,10 @@ def test_what_metadata_leaves_open_is_as_published(tmp_path, timm_state):
     assert found.classes == imagenet_names.synsets()
     assert found.classes[0] == "n01440764" and imagenet_names.in_words("n01440764") == "tench"
     assert (found.which, found.step) == ("as published", None)
-    keys = ("val", "image_size", "eval_crop", "eval_interpolation", "mean", "std")
-    view = [None, 299, 0.8975, "bicubic", [0.5] * 3, [0.5] * 3]
-    assert [found.data[key] for key in keys] == view
+    assert found.images is None
+    keys = ("image_size", "eval_crop", "eval_interpolation", "mean", "std")
+    view = [299, 0.8975, "bicubic", [0.5] * 3, [0.5] * 3]
+    assert [getattr(found.data, key) for key in keys] == view
     assert opened(path, timm_state).classes is None
 
 
@@ -300,13 +302,14 @@ def test_metadata_go_before_that(tmp_path, timm_state):
     classes = list("abcdefghij")
     told = {
         "classes": classes,
-        "data": {"image_size": 75},
+        "data": {"image_size": 75, "cache_dir": "/scratch"},
         "result": {"weights": "raw", "step": 3},
     }
     texts = {key: json.dumps(value) for key, value in told.items()}
     found = opened(tmp_path / "a.safetensors", timm_state, **texts)
     assert (found.classes, found.which, found.step) == (classes, "raw", 3)
-    assert (found.data["image_size"], found.data["eval_crop"]) == (75, 0.8975)
+    assert (found.data.image_size, found.data.eval_crop) == (75, 0.8975)
+    assert found.data.cache_dir is None  # of the machine that wrote the file
 
 
 def test_files_that_contradict_themselves_are_refused(monkeypatch, timm_state):
@@ -325,4 +328,4 @@ def test_files_that_contradict_themselves_are_refused(monkeypatch, timm_state):
         read = state, {"blocks": "[1, 1, 1]"} | told
         monkeypatch.setattr(weights, "read", lambda _source, read=read: read)
         with pytest.raises(WeightsError, match=rf"^a\.safetensors: .*{message}"):
-            trained.of_weights("a.safetensors")
+            trained.load_weights("a.safetensors")

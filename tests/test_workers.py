@@ -13,8 +13,8 @@ from numbered import Faulty, Hanging, Numbered, Slow, endless
 from programs import is_alive, start_script
 
 from data import workers
-from data.sources import DataError
-from data.workers import WorkerError, Workers, next_batch, worker_errors
+from data.errors import DataError, WorkerError
+from data.workers import Workers, next_batch, worker_errors
 
 
 def drain(batches, then: Callable[[int], None] = lambda pid: None) -> None:

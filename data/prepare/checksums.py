@@ -1,4 +1,4 @@
-"""md5 of large files, computed once: those that were right are remembered in a small file."""
+"""MD5 of large files, computed once: a small file remembers those that were right."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from data.errors import DataError
 from data.prepare.progress import byte_bar
-from data.sources import DataError
 
 BLOCK = 1 << 20  # bytes read at a time
 
 
 @contextmanager
 def remembered(path: Path) -> Iterator[TextIO]:
-    """The file of what is known, its folder made if need be, for this process alone.
+    """Open the file that remembers, for this process alone; its folder is made if need be.
 
-    Raises DataError where another process has it.
+    Raises DataError where another process has it open.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
@@ -32,7 +32,7 @@ def remembered(path: Path) -> Iterator[TextIO]:
 
 
 def check_md5(path: Path, md5: str, memory: TextIO) -> None:
-    """Raise DataError unless a file has this md5; with a progress bar.
+    """Raise DataError unless a file has this MD5; with a progress bar.
 
     A file of the same path, size and time of change as one that was right is not read again.
     """

@@ -1,4 +1,4 @@
-"""The images of an archive as a folder in ImageFolder layout, whole or not under its name.
+"""Writer of an archive's images into a folder in ImageFolder layout, whole or not under its name.
 
 A class is written as <class>.partial, flushed to disk with others and renamed; the folder itself
 is called <folder>.partial until every class is in and has been compared with the archive. So what
@@ -16,9 +16,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data.errors import DataError, enumeration
 from data.prepare.imagenet import ArchiveSource
 from data.prepare.progress import byte_bar
-from data.sources import DataError
 
 PARTIAL = ".partial"
 FLUSH_BYTES = 1 << 30  # classes are flushed and renamed together once they have so many
@@ -49,12 +49,12 @@ def write_folder(source: ArchiveSource, folder: Path, workers: int) -> None:
 
 
 def partial_of(folder: Path) -> Path:
-    """What a folder is called until it is complete."""
+    """Name a folder that is not complete yet."""
     return folder.with_name(f"{folder.name}{PARTIAL}")
 
 
 def present_folder(folder: Path, classes: Sequence[str]) -> Path:
-    """The folder as it is called now. Raises DataError if it holds anything but these classes."""
+    """Return the folder as it is called now. Raises DataError if it holds anything else."""
     partial = partial_of(folder)
     if folder.exists() and partial.exists():
         raise DataError(f"{folder} and {partial}: both there; remove the one that you do not need")
@@ -124,13 +124,18 @@ def _compare(source: ArchiveSource, folder: Path, labels: Sequence[int], workers
     with ThreadPoolExecutor(workers) as pool:
         faults = pool.map(lambda label: _faults(source, folder, label), labels)
         bar = tqdm(
-            faults, f"comparing {folder.name}", len(labels), unit="class", leave=False, disable=None
+            faults,
+            f"comparing {folder.name}",
+            len(labels),
+            unit="class",
+            leave=False,
+            disable=None,
         )
-        found = [fault for fault in bar if fault]
-    if found:
-        if len(found) > MAX_LISTED:
-            found[MAX_LISTED:] = [f"… and {len(found) - MAX_LISTED:,} classes more"]
-        lines = "".join(f"\n  {line}" for line in found)
+        listed = [fault for fault in bar if fault]
+    if listed:
+        if len(listed) > MAX_LISTED:
+            listed[MAX_LISTED:] = [f"… and {len(listed) - MAX_LISTED:,} classes more"]
+        lines = "".join(f"\n  {line}" for line in listed)
         raise DataError(
             f"{folder}: not what {source.root} holds:{lines}\n"
             f"Move these classes' folders away; the same command then writes them anew."
@@ -138,18 +143,18 @@ def _compare(source: ArchiveSource, folder: Path, labels: Sequence[int], workers
 
 
 def _faults(source: ArchiveSource, folder: Path, label: int) -> str:
-    """How a class's folder differs from the archive; empty if it does not."""
+    """Say how a class's folder differs from the archive; empty if it does not."""
     name = source.classes[label]
     images = source.images_of(label)
     wanted = {source.file_name(i): int(source.sizes[i]) for i in images}
     with os.scandir(folder / name) as entries:
-        found = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
+        present = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
     differences = {
-        "missing": wanted.keys() - found.keys(),
+        "missing": wanted.keys() - present.keys(),
         "of another size": {
-            file for file in wanted if found.get(file, wanted[file]) != wanted[file]
+            file for file in wanted if present.get(file, wanted[file]) != wanted[file]
         },
-        "extra": found.keys() - wanted.keys(),
+        "extra": present.keys() - wanted.keys(),
     }
     parts = [
         f"{len(files):,} {word} ({enumeration(sorted(files))})"
@@ -157,8 +162,3 @@ def _faults(source: ArchiveSource, folder: Path, label: int) -> str:
         if files
     ]
     return f"{name}: {len(wanted):,} images expected, {', '.join(parts)}" if parts else ""
-
-
-def enumeration(names: Sequence[str]) -> str:
-    """The first three of some names."""
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

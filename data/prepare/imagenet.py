@@ -22,9 +22,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy.io import loadmat
 
-from data.sources import DataError, ImageError
+from data.base import Source
+from data.errors import DataError, ImageError
+from data.shards.index import BLOCK
 
-BLOCK = 512  # bytes, tar's unit
 DEVKIT_FOLDER = "ILSVRC2012_devkit_t12/data"
 META, LABELS = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 BLACKLIST = "ILSVRC2012_validation_blacklist.txt"
@@ -42,7 +43,7 @@ class Archive(NamedTuple):
 
 @dataclass(frozen=True)
 class Expected:
-    """What the archives are and hold."""
+    """The archives, and how much they hold."""
 
     devkit: Archive
     train: Archive
@@ -68,7 +69,7 @@ ILSVRC2012 = Expected(
 
 @dataclass(frozen=True)
 class Devkit:
-    """What the development kit says of the images."""
+    """Labels and counts of the images, as the development kit states them."""
 
     synsets: list[str]  # WordNet ids in sorted order; an image's label is a position in it
     train_counts: np.ndarray  # int64 [classes]
@@ -77,7 +78,7 @@ class Devkit:
 
 
 def read_devkit(path: Path, expected: Expected) -> Devkit:
-    """Raises DataError for a damaged archive or one that is not of the images expected."""
+    """Read the kit. Raises DataError if it is damaged or not of the images expected."""
     files = _read_files(path)
     for name in (META, LABELS):
         if name not in files:
@@ -109,21 +110,21 @@ def read_devkit(path: Path, expected: Expected) -> Devkit:
 
 
 def _read_files(path: Path) -> dict[str, bytes]:
-    """Those of the three files of interest that are there; nothing is extracted."""
+    """Read those of the three files of interest that are there; nothing is extracted."""
     wanted = {f"{DEVKIT_FOLDER}/{name}": name for name in (META, LABELS, BLACKLIST)}
-    found = {}
+    files = {}
     try:
         with tarfile.open(path, "r:gz") as archive:
             for member in archive:
                 if member.name in wanted and member.isreg() and member.size <= MAX_DEVKIT_FILE:
-                    found[wanted[member.name]] = archive.extractfile(member).read()
+                    files[wanted[member.name]] = archive.extractfile(member).read()
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path}: not a whole .tar.gz archive ({error})") from None
-    return found
+    return files
 
 
 def _read_synsets(content: bytes, where: str) -> tuple[list[int], list[str], list[int]]:
-    """ILSVRC2012_ID, WordNet id and number of training images of each low-level synset.
+    """Read ILSVRC2012_ID, WordNet id and number of training images of each low-level synset.
 
     High-level synsets, those with children, label no image.
     """
@@ -156,17 +157,17 @@ class Member(NamedTuple):
 
 
 def list_members(descriptor: int, start: int, end: int, where: str) -> list[Member]:
-    """The members of the tar archive in bytes [start, end) of an open file.
+    """List the members of the tar archive in bytes [start, end) of an open file.
 
     Stricter than tarfile, which takes a damaged header for the end. Raises DataError that names
     `where` for an archive that is damaged or cut off, or holds anything but plain files.
     """
-    found = []
+    members = []
     position = start
     while True:
         header = os.pread(descriptor, max(0, min(BLOCK, end - position)), position)
         if header == bytes(BLOCK):  # the archive's end
-            return found
+            return members
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
@@ -178,7 +179,7 @@ def list_members(descriptor: int, start: int, end: int, where: str) -> list[Memb
         member = Member(info.name, position + BLOCK, info.size)
         if not 0 <= member.size <= end - member.offset:
             raise DataError(f"{where}: damaged or cut off within {member.name!r}")
-        found.append(member)
+        members.append(member)
         position = member.offset + -(-member.size // BLOCK) * BLOCK
 
 
@@ -204,21 +205,18 @@ class Listing(NamedTuple):
     sizes: np.ndarray
 
 
-class ArchiveSource:
-    """A `Source` of the images in an archive, in ImageFolder's order.
+class ArchiveSource(Source):
+    """The images in an archive, in ImageFolder's order.
 
     Takes 40 bytes of memory an image and keeps no file open: threads and processes may share
     it. `names`, `offsets` and `sizes` are as in `Listing`.
     """
 
     def __init__(self, path: Path, classes: list[str], listings: Sequence[Listing]) -> None:
-        """A listing for each class."""
+        """`listings`: one for each class."""
         self.root, self.classes = os.fspath(path), classes
         self.names, self.offsets, self.sizes = map(np.concatenate, zip(*listings))
-        self._starts = np.cumsum([0, *(len(listing.names) for listing in listings)])
-
-    def __len__(self) -> int:
-        return len(self.names)
+        self.starts = np.cumsum([0, *(len(listing.names) for listing in listings)]).tolist()
 
     def read(self, index: int) -> tuple[bytes, int]:
         size = int(self.sizes[index])
@@ -229,24 +227,14 @@ class ArchiveSource:
             raise ImageError(f"{self.name(index)}: cannot be read ({error.strerror})") from None
         if len(content) != size:
             raise ImageError(f"{self.name(index)}: the archive has been cut off")
-        return content, self._label(index)
+        return content, self.label(index)
 
     def name(self, index: int) -> str:
-        return os.path.join(self.root, self.classes[self._label(index)], self.file_name(index))
+        return os.path.join(self.root, self.classes[self.label(index)], self.file_name(index))
 
     def file_name(self, index: int) -> str:
-        """An image's name within its class."""
+        """Name an image within its class."""
         return self.names[index].decode("ascii")
-
-    def members(self, index: int) -> range:
-        return self.images_of(self._label(index))
-
-    def images_of(self, label: int) -> range:
-        """The images of a class."""
-        return range(int(self._starts[label]), int(self._starts[label + 1]))
-
-    def _label(self, index: int) -> int:
-        return int(np.searchsorted(self._starts, index, side="right")) - 1
 
 
 def train_source(
@@ -256,7 +244,7 @@ def train_source(
     workers: int,
     progress: Callable[[int], object],
 ) -> ArchiveSource:
-    """The training images; `workers` threads read headers and report to `progress` the bytes done.
+    """Open the training images; `workers` threads read headers, `progress` gets the bytes done.
 
     Raises DataError if the archive or one within it is damaged or does not hold what is expected.
     """
@@ -285,7 +273,7 @@ def train_source(
 
 
 def val_source(path: Path, devkit: Devkit) -> ArchiveSource:
-    """The validation images, labelled by the development kit.
+    """Open the validation images, labelled by the development kit.
 
     Raises DataError if the archive is damaged or does not hold an image for each label.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -11,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
-from data.sources import DataError
+from data.errors import DataError
 from data.workers import end_with_parent
 
 Result = TypeVar("Result")
@@ -24,13 +23,8 @@ class Cancelled(Exception):
     """Another job has failed, or the program was told to stop."""
 
 
-def usable_cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def stop_if_cancelled() -> None:
-    """To be called now and then by long jobs. Raises Cancelled."""
+    """Raise Cancelled if this job's result is no longer wanted; long jobs call it now and then."""
     if _stop is not None and _stop.is_set():
         raise Cancelled
 
@@ -38,7 +32,7 @@ def stop_if_cancelled() -> None:
 def run_all(
     jobs: Sequence[Callable[[], Result]], workers: int, done: Callable[[Result], None]
 ) -> list[Result]:
-    """Results of jobs, in the order of the jobs; `done` is told each as soon as it is there.
+    """Run jobs and return their results in order; `done` gets each as soon as it is there.
 
     The processes are forked, so that what the jobs hold is not copied. A job's error ends all the
     others and is raised; DataError also for a process that has died.

@@ -6,5 +6,5 @@ from tqdm import tqdm
 
 
 def byte_bar(words: str, total: int) -> tqdm:
-    """With rate and time left; none where no terminal shows it."""
+    """Make a bar with rate and time left; it stays hidden where there is no terminal."""
     return tqdm(desc=words, total=total, unit="B", unit_scale=True, smoothing=0.05, disable=None)

@@ -24,7 +24,8 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.utils import check_integrity, download_url
 
-from data.sources import DataError, FolderSource
+from data.errors import DataError
+from data.sources import FolderSource
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = (  # in the order of the archives' labels
@@ -45,7 +46,7 @@ MAX_MEMBER = 100 << 20  # bytes of one file in an archive; the largest of those 
 
 
 class Entry(NamedTuple):
-    """One file of the set that is to be: "train/cat/00001.png" and its content.
+    """A file of the set that is made: "train/cat/00001.png" and its content.
 
     A path in place of the content: an existing file with it.
     """
@@ -88,7 +89,7 @@ IMAGENETTE = {  # by the length of the shorter side, px; as in torchvision.datas
 
 
 def digits() -> Iterator[Entry]:
-    """scikit-learn's digits (UCI ML hand-written digits, test set)."""
+    """Yield scikit-learn's digits (UCI ML hand-written digits, test set)."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -102,7 +103,7 @@ def digits() -> Iterator[Entry]:
 
 
 def fashion_mnist(folder: Path | None) -> Iterator[Entry]:
-    """Fashion-MNIST (Xiao et al., arXiv:1708.07747), from the archives in a folder or downloaded.
+    """Yield Fashion-MNIST (Xiao et al., arXiv:1708.07747), from a folder's archives or downloaded.
 
     Raises DataError, OSError, RuntimeError (torchvision's, of a download).
     """
@@ -124,7 +125,7 @@ def fashion_mnist(folder: Path | None) -> Iterator[Entry]:
 
 
 def cifar10(path: Path | None, check_md5: bool = True) -> Iterator[Entry]:
-    """CIFAR-10 (Krizhevsky, 2009), binary version: the one that needs no unpickling.
+    """Yield CIFAR-10 (Krizhevsky, 2009), binary version: the one that needs no unpickling.
 
     A record is a label and 32 x 32 pixels, plane by plane; five files of them are the training
     images, in order. Raises DataError, OSError, RuntimeError (torchvision's, of a download).
@@ -155,7 +156,7 @@ def cifar10(path: Path | None, check_md5: bool = True) -> Iterator[Entry]:
 
 
 def png_files(split: str, pixels: np.ndarray, names: Iterable[str]) -> Iterator[Entry]:
-    """uint8 [N, H, W] or [N, H, W, 3] and each image's class -> PNG files, numbered."""
+    """Turn uint8 [N, H, W] or [N, H, W, 3] and each image's class into PNG files, numbered."""
     for i, (image, name) in enumerate(zip(pixels, names)):
         buffer = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG")
@@ -163,7 +164,7 @@ def png_files(split: str, pixels: np.ndarray, names: Iterable[str]) -> Iterator[
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An IDX archive of bytes -> uint8 array of the shape its header states. Raises DataError."""
+    """Read an IDX archive as a uint8 array of the shape its header states. Raises DataError."""
     try:
         content = gzip.decompress(path.read_bytes())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -181,7 +182,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def imagenette(size: str, path: Path | None, check_md5: bool = True) -> Iterator[Entry]:
-    """Imagenette (fast.ai), ten classes of ImageNet: its JPEG files as they are, by synset.
+    """Yield Imagenette (fast.ai), ten classes of ImageNet: its JPEG files as they are, by synset.
 
     `size`: a key of IMAGENETTE. Raises DataError, OSError, RuntimeError (of a download).
     """
@@ -197,7 +198,7 @@ def imagenette(size: str, path: Path | None, check_md5: bool = True) -> Iterator
 
 
 def split_folder(root: Path, val_fraction: float, seed: int) -> list[Entry]:
-    """Images in folders by class -> a share of each class, at least one image, for validation.
+    """Hold out a share of each class of a folder, at least one image, for validation.
 
     Files are ranked by a hash of the seed and their path below `root`, so that the split is the
     same wherever and whenever it is made. Raises DataError.
@@ -206,9 +207,8 @@ def split_folder(root: Path, val_fraction: float, seed: int) -> list[Entry]:
     if set(source.classes) <= {"train", "val"}:
         raise DataError(f"{root}: is split already, into {' and '.join(source.classes)}")
     entries: list[Entry] = []
-    while len(entries) < len(source):
-        members = source.members(len(entries))
-        paths = [Path(source.name(i)) for i in members]
+    for label in range(len(source.classes)):
+        paths = [Path(source.name(i)) for i in source.images_of(label)]
         if len(paths) == 1:
             raise DataError(f"{paths[0].parent}: one image cannot be in both train and val")
         names = [path.relative_to(source.root).as_posix() for path in paths]
@@ -228,7 +228,7 @@ def _rank(seed: int, name: str) -> bytes:
 
 @contextmanager
 def archive_file(published: Archive, path: Path | None, check_md5: bool) -> Iterator[Path]:
-    """Where a published archive lies: `path`, that file in the folder `path`, or downloaded.
+    """Find a published archive: `path`, the file of its name in the folder `path`, or downloaded.
 
     Raises DataError for a missing file and, unless told not to check, one with another MD5.
     """
@@ -249,7 +249,7 @@ def archive_file(published: Archive, path: Path | None, check_md5: bool) -> Iter
 
 
 def tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of each file in a gzipped tar, in its order.
+    """Yield (name, content) of each file in a gzipped tar, in its order.
 
     Raises DataError if it is cut off or damaged, or holds anything but folders and files below the
     place it would be unpacked at.

@@ -1,4 +1,4 @@
-"""Tar shards made by anyone in WebDataset's layout -> their index, without rewriting them.
+"""Index of tar shards that anyone made in WebDataset's layout, without rewriting them.
 
 A sample is the members of one shard that share their name up to the first dot of its last part:
 KEY.jpg (or another image), KEY.cls with the label as text, and perhaps KEY.json. Nothing is
@@ -22,12 +22,11 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data import shard_index
+from data.errors import DataError
 from data.prepare.processes import run_all, stop_if_cancelled
-from data.shard_index import BLOCK, COLUMNS, INDEX, Index, Shard
-from data.sources import DataError
+from data.shards import index as shard_index
+from data.shards.index import BLOCK, COLUMNS, INDEX, PLAN, Index, Shard
 
-PLAN = "plan.json"  # beside shards that data.prepare.shard_writer writes
 IMAGE_KINDS = {extension.removeprefix(".") for extension in IMG_EXTENSIONS}
 MAX_TEXT = 1 << 20  # bytes of a .cls or .json
 MAX_LABEL = 1 << 20
@@ -47,7 +46,7 @@ class Sample(NamedTuple):
 
 @dataclass
 class Scan:
-    """What is in a shard: its samples, and the names its metadata give the labels."""
+    """Content of a shard: its samples, and the names that its metadata give the labels."""
 
     shard: Shard
     samples: list[Sample] = field(default_factory=list)
@@ -55,7 +54,7 @@ class Scan:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Compute the SHA-256 of a file, in hexadecimal."""
     digest, buffer = hashlib.sha256(), bytearray(1 << 20)
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -67,7 +66,7 @@ def sha256_of(path: Path) -> str:
 
 
 def scan(path: Path) -> Scan:
-    """Read a shard. Raises DataError, naming shard and key, for what is no whole sample."""
+    """Read a shard. Raises DataError, naming shard and key, for a sample that is not whole."""
     try:
         scanned = Scan(Shard(path.name, path.stat().st_size, sha256_of(path)))
         with open(path, "rb") as file:
@@ -83,7 +82,7 @@ def scan(path: Path) -> Scan:
 
 
 def _by_key(path: Path, members: list[tarfile.TarInfo]) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """Key -> extension -> member. Names that are not of this form are left out, as WebDataset does.
+    """Sort members by key and extension; like WebDataset, leave out names of another form.
 
     Raises DataError for an extension that a key has twice.
     """
@@ -100,14 +99,14 @@ def _by_key(path: Path, members: list[tarfile.TarInfo]) -> dict[str, dict[str, t
 
 
 def _members(path: Path, file: BinaryIO) -> list[tarfile.TarInfo]:
-    """The files in a tar. Raises DataError for a damaged or truncated one."""
+    """List the files in a tar. Raises DataError for a damaged or truncated one."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             members = tar.getmembers()
             end = tar.offset
     except (tarfile.TarError, ValueError) as error:
         raise DataError(f"{path}: not a whole tar archive ({error}); copy it anew") from None
-    # tarfile takes whatever is no header for the archive's end.
+    # tarfile takes anything but a header for the archive's end.
     if os.pread(file.fileno(), BLOCK, end) != bytes(BLOCK):
         raise DataError(f"{path}: not a whole tar archive (no end at byte {end:,}); copy it anew")
     for member in members:
@@ -119,12 +118,12 @@ def _members(path: Path, file: BinaryIO) -> list[tarfile.TarInfo]:
 def _sample(
     path: Path, file: BinaryIO, key: str, members: dict[str, tarfile.TarInfo]
 ) -> tuple[Sample, str | None]:
-    """A sample and, where its metadata tell, its class's name."""
+    """Read a sample and, where its metadata say so, its class's name."""
     where = f"{path}: key {key!r}"
     images = sorted(members.keys() & IMAGE_KINDS)
     if len(images) != 1:
-        found = f"two images (.{images[0]}, .{images[1]})" if images else "no image"
-        raise DataError(f"{where}: {found}; expected one of {', '.join(sorted(IMAGE_KINDS))}")
+        what = f"two images (.{images[0]}, .{images[1]})" if images else "no image"
+        raise DataError(f"{where}: {what}; expected one of {', '.join(sorted(IMAGE_KINDS))}")
     if "cls" not in members:
         raise DataError(f"{where}: no label (a member .cls)")
     text = _content(file, members["cls"])[:64].decode("ascii", "replace").strip()
@@ -140,13 +139,15 @@ def _sample(
 
 
 def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
-    """The first MAX_TEXT bytes of a member."""
+    """Read the first MAX_TEXT bytes of a member."""
     return os.pread(file.fileno(), min(member.size, MAX_TEXT), member.offset_data)
 
 
 def _class_name(described: bytes, key: str) -> str | None:
-    """A class's name from a sample's .json ("class", as shards written here have it, or a synset
-    in its "filename") or its key (a synset)."""
+    """Find a class's name in a sample's .json or its key.
+
+    That is "class", as shards written here have it, or a synset in "filename" or the key.
+    """
     try:
         content = json.loads(described)
     except (ValueError, RecursionError):
@@ -167,7 +168,7 @@ def index_folder(
     """Write the index of a folder of shards and return it.
 
     `classes_from`: a file with a class name a line, or another folder of shards with an index.
-    `done` is told of each shard. Raises DataError.
+    `done` gets each shard. Raises DataError, or OSError where the index cannot be written.
     """
     paths = shards_in(root)
     given = None if classes_from is None else read_classes(classes_from)
@@ -183,7 +184,7 @@ def index_folder(
 
 
 def shards_in(root: Path) -> list[Path]:
-    """The tar files of a folder that wants an index. Raises DataError where there must be none."""
+    """List the tar files of a folder to be indexed. Raises DataError where no index may be made."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
     if (root / INDEX).exists():
@@ -206,7 +207,7 @@ def shards_in(root: Path) -> list[Path]:
 
 
 def read_classes(path: Path) -> list[str]:
-    """Class names, in the order of the labels: a file's lines, or those of a folder of shards."""
+    """Read class names, in the order of the labels: a file's lines, or a folder of shards'."""
     if path.is_dir():
         return shard_index.load(path).classes
     try:
@@ -219,20 +220,20 @@ def read_classes(path: Path) -> list[str]:
 
 
 def name_classes(
-    root: Path, count: int, found: dict[int, set[str]], given: list[str] | None
+    root: Path, count: int, scanned: dict[int, set[str]], given: list[str] | None
 ) -> list[str]:
-    """Names of the labels 0 … count - 1: as given, else as found, else the numbers as text.
+    """Name the labels 0 … count - 1: as given, else as scanned, else by the numbers as text.
 
-    Names found are used if every label has exactly one, of its own. Raises DataError where they
+    Names scanned are used if every label has exactly one, of its own. Raises DataError where they
     contradict those given.
     """
     if given is None:
-        named = {label: next(iter(names)) for label, names in found.items() if len(names) == 1}
+        named = {label: next(iter(names)) for label, names in scanned.items() if len(names) == 1}
         is_whole = len(named) == len(set(named.values())) == count
         return [named[label] if is_whole else str(label) for label in range(count)]
     if count > len(given):
         raise DataError(f"{root}: has label {count - 1}, beyond the {len(given)} classes given")
-    for label, names in sorted(found.items()):
+    for label, names in sorted(scanned.items()):
         elsewhere = sorted(names & set(given) - {given[label]})
         if elsewhere:  # a list in another order would spoil every score
             raise DataError(
@@ -246,8 +247,10 @@ def name_classes(
 def build_index(
     root: Path, scans: Iterable[Scan], classes: list[str], resized_to: int | None
 ) -> Index:
-    """All images by (label, key). Raises DataError for keys that occur twice and for classes
-    without images."""
+    """Number all images by (label, key).
+
+    Raises DataError for keys that occur twice and for classes without images.
+    """
     scans = sorted(scans, key=lambda scanned: scanned.shard.name)
     if len(scans) > shard_index.MAX_SHARDS:
         raise DataError(f"{root}: {len(scans):,} shards, more than {shard_index.MAX_SHARDS:,}")

@@ -1,4 +1,4 @@
-"""Any source of images -> tar shards in WebDataset's layout, with their index.
+"""Writer of tar shards in WebDataset's layout, with their index, from any source of images.
 
 A sample is KEY.jpg (or another image), KEY.cls (the label) and KEY.json (where it came from); keys
 sort as the source counts. Images are dealt to the shards at random, so that those who stream whole
@@ -27,12 +27,14 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from data import shard_index
+from data.base import Source
+from data.errors import DataError, ImageError
+from data.files import write_atomically
 from data.prepare.processes import run_all, stop_if_cancelled
-from data.prepare.shard_scan import IMAGE_KINDS, PLAN, Sample, Scan, build_index, scan
-from data.shard_index import BLOCK, INDEX, Index, Shard, write_atomically
-from data.shards import ShardSource
-from data.sources import DataError, ImageError, Source
+from data.prepare.shard_scan import IMAGE_KINDS, Sample, Scan, build_index, scan
+from data.shards import index as shard_index
+from data.shards.index import BLOCK, INDEX, PLAN, Index, Shard
+from data.shards.local import ShardSource
 from data.transforms import DecodeError, decode
 
 SEED = 0  # of the images' way into the shards
@@ -42,7 +44,7 @@ RECORD = 20 * BLOCK  # tar archives are filled up to a multiple of it
 
 @dataclass(frozen=True)
 class Options:
-    """What shards are to be like."""
+    """Options of the shards that are written."""
 
     name: str  # the shards' names begin with it
     images_per_shard: int = 1250  # of ImageNet some 150 MB
@@ -55,9 +57,10 @@ def write_shards(
 ) -> Index:
     """Write a source's images into shards in the folder `out`, and their index; returns it.
 
-    `done` is told of each shard. Shards that an interrupted call has finished are read, not written
+    `done` gets each shard. Shards that an interrupted call has finished are read, not written
     again. Raises DataError for a folder that holds something else and for images that cannot be
-    read (scaled ones: decoded), with nothing of their shards written.
+    read (scaled ones: decoded), and OSError for shards that cannot be written, with nothing of
+    these shards in the folder.
     """
     plan = make_plan(source, options)
     shards = deal(len(source), options.images_per_shard)
@@ -67,14 +70,14 @@ def write_shards(
         check_plan(out, plan)
         ShardSource(out)  # refuses shards that are gone
         return shard_index.load(out)
-    with begun(out, plan):
+    with claimed(out, plan):
         for leftover in out.glob(".*.tmp"):
             leftover.unlink()
         jobs = []
         for number, images in enumerate(shards):
             path = out / f"{options.name}-{number:05d}.tar"
             if path.exists():
-                jobs.append(partial(find_shard, source, images, path))
+                jobs.append(partial(read_shard, source, images, path))
             else:
                 jobs.append(partial(write_shard, source, images, path, options))
         scans = run_all(jobs, workers, done)
@@ -84,14 +87,14 @@ def write_shards(
 
 
 def deal(images: int, per_shard: int) -> list[np.ndarray]:
-    """The images of each shard, in the order in which they go into it."""
+    """Deal images to shards, each shard's in the order in which they go into it."""
     order = np.random.default_rng(SEED).permutation(images)
     return np.split(order, range(per_shard, images, per_shard))
 
 
 def resized_to(source: Source, options: Options) -> int | None:
-    """The largest shorter side that the images can have; None if they are originals."""
-    sides = (options.shorter_side, getattr(source, "resized_to", None))
+    """Return the largest shorter side that the images can have; None if they are originals."""
+    sides = (options.shorter_side, source.resized_to)
     return min((side for side in sides if side is not None), default=None)
 
 
@@ -99,8 +102,10 @@ def resized_to(source: Source, options: Options) -> int | None:
 
 
 def make_plan(source: Source, options: Options) -> dict[str, object]:
-    """What finished shards must have in common to belong together. An image changed under the same
-    name goes unnoticed."""
+    """State what finished shards must have in common to belong together.
+
+    An image changed under the same name goes unnoticed.
+    """
     names = hashlib.sha256()
     for index in range(len(source)):
         names.update(os.fsencode(relative_name(source, index)) + b"\0")
@@ -113,28 +118,28 @@ def make_plan(source: Source, options: Options) -> dict[str, object]:
 
 
 def relative_name(source: Source, index: int) -> str:
-    """An image's name within its source."""
-    name, root = source.name(index), getattr(source, "root", None)
-    return name if root is None else name.removeprefix(os.path.join(root, ""))
+    """Name an image within its source."""
+    name = source.name(index)
+    return name if source.root is None else name.removeprefix(os.path.join(source.root, ""))
 
 
 def check_plan(out: Path, plan: dict[str, object]) -> None:
     """Raise DataError unless a folder's shards are made by the same plan."""
     path = out / PLAN
     try:
-        found = json.loads(path.read_bytes())
+        planned = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(
             f"{out}: holds something else already; name a new or empty folder"
         ) from None
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        planned = None
+    if not isinstance(planned, dict):
         raise DataError(f"{path}: damaged; remove {out} and start anew")
     changes = [
-        f"{key} is {found.get(key)}, not {value}"
+        f"{key} is {planned.get(key)}, not {value}"
         for key, value in plan.items()
-        if found.get(key) != value
+        if planned.get(key) != value
     ]
     if changes:
         raise DataError(
@@ -144,9 +149,11 @@ def check_plan(out: Path, plan: dict[str, object]) -> None:
 
 
 @contextmanager
-def begun(out: Path, plan: dict[str, object]) -> Iterator[None]:
-    """A folder with its plan, kept for this process. Raises DataError for one that another process
-    is at work in, or that holds something else."""
+def claimed(out: Path, plan: dict[str, object]) -> Iterator[None]:
+    """Keep a folder with its plan for this process.
+
+    Raises DataError for one that another process is at work in, or that holds something else.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "wb") as file:
         try:
@@ -166,16 +173,16 @@ def begun(out: Path, plan: dict[str, object]) -> Iterator[None]:
 # ---------------------------------------------------------------------------------- one shard
 
 
-def find_shard(source: Source, images: np.ndarray, path: Path) -> Scan:
-    """A shard that was finished earlier. Raises DataError if it is not as planned."""
-    found = scan(path)
-    if {sample.key for sample in found.samples} != {key(source, i) for i in images.tolist()}:
+def read_shard(source: Source, images: np.ndarray, path: Path) -> Scan:
+    """Read a shard that was finished earlier. Raises DataError if it is not as planned."""
+    scanned = scan(path)
+    if {sample.key for sample in scanned.samples} != {key(source, i) for i in images.tolist()}:
         raise DataError(f"{path}: not the shard that was planned; remove it and start again")
-    return found
+    return scanned
 
 
 def write_shard(source: Source, images: np.ndarray, path: Path, options: Options) -> Scan:
-    """Write a shard: there whole or not at all. Raises DataError for what cannot be read."""
+    """Write a shard, whole or not at all. Raises DataError for an image that cannot be read."""
     samples = []
     digest = hashlib.sha256()
 
@@ -201,7 +208,7 @@ def write_shard(source: Source, images: np.ndarray, path: Path, options: Options
 
 
 def _member(name: str, content: bytes) -> bytes:
-    """A file in a tar archive, the same whoever writes it and when."""
+    """Make a file in a tar archive, the same whoever writes it and when."""
     header = tarfile.TarInfo(name)
     header.size = len(content)
     return header.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % BLOCK)
@@ -211,20 +218,20 @@ def _member(name: str, content: bytes) -> bytes:
 
 
 def key(source: Source, index: int) -> str:
-    """A sample's name: its number in the source and what is readable of its file's name."""
+    """Name a sample by its number in the source and what is readable of its file's name."""
     stem = os.path.splitext(os.path.basename(source.name(index)))[0]
     readable = re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:MAX_STEM]
     return f"{index:0{len(str(len(source) - 1))}d}-{readable}"
 
 
 def sample_of(source: Source, index: int, options: Options) -> tuple[list[tuple[str, bytes]], int]:
-    """A sample's members, (extension, content) with the image first, and its label."""
+    """Make a sample's members, (extension, content) with the image first, and its label."""
     encoded, label = source.read(index)
     name = source.name(index)
     is_scaled = False
     if options.shorter_side is not None:
-        encoded, is_scaled = scaled(encoded, name, options.shorter_side, options.quality)
-    kind, size = looked_at(encoded)
+        encoded, is_scaled = scale_down(encoded, name, options.shorter_side, options.quality)
+    kind, size = kind_and_size(encoded)
     ending = os.path.splitext(name)[1].lower()
     extension = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png"}.get(ending)
     if extension is None or is_scaled:
@@ -241,8 +248,8 @@ def sample_of(source: Source, index: int, options: Options) -> tuple[list[tuple[
     return [(extension, encoded), *texts], label
 
 
-def scaled(encoded: bytes, name: str, shorter_side: int, quality: int) -> tuple[bytes, bool]:
-    """An image with its shorter side of that many px at most, and whether that changed it.
+def scale_down(encoded: bytes, name: str, shorter_side: int, quality: int) -> tuple[bytes, bool]:
+    """Limit an image's shorter side to that many px; returns also whether that changed it.
 
     Raises ImageError for one that cannot be decoded.
     """
@@ -259,15 +266,15 @@ def scaled(encoded: bytes, name: str, shorter_side: int, quality: int) -> tuple[
     return buffer.getvalue(), True
 
 
-def looked_at(encoded: bytes) -> tuple[str | None, dict[str, int]]:
-    """Kind and width and height in px of an image by its header, as far as that can be read."""
+def kind_and_size(encoded: bytes) -> tuple[str | None, dict[str, int]]:
+    """Read an image's kind, and its width and height in px, as far as its header says them."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(encoded))
     except MemoryError:
         raise
-    except Exception:  # decoders raise what they like; training will tell of it
+    except Exception:  # decoders raise what they like; training will report it
         return None, {}
     kind = image.format.lower()
     return {"jpeg": "jpg"}.get(kind, kind), {"width": image.width, "height": image.height}

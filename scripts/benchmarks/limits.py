@@ -1,4 +1,4 @@
-"""How fast the network could be here if it were its convolutions alone.
+"""Limits of the network's speed on this machine: its convolutions alone.
 
 (a) multiply-adds over the rate of a large matrix product; (b) the sum of the best times measured of
 each convolution by itself, forward, and both of its gradients: channels-last memory, its input warm
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from irv2.model import inception_resnet_v2
+from irv2.network.accelerate import accelerate
+from irv2.network.model import inception_resnet_v2
 from scripts.benchmarks.alternation import best_time
 
 MATRIX = 4096  # rows and columns of the product that gives the matrix rate
@@ -33,20 +34,20 @@ class Shape(NamedTuple):
 
 
 def convolutions(batch: int, image_size: int) -> Counter[Shape]:
-    """The network's convolutions, parallel 1x1 convolutions merged, and how often each occurs."""
-    found: Counter[Shape] = Counter()
+    """Count the network's convolutions by shape, with parallel 1x1 convolutions merged."""
+    counts: Counter[Shape] = Counter()
 
     def note(conv: nn.Conv2d, inputs: tuple[Tensor], _output: Tensor) -> None:
         shape = tuple(inputs[0].shape)
-        found[Shape(shape, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)] += 1
+        counts[Shape(shape, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)] += 1
 
     with torch.device("meta"):
-        model = inception_resnet_v2()
+        model = accelerate(inception_resnet_v2())
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_hook(note)
         model(torch.empty(batch, 3, image_size, image_size))
-    return found
+    return counts
 
 
 def measure(
@@ -70,9 +71,9 @@ def measure(
     }
 
 
-def images_per_s(found: dict[str, float], batch: int, what: str) -> dict[str, float]:
+def images_per_s(figures: dict[str, float], batch: int, what: str) -> dict[str, float]:
     """Limits (a) and (b) as rates; `what`: "forward" or "train"."""
-    return {limit: batch / found[f"{limit}_{what}_s"] for limit in ("a", "b")}
+    return {limit: batch / figures[f"{limit}_{what}_s"] for limit in ("a", "b")}
 
 
 def _matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -92,7 +93,7 @@ class _Ways(NamedTuple):
 
 
 def _ways(shape: Shape, dtype: torch.dtype, device: torch.device) -> _Ways:
-    """Every way that is tried of one convolution and its gradients."""
+    """List the ways to compute one convolution and its gradients."""
     layout = {"dtype": dtype, "device": device, "memory_format": torch.channels_last}
     x = torch.randn(shape.input, device=device).to(**layout)
     kernel = (shape.out_channels, shape.input[1], *shape.kernel)

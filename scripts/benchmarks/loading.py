@@ -1,4 +1,4 @@
-"""What getting images in costs, beside timm's transforms on the same files and cores."""
+"""Cost of loading images, beside timm's transforms on the same files and cores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,11 +24,15 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from tqdm import tqdm
 
-from data import loader, shard_index, sources, stream, transforms
+from data import loader, sources, stream, transforms
+from data.base import Source
 from data.prepare import shard_writer
+from data.shards import index as shard_index
+from data.shards.prefetch import Request
 from data.to_input import ToInput
 from data.workers import Workers
-from irv2.distributed import keep_freed_memory
+from irv2.report import markdown
+from irv2.training.distributed import keep_freed_memory
 from scripts.benchmarks.alternation import Way, alternate, rate, table_row
 
 CPU = torch.device("cpu")
@@ -43,13 +46,13 @@ EVAL_CROP = 0.8975
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Rows of the table by name: each compares two ways in turn, `rounds` times."""
+    """Return the table's rows by name: each compares two ways in turn, `rounds` times."""
     keep_freed_memory()
     rows: dict[str, Any] = {}
     with (
         one_thread(),
         tempfile.TemporaryDirectory() as directory,
-        tqdm(total=15, unit="row", disable=not sys.stderr.isatty()) as bar,
+        tqdm(total=15, unit="row", disable=None) as bar,
     ):
         folder, heavy, shards, large = (
             Path(directory, name) for name in ("folder", "heavy", "shards", "large")
@@ -71,9 +74,9 @@ def measure(rounds: int) -> dict[str, Any]:
                 rows[name] = alternate(ours, peer, rounds)
                 bar.update()
         for name, (view, to_input) in {
-            "workers": (transforms.TrainView(SIZE, 0), As(CPU)),
+            "workers": (transforms.TrainView(SIZE, 0), Unchanged(CPU)),
             "workers, input": (transforms.TrainView(SIZE, 0), ToInput(MEAN, STD, CPU)),
-            "workers, decode": (DecodeOnly(), As(CPU)),
+            "workers, decode": (DecodeOnly(), Unchanged(CPU)),
         }.items():
             two, one = (reader(source, view, to_input, workers) for workers in (2, 1))
             rows[name] = alternate(two, one, rounds)
@@ -82,7 +85,7 @@ def measure(rounds: int) -> dict[str, Any]:
         rows["resume"] = alternate(first_batch(large, IMAGENET // 2), first_batch(large, 0), rounds)
         bar.update()
         rows["start_s"] = statistics.median(1 / first_batch(large, 0)() for _ in range(rounds))
-        memory = {path: apart(worker_memory, path) for path in (shards, large)}
+        memory = {path: in_new_process(worker_memory, path) for path in (shards, large)}
         rows["index_mib"] = (memory[large] - memory[shards]) / 2**20
         bar.update(2)
     return rows
@@ -90,7 +93,7 @@ def measure(rounds: int) -> dict[str, Any]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch's operations run on a single thread."""
+    """Run PyTorch's operations on a single thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -101,7 +104,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """Nothing of this process runs on another core than its first."""
+    """Keep this process on its first core."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     try:
@@ -114,7 +117,7 @@ def one_core() -> Iterator[None]:
 
 
 def write_photographs(folder: Path, quality: int) -> None:
-    """JPEG files of ImageNet's size in class folders, cut from photographs that packages ship.
+    """Write JPEG files of ImageNet's size in class folders, cut from photographs in packages.
 
     Sources: scikit-learn's china.jpg and flower.jpg, Matplotlib's grace_hopper.jpg.
     """
@@ -136,32 +139,32 @@ def write_photographs(folder: Path, quality: int) -> None:
 # ---------------------------------------------------------------------------------- one core
 
 
-def transform_rows(source: sources.Source, of: str) -> dict[str, tuple[Way, Way]]:
-    """name -> (our way, the peer's) from files to batches; `of` what files is added to the name."""
+def transform_rows(source: Source, suffix: str) -> dict[str, tuple[Way, Way]]:
+    """Return name -> (our way, the peer's) from files to batches; names end in `suffix`."""
     paths = [source.name(index) for index in range(FILES)]
     evaluated = transforms.EvalView(SIZE, EVAL_CROP, "bicubic")
     check_same_pixels(source, evaluated, paths)
     plain = transforms.TrainView(SIZE, 0, colour=False)
     return {
-        f"train{of}": (training(source), timms(paths, color_jitter=0.4)),
-        f"train, no colour{of}": (pipeline(source, plain), timms(paths, color_jitter=None)),
-        f"evaluate{of}": (pipeline(source, evaluated), timms(paths, crop_pct=EVAL_CROP)),
-        f"decode{of}": (training(source), rate(FILES, lambda: decode_all(source))),
+        f"train{suffix}": (training(source), timms(paths, color_jitter=0.4)),
+        f"train, no colour{suffix}": (pipeline(source, plain), timms(paths, color_jitter=None)),
+        f"evaluate{suffix}": (pipeline(source, evaluated), timms(paths, crop_pct=EVAL_CROP)),
+        f"decode{suffix}": (training(source), rate(FILES, lambda: decode_all(source))),
     }
 
 
-def training(source: sources.Source) -> Way:
+def training(source: Source) -> Way:
     """The paper's view of training images."""
     return pipeline(source, transforms.TrainView(SIZE, 0))
 
 
-def pipeline(source: sources.Source, view: loader.View) -> Way:
-    """What a loader process and the device do to images, in this process."""
+def pipeline(source: Source, view: loader.View) -> Way:
+    """Return a way that does here what a loader process and the device do to images."""
     images, to_input = loader.Images(source, view, None, False), ToInput(MEAN, STD, CPU)
 
     def work() -> None:
         for keys in stream.evaluation_batches(FILES, BATCH, 0, 1):
-            batch = images.__getitems__(keys)
+            batch = images.__getitems__(Request(keys, []))
             colours = None if batch.colours is None else torch.from_numpy(batch.colours)
             to_input(batch.images, torch.from_numpy(batch.flips), colours)
 
@@ -192,7 +195,7 @@ def timm_transform(**options: Any) -> Callable[[Image.Image], torch.Tensor]:
     )
 
 
-def check_same_pixels(source: sources.Source, view: loader.View, paths: list[str]) -> None:
+def check_same_pixels(source: Source, view: loader.View, paths: list[str]) -> None:
     """Raise RuntimeError unless evaluation gives timm's numbers for every file."""
     batches = stream.evaluation_batches(FILES, BATCH, 0, 1)
     ours = loader.load(source, view, batches, ToInput(MEAN, STD, CPU), Workers(0))
@@ -202,7 +205,7 @@ def check_same_pixels(source: sources.Source, view: loader.View, paths: list[str
         raise RuntimeError("evaluation pixels differ from timm's")
 
 
-def decode_all(source: sources.Source) -> None:
+def decode_all(source: Source) -> None:
     for index in range(FILES):
         simplejpeg.decode_jpeg(source.read(index)[0], "RGB")
 
@@ -210,8 +213,8 @@ def decode_all(source: sources.Source) -> None:
 # ---------------------------------------------------------------------------------- processes
 
 
-class As:
-    """In place of `ToInput`: batches as loader processes make them."""
+class Unchanged:
+    """Replacement for `ToInput` that leaves batches as loader processes make them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -229,13 +232,13 @@ class DecodeOnly:
         return False, None
 
 
-def reader(source: sources.Source, view: loader.View, to_input: Callable, workers: int) -> Way:
+def reader(source: Source, view: loader.View, to_input: Callable, workers: int) -> Way:
     """Batches by way of loader processes, in a steady state."""
     passes = stream.evaluation_batches(FILES, BATCH, 0, 1)
     batches = loader.load(source, view, cycle(passes), to_input, Workers(workers))
 
     def way() -> float:
-        take(batches, 2 * workers + 1)  # those that wait from before
+        take(batches, 2 * workers + 1)  # those still waiting from before
         return rate(4 * FILES, lambda: take(batches, 4 * len(passes)))()
 
     return way
@@ -247,7 +250,7 @@ def take(batches: Iterator[loader.Batch], count: int) -> None:
 
 
 def write_large_index(shards: Path, large: Path) -> None:
-    """As many shards and images as ImageNet's; the files are links, the images the same few."""
+    """Write as many shards and images as ImageNet's, as links to the same few."""
     small = shard_index.load(shards)
     columns = {name: np.resize(column, IMAGENET) for name, column in small.columns.items()}
     copies = SHARDS // len(small.shards)
@@ -264,7 +267,7 @@ def write_large_index(shards: Path, large: Path) -> None:
 
 
 def first_batch(path: Path, position: int) -> Way:
-    """From opening a source to its first batch at a position of the stream, per second."""
+    """Return a way from opening a source to its first batch at a position of the stream."""
 
     def work() -> None:
         with closing(first_batches(path, position)) as batches:
@@ -281,8 +284,8 @@ def first_batches(path: Path, position: int) -> Iterator[loader.Batch]:
     return loader.load(source, view, keys, ToInput(MEAN, STD, CPU), Workers(1))
 
 
-def apart(function: Callable[[Path], int], path: Path) -> int:
-    """A function's result in a new process, whose memory holds nothing from before."""
+def in_new_process(function: Callable[[Path], int], path: Path) -> int:
+    """Call a function in a new process, whose memory holds nothing from before."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, path).result()
 
@@ -322,15 +325,11 @@ COMPARED = (
 )
 
 
-def table(found: dict[str, Any]) -> str:
-    lines = [
-        "| measured | ours, a second | the other | ratio (range) | goal |",
-        "|---|---|---|---|---|",
+def table(figures: dict[str, Any]) -> str:
+    rows = [table_row(words, figures[name], goal, digits=3) for name, words, goal in COMPARED]
+    memory, start = f"{figures['index_mib']:.0f} MiB", f"{figures['start_s']:.1f} s"
+    rows += [
+        f"a worker's memory for an index of 1.28 M images | {memory} | | | < 60 MiB",
+        f"from opening such shards to the first batch | {start} | | | < 3 s",
     ]
-    lines += [table_row(words, found[name], goal, digits=3) for name, words, goal in COMPARED]
-    lines += [
-        f"| a worker's memory for an index of 1.28 M images | {found['index_mib']:.0f} MiB | | | "
-        "< 60 MiB |",
-        f"| from opening such shards to the first batch | {found['start_s']:.1f} s | | | < 3 s |",
-    ]
-    return "\n".join(lines)
+    return markdown.table("measured | ours, a second | the other | ratio (range) | goal", rows)

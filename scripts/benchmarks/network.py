@@ -13,10 +13,13 @@ from timm.optim import RMSpropTF
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from irv2 import distributed, engine, optim
-from irv2.folding import fold_batch_norm
-from irv2.loss import Loss
-from irv2.model import inception_resnet_v2
+from irv2.network.accelerate import accelerate, fold_batch_norm
+from irv2.network.model import inception_resnet_v2
+from irv2.report import markdown
+from irv2.training import distributed, optim
+from irv2.training.loss import Loss
+from irv2.training.state import TrainState, running_average
+from irv2.training.step import PRECISIONS, StepOptions, train_step
 from scripts.benchmarks import limits
 from scripts.benchmarks.alternation import alternate, best_time, rate, table_row
 
@@ -33,7 +36,7 @@ INFERENCE_TOLERANCES = {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.02}
 
 
 class Case(NamedTuple):
-    """What is measured: images of one size, in one precision, on one device."""
+    """Setting of a measurement: images of one size, in one precision, on one device."""
 
     batch: int
     image_size: int
@@ -57,7 +60,7 @@ def networks(device: torch.device) -> tuple[nn.Module, nn.Module]:
     """Ours and timm's, with the same weights, in channels-last memory."""
     torch.manual_seed(0)
     peer = timm.create_model("inception_resnet_v2", drop_rate=0.2)
-    ours = inception_resnet_v2()
+    ours = accelerate(inception_resnet_v2())
     ours.load_state_dict(peer.state_dict())
     ours, peer = (m.to(device, memory_format=torch.channels_last) for m in (ours, peer))
     return ours, peer
@@ -76,20 +79,25 @@ class Trainer(NamedTuple):
     forward_backward: Callable[[], Tensor]
 
 
-def our_trainer(model: nn.Module, case: Case) -> Trainer:
-    """Steps of irv2.engine, which train.py makes."""
-    state = engine.TrainState(
+def our_state(model: nn.Module, device: torch.device, precision: str = "fp32") -> TrainState:
+    """The model with the recipe's optimizer and average, as train.py has them."""
+    return TrainState(
         model,
-        engine.running_average(model, DECAY),
+        running_average(model, DECAY),
         optim.RMSpropTF(optim.parameter_groups(model, WEIGHT_DECAY), **RECIPE),
-        torch.amp.GradScaler(case.device.type, enabled=case.precision == "fp16"),
+        torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
     )
-    options = engine.StepOptions(Loss(SMOOTHING), clip_norm=CLIP, precision=case.precision)
+
+
+def our_trainer(model: nn.Module, case: Case) -> Trainer:
+    """Make steps as train.py does."""
+    state = our_state(model, case.device, case.precision)
+    options = StepOptions(Loss(SMOOTHING), clip_norm=CLIP, precision=case.precision)
     world = distributed.World(0, 1, case.device)
     batch = case.images(), case.labels()
 
     def step() -> Tensor:
-        loss, _ = engine.train_step(state, model, iter([batch]), 0.045, options, world)
+        loss, _ = train_step(state, model, iter([batch]), 0.045, options, world)
         state.unread.clear()
         return loss
 
@@ -97,7 +105,7 @@ def our_trainer(model: nn.Module, case: Case) -> Trainer:
 
 
 def timms_trainer(model: nn.Module, case: Case) -> Trainer:
-    """The step of a loop that takes everything from timm and PyTorch."""
+    """Make steps with everything taken from timm and PyTorch."""
     optimizer = RMSpropTF(parameter_groups(model), **RECIPE)
     average = ModelEmaV3(model, DECAY, use_warmup=True)
     forward_backward = _forward_backward(model, case, keep=True)
@@ -114,9 +122,9 @@ def timms_trainer(model: nn.Module, case: Case) -> Trainer:
 
 
 def _forward_backward(model: nn.Module, case: Case, keep: bool = False) -> Callable[[], Tensor]:
-    """Forward, loss and backward; gradients are dropped unless told to `keep` them."""
+    """Forward, loss and backward; gradients are dropped unless `keep` is set."""
     x, labels = case.images(), case.labels()
-    dtype = engine.PRECISIONS[case.precision]
+    dtype = PRECISIONS[case.precision]
 
     def work() -> Tensor:
         model.train()
@@ -132,7 +140,7 @@ def _forward_backward(model: nn.Module, case: Case, keep: bool = False) -> Calla
 
 
 def measure_training(case: Case, rounds: int, compiled: bool) -> dict[str, Any]:
-    """Whole steps, forward and backward alone, and the limits. `compiled`: both by the compiler."""
+    """Measure whole steps, forward and backward alone, and the limits; `compiled`: both sides."""
     ours, peer = networks(case.device)
     own = our_trainer(ours, case)
     if compiled:
@@ -144,12 +152,12 @@ def measure_training(case: Case, rounds: int, compiled: bool) -> dict[str, Any]:
         ways = (rate(case.batch, getattr(way, name), case.device) for way in (own, other))
         rows[name] = alternate(*ways, rounds)
     del own, other, ours, peer
-    found = {"rows": rows, "memory": peak_memory(case, compiled)}
-    return found | {"limits": _limits(case), **_described(case, rounds, compiled)}
+    figures = {"rows": rows, "memory": peak_memory(case, compiled)}
+    return figures | {"limits": _limits(case), **_described(case, rounds, compiled)}
 
 
 def measure_inference(case: Case, rounds: int, compiled: bool) -> dict[str, Any]:
-    """Forward in evaluation mode, batch norm of ours folded, and the limits."""
+    """Measure forward in evaluation mode, our batch norm folded, and the limits."""
     ours, peer = networks(case.device)
     ours, peer = fold_batch_norm(ours), peer.eval()
     if compiled:
@@ -162,7 +170,7 @@ def measure_inference(case: Case, rounds: int, compiled: bool) -> dict[str, Any]
 def fastest_compiled(
     model: nn.Module, work: Callable[[nn.Module], Callable[[], Tensor]]
 ) -> nn.Module:
-    """The model compiled by torch.compile in that of its modes in which `work` takes least time."""
+    """Compile the model in the mode of torch.compile in which `work` takes least time."""
     device = next(model.parameters()).device
     times = {}
     for mode in MODES if device.type == "cuda" else MODES[:1]:
@@ -172,7 +180,7 @@ def fastest_compiled(
 
 
 def _inference(model: nn.Module, case: Case) -> Callable[[], Tensor]:
-    x, dtype = case.images(), engine.PRECISIONS[case.precision]
+    x, dtype = case.images(), PRECISIONS[case.precision]
 
     def work() -> Tensor:
         with (
@@ -189,7 +197,7 @@ def peak_memory(case: Case, compiled: bool) -> dict[str, int]:
 
     The compiled peer is in its default mode: memory of CUDA graphs would not be its network's.
     """
-    found: dict[str, int] = {}
+    peaks: dict[str, int] = {}
     for side in ("ours", "peer") if case.device.type == "cuda" else ():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(case.device)
@@ -204,14 +212,14 @@ def peak_memory(case: Case, compiled: bool) -> dict[str, int]:
             trainer = timms_trainer(torch.compile(model) if compiled else model, case)
         for _ in range(2):
             trainer.step()
-        found[side] = torch.cuda.max_memory_reserved(case.device) - before
+        peaks[side] = torch.cuda.max_memory_reserved(case.device) - before
         del trainer, model, ours, peer
         gc.collect()
-    return found
+    return peaks
 
 
 def _limits(case: Case) -> dict[str, float]:
-    dtype = engine.PRECISIONS[case.precision] or torch.float32
+    dtype = PRECISIONS[case.precision] or torch.float32
     return limits.measure(case.batch, case.image_size, dtype, case.device)
 
 
@@ -224,18 +232,17 @@ def _described(case: Case, rounds: int, compiled: bool) -> dict[str, Any]:
 
 
 def check_training(case: Case) -> None:
-    """Raises DisagreementError unless one step finds timm's loss and gradients."""
-    found = []
+    """Raise DisagreementError unless one step gives timm's loss and gradients."""
+    results = []
     for model in networks(case.device):
         for layer in model.modules():  # dropout differs by its seed, not by its mathematics
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0
-        model.drop_rate = 0.0
         loss = _forward_backward(model, case, keep=True)()
         for p in model.parameters():
             p.data = p.grad
-        found.append((loss, weights_in_a_row(model)))  # the gradients, in the weights' place
-    for what, tolerances, *values in zip(("loss", "gradients"), (TOLERANCES, GRADIENTS), *found):
+        results.append((loss, weights_in_a_row(model)))  # the gradients, in the weights' place
+    for what, tolerances, *values in zip(("loss", "gradients"), (TOLERANCES, GRADIENTS), *results):
         agree(f"{what} of a training step", *values, tolerances[case.precision])
 
 
@@ -247,7 +254,7 @@ def weights_in_a_row(model: nn.Module) -> Tensor:
 
 
 def check_inference(case: Case) -> None:
-    """Raises DisagreementError unless logits are timm's."""
+    """Raise DisagreementError unless logits are timm's."""
     ours, peer = networks(case.device)
     ours, peer = fold_batch_norm(ours), peer.eval()
     logits = (_inference(model, case)().float() for model in (ours, peer))
@@ -255,7 +262,7 @@ def check_inference(case: Case) -> None:
 
 
 def agree(what: str, ours: Tensor, peer: Tensor, tolerance: float) -> None:
-    """Raises DisagreementError where the two differ by more than a share of the peer's norm."""
+    """Raise DisagreementError if the two differ by more than a share of the peer's norm."""
     difference = ((ours - peer).norm() / peer.norm()).item()
     if not difference <= tolerance:
         raise DisagreementError(
@@ -270,7 +277,7 @@ NAMES = {
     "forward_backward": "of it, forward and backward",
     "inference": "inference",
 }
-# What is promised: on a CPU by precision, on a GPU without and with the compiler on both sides.
+# Goals: on a CPU by precision, on a GPU without and with the compiler on both sides.
 GOALS = {
     ("step", "cpu", "bf16"): "≥ 1.15",
     ("inference", "cpu", "fp32"): "≥ 1.25",
@@ -284,47 +291,43 @@ GOALS = {
 }
 
 
-def _goal(found: dict[str, Any], what: str) -> str:
-    kind = "compiled" if found["compiled"] else "eager"
-    if found["device_type"] == "cpu":
-        kind = found["precision"]
-    return GOALS.get((what, found["device_type"], kind), "-")
+def _goal(figures: dict[str, Any], what: str) -> str:
+    kind = "compiled" if figures["compiled"] else "eager"
+    if figures["device_type"] == "cpu":
+        kind = figures["precision"]
+    return GOALS.get((what, figures["device_type"], kind), "-")
 
 
-def table(found: dict[str, Any]) -> str:
-    """A row for each comparison, and for the share of each limit that is reached."""
-    peer = "timm, compiled" if found["compiled"] else "timm"
-    shape = f"{found['precision']}, {found['image_size']} px, batch {found['batch']}"
-    lines = [
-        f"| {shape} | ours, images/s | {peer} | ratio (range) | goal |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        table_row(NAMES[name], row, _goal(found, name)) for name, row in found["rows"].items()
+def table(figures: dict[str, Any]) -> str:
+    """Format a row for each comparison, and for the share of each limit that is reached."""
+    peer = "timm, compiled" if figures["compiled"] else "timm"
+    shape = f"{figures['precision']}, {figures['image_size']} px, batch {figures['batch']}"
+    rows = [
+        table_row(NAMES[name], row, _goal(figures, name)) for name, row in figures["rows"].items()
     ]
     what, of = ("forward", "inference")
-    if "forward_backward" in found["rows"]:
+    if "forward_backward" in figures["rows"]:
         what, of = ("train", "forward_backward")
-    reached = found["rows"][of]["ours_per_s"]
-    bounds = limits.images_per_s(found["limits"], found["batch"], what)
+    reached = figures["rows"][of]["ours_per_s"]
+    bounds = limits.images_per_s(figures["limits"], figures["batch"], what)
     for letter, name in (("a", "matrix rate"), ("b", "convolutions alone")):
-        goal = _goal(found, f"{what}, limit") if letter == "b" else "-"
+        goal = _goal(figures, f"{what}, limit") if letter == "b" else "-"
         share = reached / bounds[letter]
-        lines.append(
-            f"| limit ({letter}), {name} | {reached:.4g} | {bounds[letter]:.4g} | "
-            f"**{share:.2f}** | {goal} |"
+        rows.append(
+            f"limit ({letter}), {name} | {reached:.4g} | {bounds[letter]:.4g} | **{share:.2f}** | "
+            f"{goal}"
         )
-    if found.get("memory"):
-        ours, other = (found["memory"][side] / 2**30 for side in ("ours", "peer"))
-        goal = "≤ 0.8" if found["compiled"] else "-"
-        lines.append(
-            f"| most memory, GiB | {ours:.2f} | {other:.2f} | **{ours / other:.2f}** | {goal} |"
+    if figures.get("memory"):
+        ours, other = (figures["memory"][side] / 2**30 for side in ("ours", "peer"))
+        goal = "≤ 0.8" if figures["compiled"] else "-"
+        rows.append(
+            f"most memory, GiB | {ours:.2f} | {other:.2f} | **{ours / other:.2f}** | {goal}"
         )
-    return "\n".join(lines)
+    return markdown.table(f"{shape} | ours, images/s | {peer} | ratio (range) | goal", rows)
 
 
 def profile(case: Case, training: bool) -> str:
-    """Where the time of our step or forward goes, by operation, after one that is lost."""
+    """Profile our step or forward by operation, after one that is discarded."""
     ours, _ = networks(case.device)
     work = our_trainer(ours, case).step if training else _inference(fold_batch_norm(ours), case)
     work()

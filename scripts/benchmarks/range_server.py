@@ -22,7 +22,7 @@ SAVED_S = 0.02  # of a link's time that may be made up for, as its processes wak
 
 @contextmanager
 def serving(root: Path, delay_s: float = 0.0, bytes_per_s: float | None = None) -> Iterator[str]:
-    """The URL of a folder, served by a process of its own until the context ends."""
+    """Yield the URL of a folder, served by a process of its own until the context ends."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(root, delay_s, bytes_per_s, there), daemon=True)
@@ -47,7 +47,7 @@ def _serve(root: Path, delay_s: float, bytes_per_s: float | None, ready: Connect
 
 
 class _Files:
-    """What the server answers with."""
+    """Files that the server sends."""
 
     def __init__(self, root: Path, delay_s: float, bytes_per_s: float | None) -> None:
         self.root, self.delay_s, self.bytes_per_s = root, delay_s, bytes_per_s
@@ -70,7 +70,7 @@ class _Files:
             writer.close()
 
     def _answer(self, head: str) -> tuple[str, list[str], bytes]:
-        """Status, headers and content for a request."""
+        """Return status, headers and content for a request."""
         path = self.root / unquote(head.split(" ")[1]).lstrip("/")
         try:
             file = os.open(path, os.O_RDONLY)
@@ -83,8 +83,8 @@ class _Files:
             first, last = int(wanted[1]), min(int(wanted[2]), size - 1)
             if first >= size:
                 return "416 Range Not Satisfiable", [f"Content-Range: bytes */{size}"], b""
-            told = f"Content-Range: bytes {first}-{last}/{size}"
-            return "206 Partial Content", [told], os.pread(file, last - first + 1, first)
+            content_range = f"Content-Range: bytes {first}-{last}/{size}"
+            return "206 Partial Content", [content_range], os.pread(file, last - first + 1, first)
         finally:
             os.close(file)
 

@@ -4,7 +4,6 @@ gives."""
 from __future__ import annotations
 
 import http.client
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,17 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from data import ahead, shard_index, sources, stream, transforms
+from data import sources, stream, transforms
+from data.base import Source
 from data.prepare import shard_writer
-from data.sources import Storage
-from irv2.distributed import keep_freed_memory
+from data.shards import index as shard_index
+from data.shards import prefetch
+from data.shards.remote import Storage
+from irv2.report import markdown
+from irv2.training.distributed import keep_freed_memory
 from scripts.benchmarks import loading
 from scripts.benchmarks.alternation import Way, alternate, rate, table_row
-from scripts.benchmarks.loading import CPU, HIGH_QUALITY, SIZE, As, reader
+from scripts.benchmarks.loading import CPU, HIGH_QUALITY, SIZE, Unchanged, reader
 from scripts.benchmarks.range_server import serving
 
 DELAY_S = 0.02  # added to each request
@@ -28,12 +31,12 @@ BATCH = 32  # images a loader process makes at once
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Rows of the table by name: each compares two ways in turn, `rounds` times."""
+    """Return the table's rows by name: each compares two ways in turn, `rounds` times."""
     keep_freed_memory()
     rows: dict[str, Any] = {}
     with (
         tempfile.TemporaryDirectory() as directory,
-        tqdm(total=len(COMPARED), unit="row", disable=not sys.stderr.isatty()) as bar,
+        tqdm(total=len(COMPARED), unit="row", disable=None) as bar,
     ):
         folder, shards, cache = (Path(directory, name) for name in ("folder", "shards", "cache"))
         loading.write_photographs(folder, HIGH_QUALITY)
@@ -48,7 +51,7 @@ def measure(rounds: int) -> dict[str, Any]:
         with serving(shards) as url:
             cached = sources.open_source(url, Storage(str(cache)))
             read_all(cached, 1)
-        # Its server is gone: an image that is not in the cache would end this.
+        # The server has gone: reading an image that is not in the cache would fail.
         for name, way in {"cached": trained, "cached, read": read}.items():
             rows[name] = alternate(way(cached), way(local), rounds)
             bar.update()
@@ -64,27 +67,27 @@ def measure(rounds: int) -> dict[str, Any]:
     return rows
 
 
-def trained(source: sources.Source) -> Way:
-    """A training's images as one loader process makes them, read and decoded and cropped."""
-    return reader(source, transforms.TrainView(SIZE, 0), As(CPU), 1)
+def trained(source: Source) -> Way:
+    """Return training images as one loader process makes them: read, decoded and cropped."""
+    return reader(source, transforms.TrainView(SIZE, 0), Unchanged(CPU), 1)
 
 
-def read(source: sources.Source) -> Way:
-    """Images read by this process, one after another."""
+def read(source: Source) -> Way:
+    """Read images in this process, one after another."""
     return rate(len(source), lambda: [source.read(index) for index in range(len(source))])
 
 
-def read_all(source: sources.Source, passes: int) -> None:
-    """Read all images in batches, as a loader process does that need not decode them."""
+def read_all(source: Source, passes: int) -> None:
+    """Read all images in batches, as a loader process does, without decoding them."""
     batches = passes * stream.evaluation_batches(len(source), BATCH, 0, 1)
-    for asked in ahead.with_coming(batches, source.fetches_ahead, 1):
-        source.fetch(asked.soon)
-        for _, index in asked.keys:
+    for request in prefetch.requests(batches, source.fetches_ahead, 1):
+        source.fetch(request.soon)
+        for _, index in request.keys:
             source.read(index)
 
 
 def download(url: str, folder: Path, passes: int) -> None:
-    """All shards over one connection, each with one request: the link is never idle for long."""
+    """Download all shards over one connection, a request each: the link is never idle for long."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc)
     for _ in range(passes):
         for shard in shard_index.load(folder).shards:
@@ -107,10 +110,6 @@ COMPARED: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def table(found: dict[str, Any]) -> str:
-    lines = [
-        "| measured | ours, images/s | the other | ratio (range) | goal |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [table_row(words, found[name], goal, digits=3) for name, words, goal in COMPARED]
-    return "\n".join(lines)
+def table(figures: dict[str, Any]) -> str:
+    rows = (table_row(words, figures[name], goal, digits=3) for name, words, goal in COMPARED)
+    return markdown.table("measured | ours, images/s | the other | ratio (range) | goal", rows)

@@ -1,9 +1,8 @@
-"""What saving costs training, on the quickstart."""
+"""Cost of saving during training, on the quickstart."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,9 +11,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import recipe
-from irv2 import checkpoint, config, distributed, engine, rundir
-from irv2.saving import BackgroundSaver
+from irv2 import build, config
+from irv2.report import markdown
+from irv2.run import checkpoint, resume
+from irv2.run.saving import BackgroundSaver
+from irv2.training import distributed
+from irv2.training.step import RUNNING, StepOptions, begin, forward_backward, update
 
 ROOT = Path(__file__).resolve().parents[2]
 PER_STEPS = 100  # steps for which the cost of one save is stated
@@ -22,38 +24,36 @@ STEPS = 5  # a window
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Windows of STEPS steps of the quickstart, in turn without a save and with one at the start.
+    """Time windows of STEPS steps of the quickstart, in turn without a save and with one.
 
-    The images are noise that lies in memory, so that nothing else holds training up.
+    The images are noise in memory, so that nothing else holds training up.
     """
     cfg = config.load(ROOT / "configs" / "quickstart.yaml")
-    experiment = rundir.Experiment(cfg.model_dump(), [str(n) for n in range(10)], 1437)
+    experiment = resume.Experiment(cfg.model_dump(), [str(n) for n in range(10)], 1437)
     windows: dict[bool, list[float]] = {False: [], True: []}
     stalls = []
     with (
         distributed.start(cfg.run.device) as world,
         tempfile.TemporaryDirectory(dir=".") as directory,
-        BackgroundSaver(
-            Path(directory), cfg.checkpoint.keep, 0, tqdm.write, engine.RUNNING
-        ) as saver,
+        BackgroundSaver(Path(directory), cfg.checkpoint.keep, 0, tqdm.write, RUNNING) as saver,
     ):
-        state = recipe.new_state(cfg, 10, world.device)
+        state = build.new_state(cfg, 10, world.device)
         network = distributed.parallel(state.model, cfg.train.compile, world)
         size = (cfg.train.global_batch, 3, cfg.data.image_size, cfg.data.image_size)
         batch = torch.rand(size, device=world.device), torch.arange(size[0]) % 10
-        options = engine.StepOptions(clip_norm=cfg.optim.clip_norm)
+        options = StepOptions(clip_norm=cfg.optim.clip_norm)
 
         def window(saving: bool) -> float:
             started, stalled_before = time.perf_counter(), saver.stalled_s
             if saving:
-                engine.read_bad_steps(state)
-                saver.begin(state.step, state.tensors(), rundir.meta(state, experiment))
+                state.read_bad_steps()
+                saver.begin(state.step, state.tensors(), resume.meta(state, experiment))
             for _ in range(STEPS):
-                batches = iter([batch])
-                engine.train_step(
-                    state, network, batches, cfg.optim.lr, options, world, saver.wait_for_copy
-                )
-            engine.read_bad_steps(state)  # waits for a GPU
+                before = begin(state, options)
+                loss = forward_backward(state, network, *batch, 0, options, world)
+                saver.wait_for_copy()
+                update(state, loss, before, cfg.optim.lr, options, world)
+            state.read_bad_steps()  # waits for a GPU
             elapsed = time.perf_counter() - started
             stalls.extend([saver.stalled_s - stalled_before] if saving else [])
             saver.finish()
@@ -61,10 +61,10 @@ def measure(rounds: int) -> dict[str, Any]:
 
         window(saving=True)  # warm-up: memory, and the host's copy
         stalls.clear()
-        for _ in tqdm(range(rounds), unit="round", disable=not sys.stderr.isatty()):
+        for _ in tqdm(range(rounds), unit="round", disable=None):
             for saving in (False, True):
                 windows[saving].append(window(saving))
-        newest = checkpoint.found(Path(directory))[-1]
+        newest = checkpoint.list_all(Path(directory))[-1]
         size_mb = sum(path.stat().st_size for path in newest.iterdir()) / 1e6
 
     step = statistics.median(windows[False]) / STEPS
@@ -82,20 +82,15 @@ def measure(rounds: int) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    low, high = (100 * value / found["step_s"] for value in found["stall_s_range"])
+def table(figures: dict[str, Any]) -> str:
+    low, high = (100 * value / figures["step_s"] for value in figures["stall_s_range"])
     rows = (
-        ("a step", f"{found['step_s'] * 1000:.0f} ms"),
-        ("a checkpoint", f"{found['megabytes']:.0f} MB"),
-        (
-            f"training stands still, per save ({PER_STEPS} steps)",
-            f"{found['stall_s'] * 1000:.1f} ms = {found['stall_percent_of_a_step']:.1f} % of a "
-            f"step ({low:.1f} to {high:.1f} %)",
-        ),
-        (
-            f"training takes longer in all, per save ({PER_STEPS} steps)",
-            f"{found['slower_s_per_save'] * 1000:.0f} ms = {found['slower_percent']:.2f} %",
-        ),
+        f"a step | {figures['step_s'] * 1000:.0f} ms",
+        f"a checkpoint | {figures['megabytes']:.0f} MB",
+        f"training stands still, per save ({PER_STEPS} steps) | "
+        f"{figures['stall_s'] * 1000:.1f} ms = {figures['stall_percent_of_a_step']:.1f} % of "
+        f"a step ({low:.1f} to {high:.1f} %)",
+        f"training takes longer in all, per save ({PER_STEPS} steps) | "
+        f"{figures['slower_s_per_save'] * 1000:.0f} ms = {figures['slower_percent']:.2f} %",
     )
-    lines = ["| measured | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    return "\n".join(lines)
+    return markdown.table("measured |", rows)

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from irv2.report import markdown
 from scripts.planning import devices, steptime
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,17 +21,17 @@ GOAL = 1.7
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """For each size, in turn and `rounds` times: a step of one process and one of two, and apart
-    from them forward, backward and the exchange."""
+    """Time, for each size and `rounds` times in turn, a step of one process and one of two, and
+    separately forward, backward and the exchange."""
     cases = [{"image_size": px, "batch": batch, "blocks": BLOCKS} for px, batch in SIZES]
-    found = run_ranks(cases, rounds)
-    return {"cases": [{**case, **summary(times)} for case, times in zip(cases, found)]}
+    measured = run_ranks(cases, rounds)
+    return {"cases": [{**case, **summary(times)} for case, times in zip(cases, measured)]}
 
 
 def run_ranks(cases: list[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
-    """What two ranks under torchrun measure. Raises RuntimeError if they fail, having said why."""
+    """Measure in two ranks under torchrun. Raises RuntimeError if they fail."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
+        out = Path(folder) / "times.json"
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         ranks = ["-m", "scripts.benchmarks.scaling_ranks", "--cases", json.dumps(cases)]
         finished = subprocess.run(
@@ -39,7 +40,7 @@ def run_ranks(cases: list[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         if finished.returncode != 0:
-            raise RuntimeError("the two processes failed; what they said stands above")
+            raise RuntimeError("the two processes failed; their messages stand above")
         return json.loads(out.read_text(encoding="utf-8"))
 
 
@@ -64,37 +65,30 @@ def summary(times: dict[str, Any]) -> dict[str, Any]:
 
 
 def predicted_s(case: dict[str, Any], source: str) -> float:
-    """A step of two processes, from one process's parts and the exchange measured alone."""
-    device = devices.measured_device(case, source).plain(1.0)
-    link = devices.measured_link(case, source).plain()
-    cluster = steptime.Cluster(device, link, link, per_node=2)
+    """Predict a step of two processes from the parts of one and the exchange alone."""
+    device, link = devices.measured(case, source)
+    cluster = steptime.Cluster(device.plain(1.0), link.plain(), link.plain(), per_node=2)
     size = case["gradient_bytes"]
     gradients = steptime.Gradients(size, steptime.buckets(size))
     return steptime.step(cluster, 2, case["batch"], 1, gradients).total_s
 
 
-def table(found: dict[str, Any]) -> str:
-    return "\n\n".join(
-        "\n".join(part(found["cases"])) for part in (speeds, parts, exchanges, predictions)
-    )
+def table(figures: dict[str, Any]) -> str:
+    return "\n\n".join(part(figures["cases"]) for part in (speeds, parts, exchanges, predictions))
 
 
-def speeds(cases: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| network | one process, images/s | two | ratio (range) | goal |",
-        "|---|---|---|---|---|",
-    ]
+def speeds(cases: list[dict[str, Any]]) -> str:
+    rows = []
     for case in cases:
-        low, high = case["ratio_range"]
-        batch = case["batch"]
-        lines.append(
-            f"| {named(case)} | {batch / case['one_s']:.3g} | {2 * batch / case['two_s']:.3g} | "
-            f"**{case['ratio']:.2f}** ({low:.2f} to {high:.2f}) | ≥ {GOAL} |"
+        (low, high), batch = case["ratio_range"], case["batch"]
+        rows.append(
+            f"{named(case)} | {batch / case['one_s']:.3g} | {2 * batch / case['two_s']:.3g} | "
+            f"**{case['ratio']:.2f}** ({low:.2f} to {high:.2f}) | ≥ {GOAL}"
         )
-    return lines
+    return markdown.table("network | one process, images/s | two | ratio (range) | goal", rows)
 
 
-def parts(cases: list[dict[str, Any]]) -> list[str]:
+def parts(cases: list[dict[str, Any]]) -> str:
     names = {
         "forward_s": "forward",
         "backward_s": "backward",
@@ -102,44 +96,37 @@ def parts(cases: list[dict[str, Any]]) -> list[str]:
         "update_s": "rest of the step",
         "apart_s": "both in two processes at once, no exchange",
     }
-    head = " | ".join(f"{name}, ms" for name in names.values())
-    lines = [f"| parts | {head} |", f"|{'---|' * (len(names) + 1)}"]
-    for case in cases:
-        values = " | ".join(f"{1e3 * case[key]:.0f}" for key in names)
-        lines.append(f"| {named(case)} | {values} |")
-    return lines
+    rows = (
+        " | ".join([named(case), *(f"{1e3 * case[key]:.0f}" for key in names)]) for case in cases
+    )
+    return markdown.table(" | ".join(["parts", *(f"{name}, ms" for name in names.values())]), rows)
 
 
-def exchanges(cases: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| exchange of the gradients alone | ms | MB/s |",
-        "|---|---|---|",
-    ]
-    case = cases[0]  # the same bytes whatever the size of images
+def exchanges(cases: list[dict[str, Any]]) -> str:
+    case, rows = cases[0], []  # the same bytes whatever the size of images
     for key, words, width in (
         ("reduce_of_one_s", "one process, float32", 1.0),
         ("reduce_s", "two processes, float32", 1.0),
         ("reduce_bf16_s", "two processes, bfloat16", 0.5),
     ):
-        size = width * case["gradient_bytes"]
-        rate = size / case[key] / 1e6
-        lines.append(f"| {words}, {size / 1e6:.0f} MB | {1e3 * case[key]:.3g} | {rate:,.0f} |")
-    lines.append(f"| two processes, 4 kB | {1e3 * case['message_s']:.2g} | |")
-    return lines
+        megabytes, seconds = width * case["gradient_bytes"] / 1e6, case[key]
+        rate = f"{1e3 * seconds:.3g} | {megabytes / seconds:,.0f}"
+        rows.append(f"{words}, {megabytes:.0f} MB | {rate}")
+    rows.append(f"two processes, 4 kB | {1e3 * case['message_s']:.2g} |")
+    return markdown.table("exchange of the gradients alone | ms | MB/s", rows)
 
 
-def predictions(cases: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| a step of two processes | predicted, ms | measured, ms | difference |",
-        "|---|---|---|---|",
-    ]
+def predictions(cases: list[dict[str, Any]]) -> str:
+    rows = []
     for case in cases:
-        expected = predicted_s(case, "this run")
-        lines.append(
-            f"| {named(case)} | {1e3 * expected:.0f} | {1e3 * case['two_s']:.0f} | "
-            f"{expected / case['two_s'] - 1:+.0%} |"
+        expected, measured = predicted_s(case, "this run"), case["two_s"]
+        rows.append(
+            f"{named(case)} | {1e3 * expected:.0f} | {1e3 * measured:.0f} | "
+            f"{expected / measured - 1:+.0%}"
         )
-    return lines
+    return markdown.table(
+        "a step of two processes | predicted, ms | measured, ms | difference", rows
+    )
 
 
 def named(case: dict[str, Any]) -> str:

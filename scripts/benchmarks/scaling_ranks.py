@@ -1,4 +1,4 @@
-"""What each of two ranks does when scripts/benchmarks/scaling.py measures them.
+"""Program of each of the two ranks that scripts/benchmarks/scaling.py measures.
 
 Started by torchrun. Rank 0 alone is the one process; the other then waits in a collective, which
 takes no core.
@@ -21,10 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import recipe
-from irv2 import checkpoint, config, distributed, engine
-from irv2.distributed import World
-from irv2.loss import Loss
+from data.files import write_atomically
+from irv2 import build, config
+from irv2.training import distributed, step
+from irv2.training.distributed import World
+from irv2.training.loss import Loss
+from scripts.benchmarks.alternation import seconds
 from scripts.planning.steptime import BUCKET_BYTES
 
 CLASSES, LR = 1000, 0.045
@@ -47,25 +49,24 @@ class Trainer:
             }
         )
         self.world = world
-        self.state = recipe.new_state(self.cfg, CLASSES, world.device)
+        self.state = build.new_state(self.cfg, CLASSES, world.device)
         self.network = distributed.parallel(self.state.model, False, world)
         generator = torch.Generator().manual_seed(world.rank)
         x = torch.rand(batch, 3, size, size, generator=generator) * 2 - 1
         self.x = x.contiguous(memory_format=torch.channels_last)
         self.labels = torch.arange(batch) % CLASSES
-        self.options = engine.StepOptions(clip_norm=self.cfg.optim.clip_norm)
-        if world.size > 1:
-            engine.settle(self.state, self.network, self.x, self.options)
+        self.options = step.StepOptions(clip_norm=self.cfg.optim.clip_norm)
+        step.settle(self.state, self.network, batch, size, self.options)
 
     def step(self) -> None:
         batches = cycle([(self.x, self.labels)])
-        engine.train_step(self.state, self.network, batches, LR, self.options, self.world)
-        engine.read_bad_steps(self.state)
+        step.train_step(self.state, self.network, batches, LR, self.options, self.world)
+        self.state.read_bad_steps()
 
     def passes(self, images: int | None = None) -> tuple[float, float]:
         """Seconds of forward and of backward of so many images (None: the batch), no exchange."""
         x, labels = self.x[:images], self.labels[:images]
-        engine.train_mode(self.state.model, freeze_bn=False)
+        step.train_mode(self.state.model, freeze_bn=False)
         network: nn.Module = self.network
         with network.no_sync() if self.world.size > 1 else nullcontext():
             started = time.perf_counter()
@@ -90,12 +91,6 @@ class Exchange:
             dist.all_reduce(bucket, group=self.group)
 
 
-def seconds(work: Way) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def together(work: Way) -> float:
     """Seconds until the last rank has done some work that all begin at once."""
     dist.barrier()
@@ -109,7 +104,7 @@ def slowest(own: float) -> float:
 
 
 def measure(case: dict[str, Any], rounds: int, world: World) -> dict[str, list[float]]:
-    """Seconds of everything, one a round; the first round is lost. Rank 0's are the right ones."""
+    """Measure seconds of each part, one a round, without the first round. Rank 0's count."""
     alone = Trainer(case, World(0, 1, world.device)) if world.is_main else None
     both = Trainer(case, world)
     numbers = sum(p.numel() for p in both.state.model.parameters())
@@ -118,18 +113,18 @@ def measure(case: dict[str, Any], rounds: int, world: World) -> dict[str, list[f
         "reduce_s": Exchange(numbers, torch.float32, None),
         "reduce_bf16_s": Exchange(numbers, torch.bfloat16, None),
     }
-    of_one = Exchange(numbers, torch.float32, only_main)
+    exchange_of_one = Exchange(numbers, torch.float32, only_main)
     message = torch.zeros(MESSAGE)
-    found: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
-        found.setdefault(name, []).append(value)
+        times.setdefault(name, []).append(value)
 
     words = f"{case['image_size']} px"
     quiet = not (world.is_main and sys.stderr.isatty())
     for number in tqdm(range(rounds + 1), words, unit="round", disable=quiet):
         if number == 1:
-            found.clear()
+            times.clear()
         dist.barrier()
         if alone is not None:
             note("one_s", seconds(alone.step))
@@ -139,12 +134,12 @@ def measure(case: dict[str, Any], rounds: int, world: World) -> dict[str, list[f
             for name, value in zip(("forward_s", "backward_s"), alone.passes()):
                 note(name, value)
             note("half_batch_s", sum(alone.passes(case["batch"] // 2)))
-            note("reduce_of_one_s", seconds(of_one.run))
+            note("reduce_of_one_s", seconds(exchange_of_one.run))
         note("apart_s", together(lambda: both.passes()))
         for name, exchange in exchanges.items():
             note(name, together(exchange.run))
         note("message_s", together(lambda: send(message)) / MESSAGES)
-    return {**found, "gradient_bytes": 4 * numbers}
+    return {**times, "gradient_bytes": 4 * numbers}
 
 
 def send(message: Tensor) -> None:
@@ -160,10 +155,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with distributed.start("cpu") as world:
-        found = [measure(case, arguments.rounds, world) for case in json.loads(arguments.cases)]
+        measured = [measure(case, arguments.rounds, world) for case in json.loads(arguments.cases)]
         if world.is_main:
-            content = json.dumps(found).encode()
-            checkpoint.write_atomically(arguments.out, lambda file: file.write(content))
+            content = json.dumps(measured).encode()
+            write_atomically(arguments.out, lambda file: file.write(content))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From starting train.py to the end of its first step, without a compiler and with one."""
+"""Time from starting train.py to the end of its first step, without a compiler and with one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from irv2 import jsonl
+from irv2.report import markdown
+from irv2.run import jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ["--config", str(ROOT / "configs" / "quickstart.yaml")]
@@ -31,21 +32,21 @@ print(float(loss))
 
 
 def measure(rounds: int, compiled: bool) -> dict[str, Any]:
-    """Seconds to the first step of the quickstart's network; `compiled`: cold, and warm."""
-    found: dict[str, Any] = {"rounds": rounds, "compiled": compiled}
+    """Measure seconds to the first step of the quickstart; `compiled`: cold, and warm."""
+    figures: dict[str, Any] = {"rounds": rounds, "compiled": compiled}
     if not compiled:
         seconds = [first_step([]) for _ in range(rounds)]
-        return found | {"start_s": statistics.median(seconds), "range_s": sorted(seconds)}
+        return figures | {"start_s": statistics.median(seconds), "range_s": sorted(seconds)}
     with tempfile.TemporaryDirectory() as cold, tempfile.TemporaryDirectory() as other:
         options = ["train.compile=true", "train.precision=bf16"]
-        found["cold_s"] = first_step(options, cold)
-        found["warm_s"] = first_step(options, cold)
-        found["peer_cold_s"] = timms_first_step(other)
-    return found
+        figures["cold_s"] = first_step(options, cold)
+        figures["warm_s"] = first_step(options, cold)
+        figures["peer_cold_s"] = timms_first_step(other)
+    return figures
 
 
 def first_step(options: list[str], cache: str | None = None) -> float:
-    """Start train.py and wait for the line of its first step."""
+    """Seconds from starting train.py to the line of its first step."""
     with tempfile.TemporaryDirectory() as directory:
         run = Path(directory, "run")
         command = [sys.executable, "train.py", *QUICKSTART, *SMALL, *options, f"run.dir={run}"]
@@ -75,15 +76,16 @@ def _environment(cache: str | None) -> dict[str, str]:
     return os.environ | ({} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": cache})
 
 
-def table(found: dict[str, Any]) -> str:
-    head = "| start of train.py to its first step | seconds | goal |\n|---|---|---|\n"
-    if not found["compiled"]:
-        low, high = found["range_s"][0], found["range_s"][-1]
-        seconds = f"**{found['start_s']:.1f}** ({low:.1f} to {high:.1f})"
-        return f"{head}| without compiler | {seconds} | < 15 |"
-    cold, warm, peer = (found[key] for key in ("cold_s", "warm_s", "peer_cold_s"))
-    return (
-        f"{head}| timm, compiled as a whole, nothing cached | {peer:.0f} | - |\n| compiled by "
-        f"blocks, nothing cached | {cold:.0f} = **{cold / peer:.2f}** of it | ≤ 0.5 |\n"
-        f"| compiled by blocks, cached | {warm:.0f} = **{warm / peer:.2f}** of it | ≤ 0.15 |"
-    )
+def table(figures: dict[str, Any]) -> str:
+    if figures["compiled"]:
+        cold, warm, peer = (figures[key] for key in ("cold_s", "warm_s", "peer_cold_s"))
+        rows = [
+            f"timm, compiled as a whole, nothing cached | {peer:.0f} | -",
+            f"compiled by blocks, nothing cached | {cold:.0f} = **{cold / peer:.2f}** of it | "
+            "≤ 0.5",
+            f"compiled by blocks, cached | {warm:.0f} = **{warm / peer:.2f}** of it | ≤ 0.15",
+        ]
+    else:
+        low, high = figures["range_s"][0], figures["range_s"][-1]
+        rows = [f"without compiler | **{figures['start_s']:.1f}** ({low:.1f} to {high:.1f}) | < 15"]
+    return markdown.table("start of train.py to its first step | seconds | goal", rows)

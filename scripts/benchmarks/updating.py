@@ -10,11 +10,11 @@ from timm.optim import RMSpropTF
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from irv2 import engine, optim
-from irv2 import update as end_of_step
+from irv2.report import markdown
+from irv2.training import update as end_of_step
 from scripts.benchmarks import network
-from scripts.benchmarks.alternation import alternate, rate
-from scripts.benchmarks.network import CLIP, DECAY, RECIPE, WEIGHT_DECAY
+from scripts.benchmarks.alternation import alternate, rate, table_row
+from scripts.benchmarks.network import CLIP, DECAY, RECIPE
 
 TOLERANCE = 1e-4  # of three steps' changes, which are small beside the weights they are read from
 GOALS = {"cpu": "≥ 1.5", "cuda": "≥ 5"}
@@ -28,7 +28,7 @@ class Update(NamedTuple):
 
 
 def measure(device: torch.device, rounds: int) -> dict[str, Any]:
-    """Updates of the whole network with gradients that stay."""
+    """Measure updates of the whole network with constant gradients."""
     ours, peer = network.networks(device)
     updates = our_update(ours), timms_update(peer)
     ways = (rate(1, update.work, device) for update in updates)
@@ -36,14 +36,9 @@ def measure(device: torch.device, rounds: int) -> dict[str, Any]:
 
 
 def our_update(model: nn.Module) -> Update:
-    """What a step of train.py ends with."""
+    """Make the update that ends a step of train.py."""
     _set_gradients(model)
-    state = engine.TrainState(
-        model,
-        engine.running_average(model, DECAY),
-        optim.RMSpropTF(optim.parameter_groups(model, WEIGHT_DECAY), **RECIPE),
-        torch.amp.GradScaler("cpu", enabled=False),
-    )
+    state = network.our_state(model, torch.device("cpu"))
 
     def work() -> None:
         norm = end_of_step.gradient_norm(model.parameters())
@@ -54,7 +49,7 @@ def our_update(model: nn.Module) -> Update:
 
 
 def timms_update(model: nn.Module) -> Update:
-    """The same with PyTorch's clipping, timm's optimizer and timm's average."""
+    """Make that update with PyTorch's clipping, timm's optimizer and timm's average."""
     _set_gradients(model)
     optimizer = RMSpropTF(network.parameter_groups(model), **RECIPE)
     average = ModelEmaV3(model, DECAY, use_warmup=True, warmup_gamma=9.0, warmup_power=1.0)
@@ -71,13 +66,13 @@ def timms_update(model: nn.Module) -> Update:
 
 
 def _set_gradients(model: nn.Module) -> None:
-    """The same for both networks, whose parameters are cut differently but have equal values."""
+    """Set equal gradients in both networks, whose parameters are equal but cut differently."""
     for p in model.parameters():
         p.grad = (p.detach() * 1e4).sin() / 1e3  # a norm of 5: clipping has something to do
 
 
 def check(device: torch.device) -> None:
-    """Raises DisagreementError unless three updates change weights and averages as timm's do."""
+    """Raise DisagreementError unless three updates change weights and averages as timm's do."""
     networks = network.networks(device)
     start = network.weights_in_a_row(networks[1]).clone()
     updates = [make(model) for make, model in zip((our_update, timms_update), networks)]
@@ -90,15 +85,9 @@ def check(device: torch.device) -> None:
         network.agree(f"changes of {what}", *changes, TOLERANCE)
 
 
-def table(found: dict[str, Any]) -> str:
-    row = found["row"]
-    low, high = row["ratio_range"]
-    return "\n".join(
-        [
-            "| measured | ours, ms | timm, ms | ratio (range) | goal |",
-            "|---|---|---|---|---|",
-            f"| clipping, RMSProp, running average | {1e3 / row['ours_per_s']:.3g} | "
-            f"{1e3 / row['peer_per_s']:.3g} | **{row['ratio']:.2f}** ({low:.2f} to {high:.2f}) | "
-            f"{GOALS[found['device_type']]} |",
-        ]
-    )
+def table(figures: dict[str, Any]) -> str:
+    row = dict(figures["row"])
+    times = {name: 1e3 / row[name] for name in ("ours_per_s", "peer_per_s")}  # ms in their place
+    words, goal = "clipping, RMSProp, running average", GOALS[figures["device_type"]]
+    head = "measured | ours, ms | timm, ms | ratio (range) | goal"
+    return markdown.table(head, [table_row(words, row | times, goal, digits=3)])

@@ -1,4 +1,4 @@
-"""How fast this machine is at a run's work, and the shared memory that its loaders need."""
+"""Speed of this machine at a run's work, and the shared memory that its loaders need."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 import torch
 
-import feed
-import recipe
-from data.sources import Source
-from irv2 import engine
+from data.base import Source
+from irv2 import build, input_pipeline
 from irv2.config import Config
-from irv2.distributed import World
+from irv2.training import step
+from irv2.training.distributed import World
+from irv2.training.loss import Loss
 
 PREFETCHED = 2  # batches of each worker that wait to be fetched, torch's prefetch_factor
-CPU_PIXELS = 32 * 75**2  # of the images of a step that is timed on a CPU, where it may take minutes
+CPU_PIXELS = 32 * 75**2  # in a step that is timed on a CPU, where it may take minutes
 
 
 def shared_memory(cfg: Config, micro_batch: int, workers: int, ranks: int) -> int:
@@ -28,7 +28,7 @@ def shared_memory(cfg: Config, micro_batch: int, workers: int, ranks: int) -> in
 
 
 def rate(take: Callable[[], int], warm_up: int, seconds: float) -> float:
-    """Images a second of a function that takes some and returns how many.
+    """Images per second of a function that takes some and returns how many.
 
     The first `warm_up` calls do not count, unless they have lasted for `seconds` themselves.
     """
@@ -46,10 +46,10 @@ def rate(take: Callable[[], int], warm_up: int, seconds: float) -> float:
 def loader_rate(
     cfg: Config, source: Source, micro_batch: int, world: World, workers: int, seconds: float
 ) -> float:
-    """Images a second that training's own loader gives with so many workers. Raises DataError."""
+    """Images per second that training's own loader gives with so many workers. Raises DataError."""
     data = cfg.data.model_copy(update={"workers": workers})
-    order = feed.training_order(cfg, source)
-    batches = feed.training_batches(
+    order = input_pipeline.training_order(cfg, source)
+    batches = input_pipeline.training_batches(
         cfg.model_copy(update={"data": data}), source, order, 0, micro_batch, world
     )
     try:
@@ -62,20 +62,20 @@ def loader_rate(
 def model_rate(
     cfg: Config, num_classes: int, micro_batch: int, world: World, seconds: float
 ) -> float:
-    """Images a second of training steps on noise that lies in memory, without accumulation."""
+    """Images per second of training steps on noise in memory, without accumulation."""
     is_cpu = world.device.type == "cpu"
-    state = recipe.new_state(cfg, num_classes, world.device)
+    state = build.new_state(cfg, num_classes, world.device)
     network = state.model
     if cfg.train.compile:
         network.compile_regions()
     size = micro_batch
-    if is_cpu:  # at least two: batch norm wants more than one value a channel
+    if is_cpu:  # at least two: batch norm needs more than one value per channel
         size = max(2, min(micro_batch, CPU_PIXELS // cfg.data.image_size**2))
     images = torch.rand((size, 3, cfg.data.image_size, cfg.data.image_size), device=world.device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.arange(size, device=world.device) % num_classes
-    options = engine.StepOptions(
-        loss=engine.Loss(**cfg.loss.model_dump(exclude={"class_weights"})),
+    options = step.StepOptions(
+        loss=Loss(**cfg.loss.model_dump(exclude={"class_weights"})),
         clip_norm=cfg.optim.clip_norm,
         precision=cfg.train.precision,
         freeze_bn=cfg.model.freeze_bn,
@@ -85,8 +85,8 @@ def model_rate(
     def take() -> int:
         for _ in range(steps):
             batches = iter([(images, labels)])
-            engine.train_step(state, network, batches, cfg.optim.lr, options, world)
-        engine.read_bad_steps(state)  # waits for a GPU
+            step.train_step(state, network, batches, cfg.optim.lr, options, world)
+        state.read_bad_steps()  # waits for a GPU
         return steps * size
 
     return rate(take, 1, seconds)

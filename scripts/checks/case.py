@@ -1,26 +1,25 @@
-"""What a check looks at, and what it finds."""
+"""The run that checks look at, and their findings."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.base import Source
 from data.prepare import checkup
-from data.sources import Source
-from data.workers import default_workers
+from data.workers import default_workers, usable_cores
 from irv2.config import Config
-from irv2.distributed import Division
+from irv2.training.batch import Division
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"  # WARN: the run will do, but look at it
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check has found: a line, what to do about it, more lines, figures for --json."""
+    """Finding of a check: a line, what to do about it, more lines, figures for --json."""
 
     level: str
     what: str
@@ -35,18 +34,18 @@ def room(what: str, have: int, need: int, ample: float, todo: str) -> Finding:
     `what`: the place, and "{have}" and "{need}" for the sizes.
     """
     level = FAIL if have < need else WARN if have < ample * need else OK
-    said = what.replace("{have}", in_bytes(have)).replace("{need}", in_bytes(need))
-    return Finding(level, said, "" if level == OK else todo, figures={"have": have, "need": need})
+    text = what.replace("{have}", in_bytes(have)).replace("{need}", in_bytes(need))
+    return Finding(level, text, "" if level == OK else todo, figures={"have": have, "need": need})
 
 
 def in_bytes(size: int) -> str:
-    """A size in words."""
+    """Format a size."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for."""
+    """Options of the command line."""
 
     config: str
     overrides: list[str]
@@ -58,7 +57,7 @@ class Request:
 
 @dataclass
 class Case:
-    """A run as far as it is known; a check that lacks something here is left out."""
+    """A run as far as it is known; a check that lacks something here is skipped."""
 
     request: Request
     cfg: Config | None = None
@@ -68,13 +67,8 @@ class Case:
 
     @property
     def cores(self) -> int:
-        """That each rank has for itself."""
-        return max(1, self.processes // self.request.ranks)
-
-    @property
-    def processes(self) -> int:
-        """That this machine can run at once."""
-        return len(os.sched_getaffinity(0))
+        """Cores that each rank has for itself."""
+        return max(1, usable_cores() // self.request.ranks)
 
     @property
     def workers(self) -> int:
@@ -86,7 +80,7 @@ class Case:
     def has_gpu(self) -> bool:
         return self.cfg.run.device != "cpu" and torch.cuda.is_available()
 
-    def looked_at(self, source: Source) -> list[int]:
-        """The images of a source that are asked to be looked at."""
+    def selected(self, source: Source) -> list[int]:
+        """Numbers of the images of a source that --scan selects."""
         count = len(source) if self.request.scan is None else self.request.scan
         return checkup.sample(len(source), count, self.cfg.run.seed)

@@ -7,33 +7,35 @@ from collections.abc import Iterator
 
 import numpy as np
 
-import feed
-from data import sources
+from data.errors import DataError
+from data.files import write_atomically
 from data.prepare import checkup
-from data.sources import DataError
-from irv2 import checkpoint
+from data.sources import SyntheticSource
+from data.workers import usable_cores
+from irv2 import input_pipeline
+from irv2.report.statistics import wilson
 from scripts.checks.case import FAIL, OK, WARN, Case, Finding
 
 IMAGENET = {"train": 1_281_167, "val": 50_000}  # ILSVRC2012
 MAX_IMBALANCE = 10  # largest class : smallest class; ImageNet's is 1.8
 MAX_SHARED = 0.01  # share of validation images that may also be training images
 SHOWN = 20  # files of a kind
-UNKNOWN_SIZES = 20  # training images compared for each validation image where all would be read
+UNKNOWN_SIZES = 20  # training images compared per validation image where each has to be read
 
 
 def check_sources(case: Case) -> Iterator[Finding]:
-    """Whether both splits open and have the same classes; sets `case.train` and `case.val`."""
+    """Check that both splits open and have the same classes; sets `case.train` and `case.val`."""
+    data = case.cfg.data
     for split in ("train", "val"):
-        spec = getattr(case.cfg.data, split)
+        spec = getattr(data, split)
         try:
-            setattr(case, split, sources.open_source(spec))
+            setattr(case, split, input_pipeline.open_source(spec, data, case.cfg.run.timeout_s))
         except DataError as error:
-            yield Finding(FAIL, str(error), f"set data.{split}=… or mend what is there")
+            yield Finding(FAIL, str(error), f"set data.{split}=… or fix what is there")
     if case.train is None or case.val is None:
         return
-    data = case.cfg.data
     try:
-        feed.check_sources(case.cfg, case.train, case.val)
+        input_pipeline.check_sources(case.cfg, case.train, case.val)
     except DataError as error:
         yield Finding(FAIL, str(error), "train.py would refuse them with the same words")
         return
@@ -41,10 +43,10 @@ def check_sources(case: Case) -> Iterator[Finding]:
 
 
 def check_counts(case: Case) -> Iterator[Finding]:
-    """How many images there are, in all and of each class."""
+    """Count the images, in all and of each class."""
     for split in ("train", "val"):
         source = getattr(case, split)
-        yield count_finding(split, source.classes, checkup.class_counts(source))
+        yield count_finding(split, source.classes, np.array(source.class_counts()))
 
 
 def count_finding(split: str, classes: list[str], counts: np.ndarray) -> Finding:
@@ -66,12 +68,12 @@ def count_finding(split: str, classes: list[str], counts: np.ndarray) -> Finding
 
 
 def check_decoding(case: Case) -> Iterator[Finding]:
-    """Whether images can be read and decoded; writes --bad-files."""
+    """Check that images can be read and decoded; writes --bad-files."""
     everything: list[checkup.BadImage] = []
     for split in ("train", "val"):
         source = getattr(case, split)
-        indices = case.looked_at(source)
-        bad = checkup.bad_images(source, indices, case.processes)
+        indices = case.selected(source)
+        bad = checkup.bad_images(source, indices, usable_cores())
         everything += bad
         allowed = case.cfg.data.max_bad_fraction if split == "train" else 0.0
         yield decoding_finding(split, bad, len(indices), len(source), allowed)
@@ -79,7 +81,7 @@ def check_decoding(case: Case) -> Iterator[Finding]:
     if path is not None:
         text = "".join(f"{name}\t{reason}\n" for name, reason in everything)
         content = text.encode("utf-8", "surrogateescape")
-        checkpoint.write_atomically(path, lambda file: file.write(content))
+        write_atomically(path, lambda file: file.write(content))
 
 
 def decoding_finding(
@@ -89,8 +91,9 @@ def decoding_finding(
     what = f"{split}: {len(bad):,} of {looked:,} images looked at cannot be decoded"
     share = len(bad) / looked  # at least
     if looked < length:
-        share, high = checkup.share_interval(len(bad), looked)
-        what += f" (of all {length:,}: {share:.3%} to {high:.3%}, 95 % confidence)"
+        bounds = wilson(len(bad), looked)
+        share = bounds.low / 100
+        what += f" (of all {length:,}: {bounds.low:.3f}% to {bounds.high:.3f}%, 95 % confidence)"
     figures = {"split": split, "bad": len(bad), "looked_at": looked, "images": length}
     details = [f"{name}: {reason}" for name, reason in bad[:SHOWN]]
     if len(bad) > SHOWN:
@@ -109,20 +112,20 @@ def decoding_finding(
 
 
 def check_duplicates(case: Case) -> Iterator[Finding]:
-    """Whether validation images are training images, too, byte for byte."""
-    if any(isinstance(source, sources.SyntheticSource) for source in (case.train, case.val)):
+    """Check that no validation images are training images, too, byte for byte."""
+    if any(isinstance(source, SyntheticSource) for source in (case.train, case.val)):
         yield Finding(OK, "synthetic images: not compared")
         return
-    indices = case.looked_at(case.val)
+    indices = case.selected(case.val)
     limit = len(case.train) if case.request.scan is None else UNKNOWN_SIZES * len(indices)
-    found = checkup.same_images(case.val, indices, case.train, limit, case.processes)
-    both = {index for index, _ in found.pairs}
+    same = checkup.same_images(case.val, indices, case.train, limit, usable_cores())
+    both = {index for index, _ in same.pairs}
     what = (
         f"{len(both):,} of {len(indices):,} (all: {len(case.val):,}) val images are among "
-        f"{found.compared:,} (all: {len(case.train):,}) train images, byte for byte"
+        f"{same.compared:,} (all: {len(case.train):,}) train images, byte for byte"
     )
-    figures = {"same": len(both), "val_images": len(indices), "train_images": found.compared}
-    details = [f"{case.val.name(v)} = {case.train.name(t)}" for v, t in found.pairs[:SHOWN]]
-    todo = "remove them from train: the network would be asked what it has been told"
+    figures = {"same": len(both), "val_images": len(indices), "train_images": same.compared}
+    details = [f"{case.val.name(v)} = {case.train.name(t)}" for v, t in same.pairs[:SHOWN]]
+    todo = "remove them from train: the network would be tested on what it was trained on"
     level = OK if not both else FAIL if len(both) > MAX_SHARED * len(indices) else WARN
     yield Finding(level, what, todo if both else "", details, figures)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 
-import recipe
-from data import disk_cache
+from data.shards import disk_cache
 from data.workers import worker_errors
-from irv2 import distributed, memory, rundir
+from irv2 import build
+from irv2.network import memory
+from irv2.run import directory
+from irv2.training import distributed
 from scripts.checks import capacity
 from scripts.checks.case import FAIL, OK, WARN, Case, Finding, in_bytes, room
 
@@ -23,17 +25,15 @@ HEADROOM = 1.1  # the loader's pace over the model's where workers are suggested
 
 
 def check_disk(case: Case) -> Iterator[Finding]:
-    """Whether checkpoints and best weights will find room."""
-    directory = case.cfg.directory
-    place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    """Check that the disk has room for checkpoints and best weights."""
+    own = case.cfg.directory
+    place = next(p for p in (own, *own.absolute().parents) if p.exists())
     if not os.access(place, os.W_OK):
         yield Finding(FAIL, f"{place}: may not be written", "set run.dir=… to another place")
         return
-    sizes = recipe.memory_sizes(case.cfg, len(case.train.classes))
+    sizes = build.memory_sizes(case.cfg, len(case.train.classes))
     keep = case.cfg.checkpoint.keep
-    there = sum(
-        path.stat().st_size for old in rundir.checkpoints(directory) for path in old.iterdir()
-    )
+    there = sum(path.stat().st_size for old in directory.checkpoints(own) for path in old.iterdir())
     # One more checkpoint than kept is being written, one is being removed; best weights likewise.
     need = max(0, (keep + 2) * sizes.checkpoint - there) + 2 * sizes.weights
     yield room(
@@ -47,7 +47,7 @@ def check_disk(case: Case) -> Iterator[Finding]:
 
 
 def check_cache(case: Case) -> Iterator[Finding]:
-    """Whether images of an object store are kept on a disk that has room for them."""
+    """Check that images of an object store are cached on a disk with room for them."""
     data = case.cfg.data
     if not any("://" in spec for spec in (data.train, data.val)):
         yield Finding(OK, "not used: the images lie in folders")
@@ -71,7 +71,7 @@ def check_cache(case: Case) -> Iterator[Finding]:
 
 
 def check_shared_memory(case: Case) -> Iterator[Finding]:
-    """Whether the batches that workers prepare find room in /dev/shm."""
+    """Check that /dev/shm has room for the batches that workers prepare."""
     ranks = case.request.ranks
     need = capacity.shared_memory(case.cfg, case.division.micro_batch, case.workers, ranks)
     if need == 0 or not SHM.is_dir():
@@ -89,9 +89,9 @@ def check_shared_memory(case: Case) -> Iterator[Finding]:
 
 
 def check_memory(case: Case) -> Iterator[Finding]:
-    """RAM, and the memory of a GPU, against an estimate of what training holds."""
+    """Compare RAM and a GPU's memory with an estimate of what training holds."""
     micro, ranks = case.division.micro_batch, case.request.ranks
-    sizes = recipe.memory_sizes(case.cfg, len(case.train.classes))
+    sizes = build.memory_sizes(case.cfg, len(case.train.classes))
     on_gpu = sizes.training(micro) + memory.DEVICE_OVERHEAD
     at = f"at train.micro_batch={micro}, {case.cfg.train.precision}"
     # The saver's copy on the host, and a part of it as the bytes of a file.
@@ -110,7 +110,7 @@ def check_memory(case: Case) -> Iterator[Finding]:
 
 
 def check_pace(case: Case) -> Iterator[Finding]:
-    """The loader's images a second against the network's."""
+    """Compare the loader's images per second with the network's."""
     cfg, micro, seconds = case.cfg, case.division.micro_batch, case.request.seconds
     try:
         with distributed.start(cfg.run.device, cfg.run.timeout_s) as world:
@@ -130,9 +130,9 @@ def check_pace(case: Case) -> Iterator[Finding]:
 def pace_finding(
     model: float, loads: dict[int, float], workers: int, cores: int, shares_cores: bool
 ) -> Finding:
-    """Judge images a second of one rank: the network's, and the loader's by its workers.
+    """Judge images per second of one rank: the network's, and the loader's by its workers.
 
-    `loads` knows 1 worker and as many as are configured; 0 of them take turns with the network.
+    `loads` has 1 worker and as many as are configured; 0 of them take turns with the network.
     """
     one, now = loads[1], loads[workers]
     wait = max(0.0, 1 - now / model) if workers else model / (model + now)
@@ -168,5 +168,5 @@ def pace_finding(
 
 
 def digits(pace: float) -> str:
-    """Images a second in words, at least two digits of it."""
+    """Format images per second with at least two digits."""
     return f"{pace:,.0f}" if pace >= 10 else f"{pace:.2g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,16 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from data.errors import UserError
 from irv2 import strict_yaml
 from scripts.planning import steptime
 
 TABLE = Path(__file__).with_name("devices.yaml")
-Above = Annotated[float, Field(gt=0)]
-NotBelow = Annotated[float, Field(ge=0)]
-
-
-class PlanError(ValueError):
-    """A plan cannot be made; the message says what to change."""
 
 
 class Entry(BaseModel):
@@ -29,19 +25,19 @@ class Entry(BaseModel):
 class Figure(Entry):
     """A number and where it comes from."""
 
-    value: Above
+    value: Annotated[float, Field(gt=0)]
     kind: Literal["measured", "published", "estimate"]
     source: Annotated[str, Field(min_length=1)]
 
 
-class Speed(Figure):
-    value: NotBelow
+class Duration(Figure):
+    value: Annotated[float, Field(ge=0)]
 
 
 class Device(Entry):
     images_per_s: Figure
-    overhead_ms: Speed
-    update_ms: Speed
+    overhead_ms: Duration
+    update_ms: Duration
     price_per_hour: Figure | None = None  # null: not known
     inside: str
     between: str
@@ -51,19 +47,15 @@ class Device(Entry):
     overlaps: bool = True  # gradients travel while backward computes, and take none of its time
 
     def plain(self, work: float) -> steptime.Device:
-        """Its speed with images that ask for `work` times the multiply-adds of its figure's."""
-        return steptime.Device(
-            self.images_per_s.value / work,
-            self.overhead_ms.value / 1e3,
-            self.update_ms.value / 1e3,
-            self.overlaps,
-            self.forward_share,
-        )
+        """Speed with images that ask for `work` times the multiply-adds of its figure's."""
+        images_per_s = self.images_per_s.value / work
+        seconds = (figure.value / 1e3 for figure in (self.overhead_ms, self.update_ms))
+        return steptime.Device(images_per_s, *seconds, self.overlaps, self.forward_share)
 
 
 class Link(Entry):
     gigabytes_per_s: Figure
-    latency_us: Speed
+    latency_us: Duration
 
     def plain(self) -> steptime.Link:
         return steptime.Link(self.gigabytes_per_s.value * 1e9, self.latency_us.value * 1e-6)
@@ -82,31 +74,42 @@ class Table(Entry):
     @model_validator(mode="after")
     def _links_exist(self) -> Table:
         for name, device in self.devices.items():
-            for link in (device.inside, device.between):
-                if link not in self.links:
-                    raise ValueError(f"devices.{name}: {nearest('link', link, self.links)}")
+            for link in {device.inside, device.between} - self.links.keys():
+                raise ValueError(f"devices.{name}: {nearest('link', link, self.links)}")
         return self
+
+    def choose(self, name: str, between: str | None) -> tuple[Device, Link, Link]:
+        """A device and its links inside a node and between nodes. Raises UserError for a name that
+        the table lacks."""
+        for what, asked, known in (("device", name, self.devices), ("link", between, self.links)):
+            if asked is not None and asked not in known:
+                raise UserError(nearest(what, asked, known))
+        device = self.devices[name]
+        return device, self.links[device.inside], self.links[between or device.between]
 
 
 def nearest(what: str, name: str, known: Iterable[str]) -> str:
     """Words that lead from a name that is not known to the one that was meant."""
+    if (what, name) == ("device", "cpu"):
+        return (
+            "device cpu has to be measured where it is: python scripts/benchmark.py scaling "
+            "--json cpu.json, then --measured cpu.json"
+        )
     close = difflib.get_close_matches(name.lower(), known, 1, 0.5)
     guess = f"did you mean {close[0]}? " if close else ""
     return f"unknown {what} '{name}'; {guess}known: {', '.join(known)}"
 
 
 def load(path: Path = TABLE) -> Table:
-    """Read the table. Raises PlanError with every fault in it."""
+    """Read the table. Raises UserError with every fault in it."""
     try:
         return Table.model_validate(strict_yaml.parse(path.read_text(encoding="utf-8")))
     except ValidationError as error:
-        faults = (
-            f"{'.'.join(map(str, fault['loc'])) or 'table'}: {fault['msg']}"
-            for fault in error.errors()
-        )
-        raise PlanError("\n".join(f"{path}: {fault}" for fault in faults)) from None
+        faults = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
+        lines = (f"{path}: {place or 'table'}: {words}" for place, words in faults)
+        raise UserError("\n".join(lines)) from None
     except (OSError, ValueError) as error:
-        raise PlanError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------- measured
@@ -116,34 +119,36 @@ def with_measured(table: Table, path: Path, image_size: int) -> Table:
     """The table with a device "cpu" and a link "gloo" from `scripts/benchmark.py scaling --json`.
 
     Of the image sizes measured, the one that is nearest to `image_size` (px) counts. Raises
-    PlanError if the file is none of that command's.
+    UserError if the file is none of that command's.
     """
     try:
         cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
-        case = min(cases, key=lambda found: abs(found["image_size"] - image_size))
-        cpu, link = measured_device(case, str(path)), measured_link(case, str(path))
+        case = min(cases, key=lambda case: abs(case["image_size"] - image_size))
+        cpu, gloo = measured(case, str(path))
     except OSError as error:
-        raise PlanError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, ZeroDivisionError):
-        raise PlanError(
+        raise UserError(
             f"{path}: holds no usable figures of scaling; make them: "
             f"python scripts/benchmark.py scaling --json {path}"
         ) from None
-    devices, links = {**table.devices, "cpu": cpu}, {**table.links, "gloo": link}
-    return table.model_copy(update={"devices": devices, "links": links})
+    new = {"devices": {**table.devices, "cpu": cpu}, "links": {**table.links, "gloo": gloo}}
+    return table.model_copy(update=new)
 
 
-def measured_device(case: dict[str, Any], source: str) -> Device:
-    """A process on the CPU. Gradients' travel takes the cores that backward wants: no overlap."""
+def measured(case: dict[str, Any], source: str) -> tuple[Device, Link]:
+    """A process on the CPU, and the link between two, from the parts of a step measured apart.
 
-    def speed(value: float) -> Speed:
-        return Speed(value=value, kind="measured", source=source)
-
+    Gradients' travel takes the cores that backward wants: no overlap.
+    """
+    figure = functools.partial(dict, kind="measured", source=source)
     images_per_s, overhead_s = affine(case)
-    return Device(
-        images_per_s=Figure(value=images_per_s, kind="measured", source=source),
-        overhead_ms=speed(1e3 * overhead_s),
-        update_ms=speed(1e3 * case["update_s"]),
+    size, message = case["gradient_bytes"], case["message_s"]  # a message: there and back
+    carrying = case["reduce_s"] - steptime.buckets(size) * message
+    device = Device(
+        images_per_s=figure(value=images_per_s),
+        overhead_ms=figure(value=1e3 * overhead_s),
+        update_ms=figure(value=1e3 * case["update_s"]),
         inside="gloo",
         between="gloo",
         image_size=case["image_size"],
@@ -151,19 +156,11 @@ def measured_device(case: dict[str, Any], source: str) -> Device:
         forward_share=case["forward_s"] / (case["forward_s"] + case["backward_s"]),
         overlaps=False,
     )
-
-
-def measured_link(case: dict[str, Any], source: str) -> Link:
-    """The link between two processes, from the all-reduces that a case measured alone."""
-    size, message = case["gradient_bytes"], case["message_s"]
-    carrying = case["reduce_s"] - steptime.buckets(size) * message
-    latency = message / 2  # there and back
-    return Link(
-        gigabytes_per_s=Figure(
-            value=steptime.ring_bytes(2, size) / carrying / 1e9, kind="measured", source=source
-        ),
-        latency_us=Speed(value=1e6 * latency, kind="measured", source=source),
+    link = Link(
+        gigabytes_per_s=figure(value=steptime.ring_bytes(2, size) / carrying / 1e9),
+        latency_us=figure(value=1e6 * message / 2),
     )
+    return device, link
 
 
 def affine(case: dict[str, Any]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ FIRST_BUCKET_BYTES = 2**20  # but its first one is this small
 
 @dataclass(frozen=True)
 class Device:
-    """What one device does on its own.
+    """Work that one device does on its own.
 
     Forward and backward of b images take `overhead_s + b / images_per_s`: what launching costs
     whatever the batch, and a rate that only large batches reach.
@@ -30,8 +30,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Link:
-    """What carries gradients, each way at once: from one device to the next inside a node, or from
-    one node to the next."""
+    """Connection that carries gradients, each way at once, between two devices or two nodes."""
 
     bytes_per_s: float
     latency_s: float  # of one message from one end to the other
@@ -49,7 +48,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What ranks exchange once a step."""
+    """Bytes that ranks exchange once a step."""
 
     size: float  # bytes
     messages: int  # in which they travel
@@ -68,6 +67,11 @@ class Step:
     @property
     def total_s(self) -> float:
         return self.compute_s + self.exposed_s + self.update_s
+
+    @property
+    def hidden(self) -> float:
+        """Share of the exchange during which backward computes; 1 where nothing is exchanged."""
+        return 1 - self.exposed_s / self.exchange_s if self.exchange_s > 0 else 1.0
 
 
 def ring_bytes(ranks: int, size: float) -> float:

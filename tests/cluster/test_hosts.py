@@ -17,7 +17,7 @@ from programs import run
 from same_run import assert_same_batches, assert_same_end
 from small_run import HARMED, STEPS, arguments
 
-from scripts.pages import replace_section
+from irv2.report.markdown import replace_section
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("network_namespaces")]
 Note = Callable[[str, str], None]

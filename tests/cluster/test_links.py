@@ -16,9 +16,11 @@ from namespaces import finished, hosts
 from programs import ROOT, finish, log_lines, start
 from small_run import arguments
 
+from irv2 import build
 from irv2 import config as configs
-from scripts.pages import replace_section
-from scripts.planning import network, steptime
+from irv2.report.markdown import replace_section
+from scripts import plan
+from scripts.planning import steptime
 
 RESULTS = "results/links.json"  # beside the page
 WITHIN = 0.25  # of what was measured, the model must predict
@@ -96,7 +98,7 @@ def predicted_s(config: Path, case: Case, device: steptime.Device) -> float:
     bytes_per_s = case.mbit_s * 1e6 / 8 * ETHERNET
     link = steptime.Link(bytes_per_s, case.delay_ms / 1e3)
     cluster = steptime.Cluster(device, link, link, per_node=1)
-    gradients = network.weigh(cfg, CLASSES).gradients
+    gradients = plan.gradients(cfg, build.memory_sizes(cfg, CLASSES))
     return steptime.step(cluster, 2, MICRO_BATCH, case.accumulation, gradients).total_s
 
 

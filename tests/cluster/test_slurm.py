@@ -19,7 +19,7 @@ from same_run import assert_same_end, steps
 from slurm_cluster import Slurm
 from small_run import STEPS, arguments
 
-from scripts.pages import replace_section
+from irv2.report.markdown import replace_section
 
 pytestmark = pytest.mark.cluster
 SBATCH = "scripts/launch/slurm.sbatch"

@@ -21,7 +21,7 @@ from programs import ROOT, children, finish, is_alive, log_lines, run, start, wa
 from same_run import assert_same_batches, assert_same_end, checkpoint_of, differing, steps
 from small_run import HARMED, STEPS, Inject, arguments, kill, lose_a_rank, rank_pids
 
-from irv2 import checkpoint, jsonl, rundir
+from irv2.run import checkpoint, directory, jsonl, resume
 
 pytestmark = pytest.mark.soak
 SEED = 0
@@ -51,7 +51,7 @@ def test_killed_at_random_moments(config, tmp_path, inject: Inject, wanted, rank
             hit = process.returncode != 0
         else:
             hit = finish(process).returncode != 0
-        for path in checkpoint.found(directory / "checkpoints"):
+        for path in checkpoint.list_all(directory / "checkpoints"):
             assert checkpoint.is_whole(path)
         if hit:
             kills += 1
@@ -100,7 +100,7 @@ def harms(path: Path, rng: random.Random) -> Iterator[tuple[str, Path, bytes | N
 
 def test_damage_to_the_newest_checkpoint_is_always_detected(undisturbed, tmp_path, inject: Inject):
     shutil.copytree(undisturbed, tmp_path / "run")
-    newest = rundir.checkpoints(tmp_path / "run")[-1]
+    newest = directory.checkpoints(tmp_path / "run")[-1]
     for kind, file, harmed in harms(newest, random.Random(SEED)):
         inject(kind)
         content = file.read_bytes()
@@ -109,10 +109,10 @@ def test_damage_to_the_newest_checkpoint_is_always_detected(undisturbed, tmp_pat
         else:
             file.write_bytes(harmed)
         said: list[str] = []
-        assert rundir.load_newest(tmp_path / "run", said.append).meta["step"] == STEPS - 2, file
+        assert resume.load_newest(tmp_path / "run", said.append).meta["step"] == STEPS - 2, file
         assert said[0].startswith(f"passed over: {newest}: "), said
         file.write_bytes(content)
-    assert rundir.load_newest(tmp_path / "run", print).meta["step"] == STEPS
+    assert resume.load_newest(tmp_path / "run", print).meta["step"] == STEPS
 
 
 def test_a_newest_checkpoint_of_another_network_is_passed_over(
@@ -122,9 +122,9 @@ def test_a_newest_checkpoint_of_another_network_is_passed_over(
     other = arguments(config, tmp_path / "other", "model.blocks=[1, 2, 1]")
     assert run("train.py", *other).returncode == 0
     shutil.copytree(undisturbed, tmp_path / "run")
-    newest = rundir.checkpoints(tmp_path / "run")[-1]
+    newest = directory.checkpoints(tmp_path / "run")[-1]
     shutil.rmtree(newest)
-    shutil.copytree(rundir.checkpoints(tmp_path / "other")[-1], newest)
+    shutil.copytree(directory.checkpoints(tmp_path / "other")[-1], newest)
     result = run("train.py", *arguments(config, tmp_path / "run"))
     assert result.returncode == 0, result.stderr
     assert "passed over: " in result.stdout and "continuing after step 4" in result.stdout
@@ -190,7 +190,7 @@ def test_the_quickstart_is_durable_in_time(digits, tmp_path, inject: Inject, num
     assert time.monotonic() - asked < DURABLE_S
     assert stopped.returncode == (130 if number == signal.SIGINT else 75), stopped.stderr
     last = log_lines(tmp_path / "run", "train")[-1]["step"]
-    assert rundir.load_newest(tmp_path / "run", print).meta["step"] == last
+    assert resume.load_newest(tmp_path / "run", print).meta["step"] == last
 
 
 def test_torchrun_passes_on_the_warning_of_slurm(config, undisturbed, tmp_path, inject: Inject):

@@ -130,7 +130,7 @@ def test_an_outage_ends_the_run_with_the_objects_name_and_the_same_command_goes_
         last = result.stderr.splitlines()[-1]
         assert re.fullmatch(
             rf"train.py: {re.escape(train)}train-0000\d.tar: .*, tried again for 3 s; the same "
-            "command goes on when the storage answers",
+            "command continues once the storage answers",
             last,
         )
         assert "Traceback" not in result.stderr

@@ -1,0 +1,1 @@
+"""Images in tar shards, in a folder or in an object store: an index says where each lies."""

@@ -1,0 +1,133 @@
+"""Shared by all programs: types of arguments, the network they work on, the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data.errors import UserError
+from data.urls import without_secrets
+from irv2.run import trained
+from irv2.run.trained import Trained
+from irv2.training.distributed import World
+from irv2.training.metrics import Collector
+
+# ------------------------------------------------------------------------------ arguments
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Type of an argument that is a whole number of at least `least`."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
+
+
+positive = whole(1)
+
+
+def share(text: str) -> float:
+    """Type of an argument that is a number above 0 and up to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and up to 1")
+    return value
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Add --run or --weights, and --which: the trained network that a script works on."""
+    network = parser.add_mutually_exclusive_group(required=True)
+    network.add_argument("--run", type=Path, metavar="DIR", help="a run's newest checkpoint")
+    network.add_argument(
+        "--weights",
+        metavar="FILE|timm:NAME",
+        help="a .pth, .pt or .safetensors file with timm's names, or weights from timm's hub",
+    )
+    parser.add_argument(
+        "--which", choices=["ema", "raw"], default="ema", help="of a run: averaged (default) or raw"
+    )
+
+
+def load_network(arguments: argparse.Namespace) -> Trained:
+    """Load the network that the options of `add_network` name.
+
+    Raises CheckpointError, or WeightsError.
+    """
+    if arguments.run is not None:
+        return trained.load_run(arguments.run, arguments.which, remark)
+    return trained.load_weights(arguments.weights)
+
+
+def remark(text: str) -> None:
+    """Print a remark to stderr, separate from the program's output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(name: str, images: int, world: World) -> Iterator[Callable[[int, Collector], None]]:
+    """Show a bar on a terminal; yields the function that advances it, for `evaluation.collect`.
+
+    It shows this rank's top-1 at most once a second, because that waits for the device.
+    """
+    hidden = not (world.is_main and sys.stderr.isatty())
+    title = Path(name).name
+    with tqdm(total=images, desc=title, unit="image", leave=False, disable=hidden) as bar:
+        last = time.perf_counter()
+
+        def show(done: int, collected: Collector) -> None:
+            nonlocal last
+            if not bar.disable and time.perf_counter() - last > 1:
+                bar.set_postfix_str(f"top-1 {collected.top1():.2f} %", refresh=False)
+                last = time.perf_counter()
+            bar.update(done)
+
+        yield show
+
+
+# ------------------------------------------------------------------------------ exit status
+
+
+def exit_status(body: Callable[[], int]) -> int:
+    """Run a program's body and return its status, or 1 after one line if a user's error ended it.
+
+    Most errors occur on all ranks of a machine alike, so only one of them reports; errors of a
+    single rank, and those of the operating system, are reported by the rank itself. A collective
+    that fails because another rank has left needs no traceback: that rank has said why.
+    """
+    try:
+        return body()
+    except (UserError, OSError) as error:  # no permission, no space: the message names the file
+        is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+        if is_first_here or isinstance(error, OSError) or error.one_rank:
+            _report(without_secrets(str(error)))
+        return 1
+    except RuntimeError as error:
+        words = ("closed by peer", "reset by peer", "Timed out waiting")  # gloo's
+        if not (isinstance(error, dist.DistError) or any(word in str(error) for word in words)):
+            raise
+        reason = str(error).strip().splitlines()[0][:200]
+        _report(f"ends, as another rank has ended or hangs ({reason})")
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _report(text: str) -> None:
+    name, rank = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0))
+    speaker = f"{name}: rank {rank}" if rank > 0 else name
+    print(f"{speaker}: {text}", file=sys.stderr, flush=True)

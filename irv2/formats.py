@@ -1,0 +1,207 @@
+"""The file formats that export.py writes, and how the runtime of each runs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import Tensor
+
+from data.errors import UserError
+from irv2.network import imagenet_names, weights
+from irv2.network.accelerate import fold_batch_norm
+from irv2.network.model import BLOCKS
+from irv2.run import trained
+from irv2.run.trained import Trained
+
+VIEW = ("image_size", "eval_crop", "eval_interpolation", "mean", "std")
+INPUT, OUTPUT, BATCH = "images", "logits", "batch"
+EXTRA = "metadata.json"  # of torch.export
+TIMM = "inception_resnet_v2"
+
+Run = Callable[[Tensor], Tensor]  # float32 [B, 3, size, size], normalised -> logits [B, C]
+
+
+class ExportError(UserError):
+    """A network that cannot be exported, or whose export computes something else."""
+
+
+def metadata(network: Trained) -> dict[str, str]:
+    """Metadata stored with the weights, each value as JSON; `trained.load_weights` reads it."""
+    content: dict[str, Any] = {"blocks": list(network.model.blocks)}
+    content["data"] = {key: getattr(network.data, key) for key in VIEW}
+    content["result"] = {"weights": network.which, "step": network.step}
+    if network.classes is not None:
+        content["classes"] = network.classes
+        content["names"] = [imagenet_names.in_words(name) for name in network.classes]
+    return {key: json.dumps(value) for key, value in content.items()}
+
+
+# ------------------------------------------------------------------------- safetensors
+
+
+def write_safetensors(network: Trained, folded: bool, path: Path) -> None:
+    """Write a file with timm's names, like a run's best.safetensors."""
+    weights.write(path, network.model.state_dict(), metadata(network))
+
+
+def run_safetensors(path: Path, network: Trained) -> Run:
+    return trained.load_weights(str(path)).model.eval()
+
+
+# ------------------------------------------------------------------------- timm
+
+
+def write_timm(network: Trained, folded: bool, path: Path) -> None:
+    """Write a folder like timm's save_for_hf: model.safetensors and config.json."""
+    texts = metadata(network)
+    if json.loads(texts["blocks"]) != list(BLOCKS):
+        raise ExportError(
+            f"{network.name}: timm's network has {list(BLOCKS)} blocks, this one {texts['blocks']}"
+        )
+    path.mkdir()
+    weights.write(path / "model.safetensors", network.model.state_dict(), {"format": "pt"} | texts)
+    text = json.dumps(timm_config(network), indent=2) + "\n"
+    (path / "config.json").write_text(text, encoding="utf-8")
+
+
+def timm_config(network: Trained) -> dict[str, Any]:
+    """Return config.json as `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it."""
+    data, outputs = network.data, network.model.num_classes
+    content: dict[str, Any] = {
+        "architecture": TIMM,
+        "num_classes": outputs,
+        "num_features": network.model.num_features,
+        "pretrained_cfg": {
+            "num_classes": outputs,
+            "input_size": [3, data.image_size, data.image_size],
+            "pool_size": None,
+            "crop_pct": data.eval_crop,
+            "interpolation": data.eval_interpolation,
+            "mean": data.mean,
+            "std": data.std,
+            "first_conv": "conv2d_1a.conv",
+            "classifier": "classif",
+        },
+    }
+    if network.classes is not None:
+        content["label_names"] = network.classes
+        content["label_descriptions"] = {
+            name: imagenet_names.in_words(name) for name in network.classes
+        }
+    return content
+
+
+def run_timm(path: Path, network: Trained) -> Run:
+    outputs = network.model.num_classes
+    file = str(path / "model.safetensors")
+    return timm.create_model(TIMM, num_classes=outputs, checkpoint_path=file).eval()
+
+
+# ------------------------------------------------------------------------- torch.export
+
+
+def example(network: Trained) -> Tensor:
+    """Return two images: an example of one would fix the batch size at one."""
+    return torch.zeros(2, 3, network.data.image_size, network.data.image_size)
+
+
+def write_torch_export(network: Trained, folded: bool, path: Path) -> None:
+    model = fold_batch_norm(network.model) if folded else network.model.eval()
+    batch = torch.export.Dim(BATCH)
+    program = torch.export.export(model, (example(network),), dynamic_shapes=({0: batch},))
+    content = io.BytesIO()  # PyTorch's own writer aborts the program on a full disk
+    torch.export.save(program, content, extra_files={EXTRA: json.dumps(metadata(network))})
+    path.write_bytes(content.getbuffer())
+
+
+def run_torch_export(path: Path, network: Trained) -> Run:
+    return torch.export.load(path).module()
+
+
+# ------------------------------------------------------------------------- ONNX
+
+
+def write_onnx(network: Trained, folded: bool, path: Path) -> None:
+    model = fold_batch_norm(network.model) if folded else network.model.eval()
+    program = torch.onnx.export(
+        model,
+        (example(network),),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim(BATCH)},),
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        optimize=folded,  # the optimizer folds batch norm, too
+        verbose=False,
+    )
+    program.model.metadata_props.update(metadata(network))
+    program.save(path, external_data=False)  # one file: 220 MB are well below ONNX's 2 GB
+
+
+def run_onnx(path: Path, network: Trained) -> Run:
+    import onnx
+    import onnxruntime
+
+    onnx.checker.check_model(str(path), full_check=True)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+
+# ------------------------------------------------------------------------- the table
+
+
+class Format(NamedTuple):
+    """A kind of file.
+
+    tolerance: largest difference of a logit allowed, as a share of the largest logit. Only the
+    rounding of float32 may differ: where the same operations run, by merging and batching (measured
+    1e-6), else also by folding and other algorithms for convolutions (measured 3e-6).
+    """
+
+    suffix: str
+    write: Callable[[Trained, bool, Path], None]  # network, batch norm folded?, path
+    run: Callable[[Path, Trained], Run]
+    runtime: str
+    tolerance: float
+    may_fold: bool = False  # batch norm can be folded, which makes it no state dict of timm's
+    packages: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "safetensors": Format(
+        ".safetensors", write_safetensors, run_safetensors, "safetensors", tolerance=1e-5
+    ),
+    "timm": Format("", write_timm, run_timm, "timm.create_model", tolerance=1e-5),
+    "torch-export": Format(
+        ".pt2",
+        write_torch_export,
+        run_torch_export,
+        "torch.export.load",
+        tolerance=1e-4,
+        may_fold=True,
+    ),
+    "onnx": Format(
+        ".onnx",
+        write_onnx,
+        run_onnx,
+        "onnxruntime",
+        tolerance=1e-4,
+        may_fold=True,
+        packages=("onnx", "onnxscript", "onnxruntime"),
+    ),
+}
+
+
+def check_packages(name: str) -> None:
+    """Raise ExportError if a format needs packages that are not installed."""
+    absent = [p for p in FORMATS[name].packages if importlib.util.find_spec(p) is None]
+    if absent:
+        raise ExportError(
+            f"--format {name} needs {', '.join(absent)}: pip install -r requirements-export.txt"
+        )

@@ -1,1 +1,0 @@
-"""Loops over tensors for CPUs, compiled by Numba: each does in one pass what takes several."""

@@ -1,0 +1,1 @@
+"""Inception-ResNet-v2, its weights in and out, and the form of it that is fast."""

@@ -1,0 +1,237 @@
+"""Inception-ResNet-v2 (Szegedy et al., arXiv:1602.07261) with timm's parameter names.
+
+An ordinary module, laid out as the paper draws it. `irv2.network.accelerate` has the form of it
+that trains and infers fast.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from irv2.network import user_cache
+from irv2.network.blocks import (
+    BLOCK8,
+    BLOCK17,
+    BLOCK35,
+    MIXED_5B,
+    MIXED_6A,
+    MIXED_7A,
+    Block,
+    BlockSpec,
+    Conv,
+    ConvNormAct,
+    NormOptions,
+    Stack,
+)
+
+NUM_FEATURES = 1536
+BLOCKS = (10, 20, 9)  # repeats of block35, block17 and block8
+
+# Children with weights, stage by stage from the classifier to the image.
+STAGES = (
+    ("classif", "aux"),
+    ("conv2d_7b", "block8"),
+    ("repeat_2",),
+    ("mixed_7a",),
+    ("repeat_1",),
+    ("mixed_6a",),
+    ("repeat",),
+    ("mixed_5b",),
+    ("conv2d_4a", "conv2d_3b", "conv2d_2b", "conv2d_2a", "conv2d_1a"),
+)
+
+
+def _classifier(in_features: int, num_classes: int) -> nn.Module:
+    """Linear layer; without classes an identity, so that the network gives an embedding."""
+    if num_classes == 0:
+        return nn.Identity()
+    linear = nn.Linear(in_features, num_classes)
+    nn.init.xavier_uniform_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class AuxHead(nn.Module):
+    """TF-slim's auxiliary classifier on the 17x17 map (training only, loss weight 0.4)."""
+
+    num_features = 768
+
+    def __init__(self, in_channels: int, num_classes: int, norm: NormOptions) -> None:
+        super().__init__()
+        self.conv_1b = ConvNormAct(in_channels, Conv(128), norm)
+        self.conv_2a = ConvNormAct(128, Conv(self.num_features, 5), norm)
+        self.classif = _classifier(self.num_features, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.avg_pool2d(x, 5, stride=3)
+        x = self.conv_2a(self.conv_1b(x))
+        return self.classif(x.mean(dim=(2, 3)))  # one position at 299 px, more on larger images
+
+
+class InceptionResnetV2(nn.Module):
+    """See `inception_resnet_v2`; attributes carry timm's names."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_chans: int,
+        drop_rate: float,
+        aux_logits: bool,
+        norm: NormOptions,
+        blocks: tuple[int, int, int],
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, NUM_FEATURES
+        self.blocks = blocks
+
+        def repeat(spec: BlockSpec, times: int) -> Stack:
+            return Stack(*[Block(spec, norm) for _ in range(times)])
+
+        self.conv2d_1a = ConvNormAct(in_chans, Conv(32, 3, stride=2), norm)
+        self.conv2d_2a = ConvNormAct(32, Conv(32, 3), norm)
+        self.conv2d_2b = ConvNormAct(32, Conv(64, 3, padding=1), norm)
+        self.maxpool_3a = nn.MaxPool2d(3, stride=2)
+        self.conv2d_3b = ConvNormAct(64, Conv(80), norm)
+        self.conv2d_4a = ConvNormAct(80, Conv(192, 3), norm)
+        self.maxpool_5a = nn.MaxPool2d(3, stride=2)
+        self.mixed_5b = Block(MIXED_5B, norm)
+        self.repeat = repeat(BLOCK35, blocks[0])
+        self.mixed_6a = Block(MIXED_6A, norm)
+        self.repeat_1 = repeat(BLOCK17, blocks[1])
+        self.aux = AuxHead(BLOCK17.in_channels, num_classes, norm) if aux_logits else None
+        self.mixed_7a = Block(MIXED_7A, norm)
+        self.repeat_2 = repeat(BLOCK8, blocks[2])
+        self.block8 = Block(BLOCK8._replace(scale=1.0, relu=False), norm)
+        self.conv2d_7b = ConvNormAct(BLOCK8.in_channels, Conv(NUM_FEATURES), norm)
+        self.global_pool = nn.AdaptiveAvgPool2d(1)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.classif = _classifier(NUM_FEATURES, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, in_chans, H, W] float in [-1, 1] -> logits [B, num_classes].
+
+        In training mode with the auxiliary head: (logits, auxiliary logits).
+        Raises ValueError for a side under 75 px (299 px where the auxiliary head runs). In
+        bfloat16 on CPUs with AMX, PyTorch 2.14 miscomputes images under 107 px wide but taller.
+        """
+        if self.aux is not None and self.training:
+            _check_image_size(x, with_aux=True)
+            x = self._to_17x17(x)
+            aux_logits = self.aux(x)
+            return self.forward_head(self._from_17x17(x)), aux_logits
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, in_chans, H, W] -> the last map, [B, 1536, h, w] (8x8 of 299x299)."""
+        _check_image_size(x, with_aux=False)
+        return self._from_17x17(self._to_17x17(x))
+
+    def _to_17x17(self, x: Tensor) -> Tensor:
+        x = self.conv2d_2b(self.conv2d_2a(self.conv2d_1a(x)))
+        x = self.conv2d_4a(self.conv2d_3b(self.maxpool_3a(x)))
+        x = self.mixed_5b(self.maxpool_5a(x))
+        x = self.repeat(x)
+        x = self.mixed_6a(x)
+        return self.repeat_1(x)
+
+    def _from_17x17(self, x: Tensor) -> Tensor:
+        x = self.mixed_7a(x)
+        x = self.repeat_2(x)
+        return self.conv2d_7b(self.block8(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last map -> logits, or with `pre_logits` the features [B, 1536] before them."""
+        x = self.head_drop(self.global_pool(x).flatten(1))
+        return x if pre_logits else self.classif(x)
+
+    def get_classifier(self) -> nn.Module:
+        """The layer that turns features into logits; an identity without classes."""
+        return self.classif
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifiers, the auxiliary head's included, for other classes; 0: none."""
+        self.num_classes = num_classes
+        for owner in (self, self.aux):
+            if owner is not None:
+                near = next(owner.parameters())
+                new = _classifier(owner.num_features, num_classes).to(near.device, near.dtype)
+                owner.classif = new.train(owner.training)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Have each repeated block keep only its input, and run again in backward."""
+        for stack in (self.repeat, self.repeat_1, self.repeat_2):
+            stack.grad_checkpointing = enable
+
+    def residual_blocks(self) -> list[Block]:
+        """The repeated blocks, which gradient checkpointing runs again."""
+        return [*self.repeat, *self.repeat_1, *self.repeat_2]
+
+    def stages(self) -> list[tuple[str, ...]]:
+        """Names of the children with weights, stage by stage from the classifier to the image."""
+        children = dict(self.named_children())
+        return [tuple(name for name in stage if name in children) for stage in STAGES]
+
+    def compile_regions(self) -> None:
+        """torch.compile each layer and block by itself, at its next call.
+
+        Repeats of a block share one result, so it takes a fraction of the time that the whole
+        network would; the next process finds it in the user's cache.
+        """
+        cache = user_cache.folder("inductor")
+        if cache is not None:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+        # Seven kinds of blocks and as many of layers, in training and in evaluation.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for child in self.children():
+            for region in child if isinstance(child, nn.Sequential) else [child]:
+                if isinstance(region, Block | ConvNormAct | AuxHead):
+                    region.compile()
+
+
+def _check_image_size(x: Tensor, with_aux: bool) -> None:
+    """Raise ValueError if a map would become too small for the layer that reads it.
+
+    75 px leave one position after mixed_7a; 299 px a 17x17 map, of which the auxiliary head's
+    layers leave one.
+    """
+    height, width = x.shape[-2:]
+    least = 299 if with_aux else 75
+    if min(height, width) < least:
+        head = " with its auxiliary head" if with_aux else ""
+        raise ValueError(
+            f"image of {height}x{width} px is too small: Inception-ResNet-v2{head} needs "
+            f"at least {least} px on each side"
+        )
+
+
+torch.fx.wrap("_check_image_size")  # a symbolic trace has no sizes, so it keeps this as one call
+
+
+def inception_resnet_v2(
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    drop_rate: float = 0.2,
+    aux_logits: bool = False,
+    bn_momentum: float = 0.1,
+    bn_eps: float = 1e-3,
+    bn_scale: bool = True,
+    grad_checkpointing: bool = False,
+    blocks: tuple[int, int, int] = BLOCKS,
+) -> InceptionResnetV2:
+    """Inception-ResNet-v2 with Xavier-uniform weights: 55,843,464 parameters for 1000 classes.
+
+    num_classes: 0 for the embedding of 1536 features in place of logits.
+    aux_logits: TF-slim's auxiliary head, active in training only.
+    bn_momentum: share of the new batch in the running statistics (TF-slim: 0.0003).
+    bn_scale: learn batch norm's gamma; False keeps it at 1, as TF-slim does.
+    grad_checkpointing: keep only each block's input and run the block again in backward.
+    blocks: repeats of block35, block17 and block8; anything but (10, 20, 9) is another network.
+    """
+    norm = NormOptions(bn_momentum, bn_eps, bn_scale)
+    model = InceptionResnetV2(num_classes, in_chans, drop_rate, aux_logits, norm, tuple(blocks))
+    model.set_grad_checkpointing(grad_checkpointing)
+    return model

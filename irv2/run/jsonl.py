@@ -1,0 +1,99 @@
+"""Records as JSON lines: appended during a run, cut back when it is resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from data.files import write_atomically
+
+Record = dict[str, Any]
+
+
+class JsonLines:
+    """A file with a JSON object a line, each with the "step" it belongs to.
+
+    Lines for which a full disk has no room are kept and written with a later line.
+    """
+
+    def __init__(self, path: Path, step: int, say: Callable[[str], None]) -> None:
+        """Open the file of a run that stands at `step`; lines of later steps are dropped.
+
+        A file that does not exist is made by its first line.
+        """
+        self.path, self.say = path, say
+        self.kept = cut_back(path, step) if path.exists() else []
+        self._file: FileIO | None = None
+        self._pending = b""
+        self._is_reported = False  # that writing fails
+
+    def append(self, record: Record) -> None:
+        """Add a line; a number that is not finite becomes null."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._pending += (json.dumps(finite, allow_nan=False) + "\n").encode()
+        self._write()
+
+    def _write(self) -> None:
+        """Write what waits, as far as the disk has room."""
+        try:
+            while self._pending:
+                self._pending = self._pending[self._write_bytes(self._pending) :]
+            self._is_reported = False
+        except OSError as error:
+            if not self._is_reported:
+                self.say(f"{self.path}: cannot be written ({error.strerror}); will be tried again")
+            self._is_reported = True
+
+    def _write_bytes(self, content: bytes) -> int:
+        """Write what there is room for; returns how much that was."""
+        if self._file is None:
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - see close()
+        return self._file.write(content)
+
+    def sync(self) -> None:
+        """Make sure that a power cut takes no line written so far."""
+        self._write()
+        try:
+            if self._file is not None:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            self.say(f"{self.path}: cannot be flushed to disk ({error.strerror})")
+
+    def close(self) -> None:
+        """Write what waits and close the file; says so if lines are lost."""
+        self._write()
+        if self._pending:
+            self.say(f"{self.path}: its last lines are LOST, there was no room for them")
+        if self._file is not None:
+            self._file.close()
+
+
+def read(path: Path) -> list[Record]:
+    """Read a file's records; malformed lines, such as one cut short by a crash, are skipped."""
+    if not path.exists():
+        return []
+    records = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def cut_back(path: Path, step: int) -> list[Record]:
+    """Drop the lines of steps after `step` from a file; returns those that stay."""
+    kept = [line for line in read(path) if line["step"] <= step]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return kept

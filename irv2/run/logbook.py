@@ -1,0 +1,188 @@
+"""One outlet for everything a run reports: log.jsonl, TensorBoard, progress bar or plain lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from irv2.run.jsonl import JsonLines
+
+
+class Logbook:
+    """Records of the main rank; on other ranks (`directory=None`) every call does nothing."""
+
+    def __init__(self, directory: Path | None, step: int, total_steps: int) -> None:
+        """Open the log of a run that stands at `step`; lines of later steps are dropped."""
+        self.active = directory is not None
+        self.total_steps = total_steps
+        self.evals: list[dict[str, Any]] = []
+        self._bar: tqdm | None = None
+        if directory is None:
+            return
+        self._lines = JsonLines(directory / "log.jsonl", step, self.say)
+        self._bad_images = JsonLines(directory / "bad_images.jsonl", step, self.say)
+        self.evals = [line for line in self._lines.kept if line["kind"] == "eval"]
+        self._board: SummaryWriter | None = SummaryWriter(
+            str(directory / "tensorboard"), purge_step=step + 1
+        )
+        self._start_step, self._started = step, time.perf_counter()
+        if sys.stdout.isatty():
+            self._bar = tqdm(
+                total=total_steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout
+            )
+
+    def say(self, text: str) -> None:
+        """Print a line; a terminal that has gone does not end the run."""
+        if self.active:
+            printable = text.encode("utf-8", "backslashreplace").decode("utf-8")
+            with suppress(OSError):
+                tqdm.write(printable, file=sys.stdout)
+                sys.stdout.flush()
+
+    def _draw(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Call a method of TensorBoard's writer, until a full disk has ended it."""
+        if self._board is None:
+            return
+        try:
+            getattr(self._board, method)(*arguments, **options)
+        except OSError as error:
+            board, self._board = self._board, None
+            with suppress(OSError):  # its thread must not keep trying
+                board.close()
+            self.say(f"TensorBoard shows nothing more until the run is started again ({error})")
+
+    def stepped(self) -> None:
+        """Advance the bar by a step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def train(self, line: dict[str, Any]) -> None:
+        """Record a logged step, with the keys of a "train" line of log.jsonl."""
+        if not self.active:
+            return
+        self._lines.append({"kind": "train", **line})
+        for key in ("loss", "lr", "grad_norm", "images_per_s", "data_wait"):
+            self._draw("add_scalar", f"train/{key}", line[key], line["step"])
+        shown = f"loss {line['loss']:.3f}  lr {line['lr']:.4g}  {line['images_per_s']:.0f} images/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown)
+        else:
+            self.say(
+                f"step {line['step']}/{self.total_steps}  epoch {line['epoch']:.2f}  {shown}  "
+                f"{self._time_left(line['step'])} left"
+            )
+
+    def eval(self, line: dict[str, Any]) -> None:
+        """Record an evaluation: step, epoch, weights ("ema" or "raw"), top1, top5, mean_per_class,
+        loss, images. The mean over classes is shown where it is not top-1 itself."""
+        if not self.active:
+            return
+        line = {"kind": "eval", **line}
+        self._lines.append(line)
+        self.evals.append(line)
+        for key in ("top1", "top5", "mean_per_class", "loss"):
+            self._draw("add_scalar", f"eval_{line['weights']}/{key}", line[key], line["step"])
+        top1, mean = f"{line['top1']:.2f} %", f"{line['mean_per_class']:.2f} %"
+        per_class = f"  mean of classes {mean}" if mean != top1 else ""
+        self.say(
+            f"epoch {line['epoch']:.2f}  {line['weights']:>3}  top-1 {top1}  "
+            f"top-5 {line['top5']:.2f} %{per_class}  loss {line['loss']:.3f}  "
+            f"({line['images']} images)"
+        )
+
+    def bad_step(self, step: int, images: list[int]) -> None:
+        """Record a step that was left out, with the indices of its images."""
+        if not self.active:
+            return
+        self._lines.append({"kind": "bad_step", "step": step, "images": images})
+        self.say(f"step {step} was left out: its loss or gradient is not finite")
+
+    def bad_image(self, step: int, line: dict[str, Any]) -> None:
+        """Record an image that was replaced in a step: epoch, index, name, reason, replacement."""
+        if not self.active:
+            return
+        self._bad_images.append({"step": step, **line})
+        self.say(
+            f"step {step} took another image of its class for {line['name']}: {line['reason']}"
+        )
+
+    def sync(self) -> None:
+        """Make sure that a power cut takes no line recorded so far."""
+        if self.active:
+            self._lines.sync()
+            self._bad_images.sync()
+
+    def has_eval(self, step: int, weights: str) -> bool:
+        """True if that evaluation is already in the log."""
+        return any(e["step"] == step and e["weights"] == weights for e in self.evals)
+
+    def best_top1(self) -> float:
+        """Highest top-1 so far, percent; -1 before the first evaluation."""
+        return max((e["top1"] for e in self.evals), default=-1.0)
+
+    def text(self, tag: str, content: str, step: int) -> None:
+        """Show preformatted text in TensorBoard."""
+        if self.active:
+            indented = "".join(f"    {line}\n" for line in content.splitlines())
+            self._draw("add_text", tag, indented, step)
+
+    def images(self, tag: str, pixels: Tensor, names: list[str]) -> None:
+        """Show a grid of images [B, 3, H, W] in [0, 1] with class names in TensorBoard."""
+        if self.active:
+            self._draw("add_image", tag, _grid(pixels, names), self._start_step, dataformats="HWC")
+
+    def figure(self, tag: str, pixels: np.ndarray, step: int) -> None:
+        """Show a figure uint8 [H, W, 3] in TensorBoard."""
+        if self.active:
+            self._draw("add_image", tag, pixels, step, dataformats="HWC")
+
+    @contextmanager
+    def progress(self, total: int, title: str) -> Iterator[tqdm]:
+        """Show a second bar, for an evaluation; none where the output is not a terminal."""
+        shown = self.active and sys.stdout.isatty()
+        with tqdm(
+            total=total, desc=title, unit="image", leave=False, disable=not shown, file=sys.stdout
+        ) as bar:
+            yield bar
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._bar is not None:
+            self._bar.close()
+        if self.active:
+            self._lines.close()
+            self._bad_images.close()
+            self._draw("close")
+
+    def _time_left(self, step: int) -> str:
+        elapsed = time.perf_counter() - self._started
+        return tqdm.format_interval(
+            elapsed / max(1, step - self._start_step) * (self.total_steps - step)
+        )
+
+
+def _grid(pixels: Tensor, names: list[str], columns: int = 8, caption_px: int = 14) -> np.ndarray:
+    """Images and captions -> uint8 [H, W, 3]."""
+    tiles = pixels.clamp(0, 1).mul(255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+    count, height, width = tiles.shape[:3]
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    cell = height + caption_px
+    canvas = Image.new("RGB", (columns * width, rows * cell), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (tile, name) in enumerate(zip(tiles, names)):
+        left, top = i % columns * width, i // columns * cell
+        canvas.paste(Image.fromarray(tile), (left, top + caption_px))
+        draw.text((left + 2, top + 1), name[: width // 6], fill="black")
+    return np.asarray(canvas)

@@ -1,0 +1,261 @@
+"""A run at work in its directory: its logs, saves and counts. The network is train.py's."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from data.errors import DataError, UserError
+from data.loader import Batch, Replaced
+from data.stream import Key
+from irv2.config import Config
+from irv2.run import directory
+from irv2.run.best import BestWeights
+from irv2.run.checkpoint import CheckpointError
+from irv2.run.jsonl import JsonLines
+from irv2.run.logbook import Logbook
+from irv2.run.resume import Experiment, meta
+from irv2.run.saving import BackgroundSaver
+from irv2.training.batch import Division
+from irv2.training.distributed import World
+from irv2.training.metrics import Pace, Predictions
+from irv2.training.state import TrainState
+from irv2.training.step import RUNNING
+
+
+class DivergedError(UserError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class Run:
+    """The files of one run, and the counts that go into them.
+
+        with Run(cfg, experiment, total_steps, world) as run:   locks the directory, if there is one
+            run.begin(...)                                      makes it; from here on it is written
+            ... run.note_batch(batch), run.save(state, order), run.log_step(...) ...
+            run.finish(state)                                   waits for the disk
+
+    Ranks other than the main one have one, too: they vote, and write their part of the ledger.
+    """
+
+    def __init__(self, cfg: Config, experiment: Experiment, total_steps: int, world: World) -> None:
+        self.cfg, self.experiment, self.world = cfg, experiment, world
+        self.directory, self.total_steps = cfg.directory, total_steps
+        self.pace = Pace()
+        self._keys: list[Key] = []  # of the images that the last step took, on this rank
+        self._checksums: list[int] = []
+        self._replaced: list[Replaced] = []
+        self._shows_images = False
+        self._lock: BinaryIO | None = None
+        self._saver: BackgroundSaver | None = None
+
+    # ------------------------------------------------------------------ beginning and end
+
+    def __enter__(self) -> Run:
+        if self.directory.exists():
+            self._take_lock()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._saver is not None:
+            self._saver.finish()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _take_lock(self) -> None:
+        if self.world.is_main and self._lock is None:
+            self._lock = directory.lock(self.directory)
+
+    def begin(self, state: TrainState, division: Division, val_images: int) -> None:
+        """Make or enter the directory, open what is written there, and say what will happen."""
+        is_saved = bool(directory.checkpoints(self.directory))
+        self._take_lock()
+        directory.check_shared(self.directory, self.world)
+        if self.world.is_main:
+            directory.set_aside_unusable(self.directory, state.step)
+            directory.write_config(self.directory, self.experiment.config)
+        place = self.directory if self.world.is_main else None
+        self.log = Logbook(place, state.step, self.total_steps)
+        text = directory.config_text(self.experiment.config)
+        self.log.text("config", text, state.step)
+        self._announce(state.model, division, val_images)
+        self._ledger: JsonLines | None = None
+        if self.cfg.log.ledger:
+            ranks = (self.world.rank, self.world.size)
+            self._ledger = directory.open_ledger(self.directory, *ranks, state.step, print)
+        self._best = BestWeights(self.directory, self.experiment, self.log.say)
+        self._tried_step = state.step if is_saved else 0
+        store, keep = self.directory / directory.STORE, self.cfg.checkpoint.keep
+        self._saver = BackgroundSaver(store, keep, self._tried_step, self.log.say, RUNNING)
+        self.pace.restart()
+
+    def _announce(self, model: nn.Module, division: Division, val_images: int) -> None:
+        cfg, world, say = self.cfg, self.world, self.world.say
+        parameters = sum(p.numel() for p in model.parameters())
+        device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
+        ranks = f"{world.size} rank{'s' if world.size > 1 else ''}"
+        say(
+            f"{cfg.run.name}: Inception-ResNet-v2, {parameters:,} parameters, "
+            f"{len(self.experiment.classes)} classes, {cfg.data.image_size} px, "
+            f"{cfg.train.precision} on {ranks} of {device}"
+        )
+        say(
+            f"data: {self.experiment.images_per_epoch:,} training and {val_images:,} validation "
+            f"images; {self.total_steps:,} steps of {cfg.train.global_batch} = "
+            f"{ranks} x {division.accumulation} accumulated x {division.micro_batch}"
+        )
+        if cfg.model.freeze is not None:
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            say(f"frozen: the {cfg.model.freeze}; {trained:,} parameters are trained")
+        say(f"run: {self.directory}    watch: tensorboard --logdir {self.directory}")
+
+    def finish(self, state: TrainState) -> None:
+        """Wait until the last step is saved. Raises CheckpointError where it could not be."""
+        self._saver.finish()
+        if self.world.is_main and self._saver.saved_step < state.step:  # perhaps there is room now
+            self._save(state)
+            self._saver.finish()
+        self.log.close()
+        is_saved = self._saver.saved_step >= state.step
+        is_lost = self.world.is_main and not (is_saved and self._best.flush())
+        if self.world.any(is_lost):  # the ranks wait here for the main one's save
+            raise CheckpointError(
+                f"{self.directory}: step {state.step} could not be saved; fix what is said above, "
+                "then start the same command again: it goes on from the newest checkpoint there"
+            )
+
+    # ------------------------------------------------------------------ images
+
+    def note_batch(self, batch: Batch) -> None:
+        """Take note of a micro-batch that this rank trains on; TensorBoard shows the first."""
+        self._keys += batch.keys
+        self._checksums += batch.checksums
+        self._replaced += batch.replaced
+        if self.log.active and not self._shows_images:
+            data, classes = self.cfg.data, self.experiment.classes
+            std, mean = (batch.images.new_tensor(v).view(1, 3, 1, 1) for v in (data.std, data.mean))
+            labels = batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)  # mixed
+            names = [classes[label] for label in labels]
+            self.log.images("training images", batch.images * std + mean, names)
+            self._shows_images = True
+
+    def note_images(self, state: TrainState, stopping: bool) -> bool:
+        """Record the images of the last step, and those that any rank had to replace.
+
+        Returns True if any rank is `stopping`. Raises DataError when too many images were unusable.
+        """
+        stopping, some_replaced = self.world.votes(stopping, bool(self._replaced))
+        if not self._keys:
+            return stopping
+        if self._ledger is not None:
+            indices = [index for _, index in self._keys]
+            line = {"step": state.step, "indices": indices, "checksums": self._checksums}
+            self._ledger.append(line)
+        for image in self.world.gather(self._replaced) if some_replaced else ():
+            state.bad_images += 1
+            self.log.bad_image(state.step, image._asdict())
+        self._keys, self._checksums, self._replaced = [], [], []
+        allowed, epoch = self.cfg.data.max_bad_fraction, self.experiment.images_per_epoch
+        if state.bad_images > allowed * max(epoch, state.images_seen):
+            raise DataError(
+                f"{state.bad_images} of {state.images_seen} images seen could not be used and were "
+                f"replaced, more than data.max_bad_fraction={allowed:g} allows; "
+                f"they are listed in {self.directory / 'bad_images.jsonl'}: mend or remove them"
+            )
+        return stopping
+
+    # ------------------------------------------------------------------ steps
+
+    def stepped(self) -> None:
+        """Count a finished step."""
+        self.pace.trained(self.cfg.train.global_batch)
+        self.log.stepped()
+
+    def log_step(
+        self,
+        state: TrainState,
+        loss: Tensor,
+        lr: float,
+        grad_norm: Tensor,
+        order: Sequence[list[Key]],
+    ) -> None:
+        """Record the last step. Waits for the device."""
+        self._note_bad_steps(state, order)
+        self.log.train(
+            {
+                "step": state.step,
+                "images_seen": state.images_seen,
+                "epoch": state.images_seen / self.experiment.images_per_epoch,
+                "loss": loss.item(),
+                "lr": lr,
+                "grad_norm": grad_norm.item(),
+                **self.pace.read(),
+            }
+        )
+
+    def _note_bad_steps(self, state: TrainState, order: Sequence[list[Key]]) -> None:
+        """Record the steps left out. Raises DivergedError when there were too many in a row."""
+        batch = self.cfg.train.global_batch
+        bad_steps, in_a_row = state.read_bad_steps()
+        for step in bad_steps:
+            keys = order[(step - 1) * batch : step * batch]
+            self.log.bad_step(step, [index for _, index in keys])
+        if in_a_row > self.cfg.train.max_bad_steps:
+            self._saver.finish()
+            place = str(self.directory)
+            is_saved = bool(directory.checkpoints(self.directory))
+            origin = f"--resume {shlex.quote(place)} " if is_saved else ""
+            raise DivergedError(
+                f"step {state.step}: the loss or the gradient was not finite {in_a_row} times in a "
+                f"row; none of these steps was applied. To go on with a lower rate, add: {origin}"
+                f"run.dir={shlex.quote(place + '-lower')} optim.lr={self.cfg.optim.lr / 2:g}"
+            )
+
+    # ------------------------------------------------------------------ saving
+
+    def save(self, state: TrainState, order: Sequence[list[Key]]) -> None:
+        """Save the state during the next forward and backward, unless this step has been saved."""
+        if state.step <= self._tried_step:
+            return
+        self._note_bad_steps(state, order)
+        if self._ledger is not None:
+            self._ledger.sync()
+        if self.world.is_main:
+            self.log.sync()
+            self._save(state)
+        self._tried_step = state.step
+
+    def _save(self, state: TrainState) -> None:
+        self._saver.begin(state.step, state.tensors(), meta(state, self.experiment))
+
+    def wait_for_copy(self) -> None:
+        """Wait until a save under way has copied the state, which is about to change."""
+        self._saver.wait_for_copy()
+
+    # ------------------------------------------------------------------ evaluations
+
+    def has_evaluated(self, step: int, which: str) -> bool:
+        """True if the log holds an evaluation of these weights ("ema" or "raw") at this step."""
+        return self.world.any(self.log.has_eval(step, which))
+
+    def log_evaluation(
+        self, state: TrainState, which: str, model: nn.Module, predictions: Predictions
+    ) -> None:
+        """Record an evaluation of the averaged ("ema") or raw weights, and keep the best."""
+        line: dict[str, Any] = {
+            "step": state.step,
+            "epoch": state.images_seen / self.experiment.images_per_epoch,
+            "weights": which,
+            "top1": predictions.top1,
+            "top5": predictions.top5,
+            "mean_per_class": predictions.mean_per_class,
+            "loss": predictions.mean_loss,
+            "images": predictions.images,
+        }
+        if self.world.is_main and predictions.top1 > self.log.best_top1():
+            self._best.write(model.state_dict(), line)
+        self.log.eval(line)

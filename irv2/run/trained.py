@@ -1,0 +1,170 @@
+"""A trained network and its metadata: from a run, a weights file or timm's hub."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irv2.config import Data
+from irv2.network import imagenet_names, weights
+from irv2.network.accelerate import accelerate
+from irv2.network.model import BLOCKS, InceptionResnetV2
+from irv2.network.weights import WeightsError
+from irv2.run import checkpoint
+from irv2.run.checkpoint import Checkpoint, CheckpointError
+from irv2.run.directory import checkpoints
+from irv2.run.resume import load_newest
+
+IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with its weights."""
+
+    model: InceptionResnetV2
+    name: str  # its origin, for people
+    which: str  # "ema", "raw" or "as published"
+    step: int | None
+    classes: list[str] | None  # class names in the order of its outputs, if known
+    data: Data  # how images are preprocessed
+    images: str | None  # its validation images, if known
+
+
+def load_run(directory: Path, which: str, say: Callable[[str], None]) -> Trained:
+    """Load the averaged ("ema") or "raw" weights of a run's newest usable checkpoint.
+
+    Raises CheckpointError, or WeightsError.
+    """
+    return from_checkpoint(load_newest(directory, say, only=[part(which)]), which)
+
+
+def from_checkpoint(loaded: Checkpoint, which: str) -> Trained:
+    """Build the network of a checkpoint of which `part(which)` was read. Raises WeightsError."""
+    cfg, meta, source = loaded.meta["config"], loaded.meta, str(loaded.path)
+    model = _network(loaded.parts[part(which)], source, tuple(cfg["model"]["blocks"]))
+    data = _data(cfg["data"], source)
+    return Trained(model, source, which, meta["step"], meta["classes"], data, data.val)
+
+
+def _network(state: dict[str, Tensor], source: str, blocks: tuple[int, ...]) -> InceptionResnetV2:
+    """Build the network of a state dict, in its fast form. Raises WeightsError."""
+    return accelerate(weights.build_model(state, source, blocks)).eval()
+
+
+def load_checkpoints(
+    directory: Path, which: str, say: Callable[[str], None], most: int | None = None
+) -> list[Trained]:
+    """Load a run's usable checkpoints, its newest `most` or all, oldest first; says which it passes
+    over. Raises CheckpointError if there is none."""
+    networks: list[Trained] = []
+    for path in reversed(checkpoints(directory)):
+        if len(networks) == most:
+            break
+        try:
+            networks.append(from_checkpoint(checkpoint.load(path, [part(which)]), which))
+        except CheckpointError as error:
+            say(f"passed over: {error}")
+    if not networks:
+        raise CheckpointError(f"{directory}: no checkpoint in it that can be read")
+    return networks[::-1]
+
+
+def average(networks: list[Trained], needed: int = 1) -> Trained:
+    """Average several checkpoints' weights and batch-norm statistics, oldest first.
+
+    The newest network receives the mean. Raises CheckpointError if there are fewer than `needed`,
+    WeightsError if they are of different networks.
+    """
+    newest = networks[-1]
+    if len(networks) < needed:
+        raise CheckpointError(
+            f"{Path(newest.name).parents[1]}: --average {needed} needs as many checkpoints, and it "
+            f"has {len(networks)}; train with a larger checkpoint.keep"
+        )
+    states = [network.model.state_dict() for network in networks]
+    mean = {}
+    for name, value in states[-1].items():
+        values = [state.get(name) for state in states]
+        if any(v is None or v.shape != value.shape for v in values):
+            raise WeightsError(f"{newest.name}: {name} is another in an older checkpoint")
+        if value.is_floating_point():
+            value = torch.stack([v.double() for v in values]).mean(0).to(value.dtype)
+        mean[name] = value
+    newest.model.load_state_dict(mean)
+    steps = f"steps {networks[0].step} to {newest.step}"
+    return replace(newest, name=f"{newest.name}, mean of {len(networks)} ({steps})")
+
+
+def part(which: str) -> str:
+    """The part of a checkpoint that holds "ema" or "raw" weights."""
+    return "ema" if which == "ema" else "model"
+
+
+def load_weights(source: str) -> Trained:
+    """Load a weights file, or "timm:NAME". Raises WeightsError.
+
+    Without metadata the published settings apply: 299 px, crop 0.8975, bicubic, mean = std = 0.5,
+    and 1,000 classes are ImageNet's.
+    """
+    state, texts = weights.read(source)
+    metadata = _parsed(texts, source)
+    blocks = tuple(metadata.get("blocks", BLOCKS))
+    model = _network(state, source, blocks)
+    outputs = model.num_classes
+    if model.in_chans != 3:
+        raise WeightsError(f"{source}: is for images of {model.in_chans} channels, not for RGB")
+    classes = metadata.get("classes")
+    if classes is None and outputs == IMAGENET_CLASSES:
+        classes = imagenet_names.synsets()
+    if classes is not None and len(classes) != outputs:
+        raise WeightsError(f"{source}: has {outputs} outputs, but names for {len(classes)}")
+    result = metadata.get("result", {})
+    which = result.get("weights", "as published")
+    stored = metadata.get("data", {}) | {"cache_dir": None}  # it may come from another machine
+    data = _data(stored, source)
+    return Trained(model, source, which, result.get("step"), classes, data, stored.get("val"))
+
+
+def _data(stored: dict[str, Any], source: str) -> Data:
+    """Section "data" from the keys that are stored, the rest by default. Raises WeightsError."""
+    known = {key: value for key, value in stored.items() if key in Data.model_fields}
+    known = {key: value for key, value in known.items() if value is not None or key != "val"}
+    try:
+        return Data(**{"train": "unknown", "val": "unknown"} | known)
+    except ValueError:
+        raise WeightsError(f"{source}: its metadata is damaged (data)") from None
+
+
+def _parsed(metadata: dict[str, str], source: str) -> dict[str, Any]:
+    """Parse this project's entries of a weights file's metadata. Raises WeightsError."""
+    is_sound: dict[str, Callable[[Any], bool]] = {
+        "blocks": lambda value: _is_list_of(int, value) and len(value) == 3 and min(value) > 0,
+        "classes": lambda value: _is_list_of(str, value),
+        "data": lambda value: isinstance(value, dict),
+        "result": lambda value: (
+            isinstance(value, dict)
+            and isinstance(value.get("weights", ""), str)
+            and isinstance(value.get("step"), int | None)
+        ),
+    }
+    entries = {}
+    for key in is_sound.keys() & metadata.keys():
+        try:
+            entries[key] = json.loads(metadata[key])
+        except ValueError:
+            entries[key] = math.nan
+        if not is_sound[key](entries[key]):
+            raise WeightsError(f"{source}: its metadata is damaged ({key})")
+    return entries
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)

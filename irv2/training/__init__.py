@@ -1,0 +1,1 @@
+"""A network's training: its state, one step of it, and the ranks that take part."""

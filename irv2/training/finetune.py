@@ -1,0 +1,99 @@
+"""Fine-tuning: a new run's first weights, which of them stay fixed, learning rates by stage."""
+
+from __future__ import annotations
+
+import json
+from itertools import chain
+
+from torch import Tensor
+
+from irv2.network import weights
+from irv2.network.model import InceptionResnetV2
+from irv2.network.weights import WeightsError
+from irv2.training.distributed import World
+from irv2.training.state import TrainState
+
+# The part of the network's stages, counted from the classifier, that is not trained.
+FROZEN = {"stem": slice(-1, None), "backbone": slice(1, None)}
+CLASSIFIERS = ("classif.", "aux.classif.")  # whose shapes depend on the classes
+AUX = "aux."
+
+
+def lr_scales(model: InceptionResnetV2, layer_decay: float) -> dict[str, float]:
+    """Share of the learning rate for each of the network's children: `layer_decay` to the power of
+    its stage, counted from the classifier's 0."""
+    return {child: layer_decay**i for i, stage in enumerate(model.stages()) for child in stage}
+
+
+def freeze(model: InceptionResnetV2, part: str) -> None:
+    """Freeze the parameters of a part of FROZEN; its batch norm then keeps its statistics, too."""
+    for child in chain(*model.stages()[FROZEN[part]]):
+        getattr(model, child).requires_grad_(False)
+
+
+def begin(state: TrainState, source: str, classes: list[str], world: World) -> None:
+    """Give a new run's network and its average the weights of a file or "timm:NAME", and say so.
+
+    Raises WeightsError.
+    """
+    pretrained, metadata = _read(source, world)
+    outcome = load(state.model, pretrained, _class_names(metadata, source), classes, source)
+    state.ema.module.load_state_dict(state.model.state_dict())
+    world.say(outcome)
+
+
+def _read(source: str, world: World) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read weights and metadata on every rank: first on the main one, so that the others find its
+    download on the disk."""
+    pretrained = error = None
+    if world.is_main:
+        try:
+            pretrained = weights.read(source)
+        except WeightsError as raised:  # below, once the others no longer wait
+            error = raised
+    world.any(False)
+    if error is not None:
+        raise error
+    return weights.read(source) if pretrained is None else pretrained
+
+
+def _class_names(metadata: dict[str, str], source: str) -> list[str] | None:
+    """The names of a file's classes, if it knows them."""
+    try:
+        return json.loads(metadata.get("classes", "null"))
+    except ValueError:
+        raise WeightsError(f"{source}: its metadata is damaged (classes)") from None
+
+
+def load(
+    model: InceptionResnetV2,
+    state: dict[str, Tensor],
+    named: list[str] | None,
+    classes: list[str],
+    source: str,
+) -> str:
+    """Load a state dict except classifiers of other classes; returns what was done, in words.
+
+    The classifier is kept if the file's classes, `named`, are `classes`, or if the file does not
+    name them and has as many. An auxiliary head that the file lacks stays new, one that the model
+    lacks is left out. Raises WeightsError, naming a tensor, where anything else does not fit.
+    """
+    count = f"{len(classes):,} classes"
+    new: tuple[str, ...] = ()
+    if named == classes:
+        outcome = f"classifier kept, of the same {count}"
+    elif "classif.weight" not in state:
+        new, outcome = CLASSIFIERS, f"new classifier for {count}, as it has none"
+    elif named is None and len(state["classif.weight"]) == len(classes):
+        outcome = f"classifier kept, of {count} that it does not name"
+    else:
+        others = len(state["classif.weight"])
+        new, outcome = CLASSIFIERS, f"new classifier for {count}, as its {others:,} are others"
+    if model.aux is not None and not any(name.startswith(AUX) for name in state):
+        new += (AUX,)
+        outcome += "; new auxiliary head"
+    left_out = new if model.aux is not None else (*new, AUX)
+    merged = {name: value for name, value in state.items() if not name.startswith(left_out)}
+    merged |= {name: v for name, v in model.state_dict().items() if name.startswith(new)}
+    weights.load_into(model, merged, source)
+    return f"begins from {source}: {outcome}"

@@ -1,0 +1,195 @@
+"""One training step: begin, forward and backward for each micro-batch, update.
+
+Nothing here waits for the device (except in fp16, whose scaler checks for overflow).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from irv2.training.distributed import World
+from irv2.training.loss import Loss
+from irv2.training.state import TrainState
+from irv2.training.update import apply, gradient_norm
+
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")  # a forward changes them
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Options of a step, the same for a whole run."""
+
+    loss: Loss = field(default_factory=Loss)
+    accumulation: int = 1  # micro-batches of an update
+    clip_norm: float | None = None
+    precision: str = "fp32"
+    seed: int = 0
+    freeze_bn: bool = False
+
+
+class Before(NamedTuple):
+    """Running statistics, and their values before a step, to restore if it is a bad one."""
+
+    statistics: list[Tensor]
+    values: list[Tensor]
+
+
+def begin(state: TrainState, options: StepOptions) -> Before:
+    """Put the model into training mode and remember what a forward changes."""
+    train_mode(state.model, options.freeze_bn)
+    statistics = running_statistics(state.model)
+    return Before(statistics, [tensor.clone() for tensor in statistics])
+
+
+def forward_backward(
+    state: TrainState,
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    part: int,
+    options: StepOptions,
+    world: World,
+) -> Tensor:
+    """Add the gradients of micro-batch number `part`; returns its share of the loss, float32 [].
+
+    network: `state.model`, or the wrapper that averages its gradients over ranks.
+    images: float [B, 3, H, W]; labels: as the loss takes them.
+    """
+    torch.manual_seed(dropout_seed(options.seed, state.step, world.rank, part))
+    is_last = part == options.accumulation - 1
+    with _gradients_exchanged(network, is_last):
+        return _backward(state, network, images, labels, options)
+
+
+def update(
+    state: TrainState,
+    loss: Tensor,
+    before: Before,
+    lr: float,
+    options: StepOptions,
+    world: World,
+) -> Tensor:
+    """Clip, update weights and their average; returns the gradient norm before clipping.
+
+    A step whose loss or gradient is not finite, on any rank, changes nothing but `state.step`;
+    `state.read_bad_steps` counts it. `loss` becomes the mean over ranks.
+    """
+    state.scaler.unscale_(state.optimizer)
+    norm = gradient_norm(state.model.parameters())
+    world.average_([loss, *(s for s in before.statistics if s.is_floating_point())])
+    # Gradients are averages over ranks, so one rank's bad number is seen by all of them.
+    good = torch.isfinite(loss)
+    if not state.scaler.is_enabled():  # else an infinite gradient is fine: the scaler skips it
+        good = good & torch.isfinite(norm)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    apply(state, good, norm, options.clip_norm, *before)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.unread.append(good)
+    return norm
+
+
+def train_step(
+    state: TrainState,
+    network: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    lr: float,
+    options: StepOptions,
+    world: World,
+) -> tuple[Tensor, Tensor]:
+    """Make the step that train.py spells out, from the next images and labels of `batches`.
+
+    Returns loss and gradient norm of the global batch, both on the device.
+    """
+    before = begin(state, options)
+    loss = torch.zeros((), device=world.device)
+    for part in range(options.accumulation):
+        images, labels = next(batches)
+        loss += forward_backward(state, network, images, labels, part, options, world)
+    return loss, update(state, loss, before, lr, options, world)
+
+
+def _backward(
+    state: TrainState, network: nn.Module, images: Tensor, labels: Tensor, options: StepOptions
+) -> Tensor:
+    dtype = PRECISIONS[options.precision]
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        output = network(images)
+    loss = options.loss(output, labels) / options.accumulation
+    state.scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def settle(
+    state: TrainState, network: nn.Module, micro_batch: int, image_size: int, options: StepOptions
+) -> None:
+    """Have DistributedDataParallel lay out its buffers of gradients before the first step.
+
+    It does so after its first backward, and from then on ranks add up in another order; a resumed
+    run would differ from an unbroken one in its first step. Changes nothing in `state`.
+    """
+    if not isinstance(network, DistributedDataParallel):
+        return
+    before = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
+    train_mode(state.model, options.freeze_bn)
+    device = next(state.model.parameters()).device
+    images = torch.zeros(micro_batch, 3, image_size, image_size, device=device)
+    labels = torch.zeros(micro_batch, dtype=torch.int64, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    _backward(state, network, images, labels, options)
+    state.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
+def train_mode(model: nn.Module, freeze_bn: bool) -> None:
+    """Put a model into training mode; frozen batch norm keeps using its running statistics.
+
+    With `freeze_bn` all batch norm is frozen, else only layers without a trained parameter.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and (freeze_bn or not _is_trained(module)):
+            module.eval()
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Tensors that a forward changes, of every batch norm in training mode.
+
+    Ranks see different images, so means and variances differ until averaged; averaging at each step
+    keeps every rank's model the same.
+    """
+    norms = (m for m in model.modules() if isinstance(m, _BatchNorm) and m.training)
+    return [getattr(norm, name) for norm in norms for name in RUNNING]
+
+
+def dropout_seed(seed: int, step: int, rank: int, part: int) -> int:
+    """Seed of the dropout of one micro-batch: a 64-bit mix of its place in the run."""
+    mixed = 0
+    for value in (seed, step, rank, part):
+        mixed = (mixed ^ value) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 32
+    return mixed
+
+
+def _gradients_exchanged(network: nn.Module, exchange: bool) -> AbstractContextManager:
+    """Average gradients over ranks in this backward, or only add them up."""
+    if exchange or not isinstance(network, DistributedDataParallel):
+        return nullcontext()
+    return network.no_sync()
