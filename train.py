@@ -91,9 +91,9 @@ def train(cfg: Config, resume_from: str, world: World, stop: StopRequest) -> int
 
         run.finish(state)
     if stopping:
-        world.say(f"stopped after step {state.step}; the same command continues from there")
+        run.log.say(f"stopped after step {state.step}; the same command continues from there")
         return stop.exit_status
-    world.say(f"finished: step {state.step} of {schedule.total_steps}, in {cfg.directory}")
+    run.log.say(f"finished: step {state.step} of {schedule.total_steps}, in {cfg.directory}")
     return 0
 
 

@@ -53,8 +53,11 @@ class _Loader(yaml.SafeLoader):
             raise self.refusal(f"no control characters ({control[0]!r})")
         if len(self.path) > MAX_DEPTH:
             raise self.refusal("nested too deep")
-        if is_key and text in [key.value for key, _ in parent.value]:
-            raise self.refusal("written twice; keep one")
+        if is_key:
+            names = vars(parent).setdefault("names", set())  # of the mapping so far
+            if text in names:
+                raise self.refusal("written twice; keep one")
+            names.add(text)
         node = super().compose_node(parent, index)
         if is_key:
             node.tag = self.DEFAULT_SCALAR_TAG  # 1 and null are names, too

@@ -620,13 +620,13 @@ def test_state_dict_has_timms_names_with_biases_and_loads_into_another_folded_ne
 
 
 @pytest.mark.slow
-def test_repeats_of_a_block_share_one_graph(monkeypatch):
+def test_repeats_of_a_block_share_one_graph(monkeypatch, tmp_path):
     """Graphs are traced, but run by PyTorch's own operations, which is quick to set up."""
     torch._dynamo.reset()
     counters.clear()
     model = accelerate(small(drop_rate=0.0, blocks=(2, 2, 2))).train()
     eager, compile_module = copy.deepcopy(model), nn.Module.compile
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
         model.compile_regions()
