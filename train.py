@@ -144,7 +144,7 @@ def main() -> int:
 
     def body() -> int:
         cfg = config.load(arguments.config, arguments.overrides)
-        build.check_batch(cfg, distributed.world_size())  # before a device is touched
+        build.check_batch(cfg, distributed.place().size)  # before a device is touched
         with (
             StopRequest() as stop,
             distributed.start(cfg.run.device, cfg.run.timeout_s) as world,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -18,7 +17,8 @@ from data.errors import UserError
 from data.urls import without_secrets
 from irv2.run import trained
 from irv2.run.trained import Trained
-from irv2.training.distributed import World
+from irv2.training import distributed
+from irv2.training.distributed import Place, World, WorldError
 from irv2.training.metrics import Collector
 
 # ------------------------------------------------------------------------------ arguments
@@ -112,8 +112,7 @@ def exit_status(body: Callable[[], int]) -> int:
     try:
         return body()
     except (UserError, OSError) as error:  # no permission, no space: the message names the file
-        is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-        if is_first_here or isinstance(error, OSError) or error.one_rank:
+        if _place().local_rank == 0 or isinstance(error, OSError) or error.one_rank:
             _report(without_secrets(str(error)))
         return 1
     except RuntimeError as error:
@@ -127,7 +126,15 @@ def exit_status(body: Callable[[], int]) -> int:
         return 128 + signal.SIGINT
 
 
+def _place() -> Place:
+    """This process's place; a process that is told none, or nonsense, speaks for itself."""
+    try:
+        return distributed.place()
+    except WorldError:
+        return Place()
+
+
 def _report(text: str) -> None:
-    name, rank = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0))
+    name, rank = Path(sys.argv[0]).name, _place().rank
     speaker = f"{name}: rank {rank}" if rank > 0 else name
     print(f"{speaker}: {text}", file=sys.stderr, flush=True)

@@ -27,7 +27,7 @@ from data.files import write_atomically
 from irv2 import build, cli, config
 from irv2.config import ConfigError
 from irv2.training import batch, distributed
-from irv2.training.distributed import WorldError
+from irv2.training.distributed import Place, WorldError
 from scripts.checks import images, machine
 from scripts.checks.case import FAIL, OK, WARN, Case, Finding, Request
 
@@ -151,9 +151,10 @@ def main() -> int:
     options = vars(parse_arguments())
     report = options.pop("json")
     request = Request(**options)
-    os.environ["LOCAL_WORLD_SIZE"] = str(request.ranks)  # as torchrun sets it for each rank
 
     def body() -> int:
+        distributed.place()  # what train.py would find, before a first rank's place is taken
+        os.environ.update(Place(local_size=request.ranks).variables())
         findings = examine(Case(request))
         levels = [finding.level for _, finding in findings]
         print(f"{levels.count(FAIL)} FAIL, {levels.count(WARN)} warn, {levels.count(OK)} ok")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from places import take
 
 from data.errors import DataError, ImageError, StorageError, WorkerError
 from data.urls import without_secrets
@@ -20,6 +21,7 @@ from irv2 import cli, config
 from irv2.config import ConfigError
 from irv2.network import weights
 from irv2.run import resume
+from irv2.training.distributed import Place
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = [
@@ -350,8 +352,7 @@ def test_what_only_one_rank_knows_is_said_by_that_rank(kind, monkeypatch, capsys
     def body() -> int:
         raise kind("words")
 
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    take(monkeypatch, Place(1, 2, 1, 2))
     assert cli.exit_status(body) == 1
     assert ("rank 1: words" in capsys.readouterr().err) == (kind is not DataError)
 

@@ -47,6 +47,19 @@ def examine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Called]:
     return functools.partial(call, doctor)
 
 
+def test_one_process_has_the_share_of_the_machine_that_a_rank_would_have(monkeypatch):
+    def probe(_case: Case) -> list[Finding]:
+        with distributed.start("cpu") as world:
+            return [Finding(OK, f"{world.size} {distributed.place().local_size}")]
+
+    monkeypatch.setattr(doctor, "CHECKS", [("probe", probe, ())])
+    status, out, _ = call(doctor, "any.yaml", "--ranks", 3)
+    assert status == 0 and lines_of(out, OK)[0].endswith(" 1 3")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    status, out, error = call(doctor, "any.yaml", "--ranks", 3)
+    assert (status, out) == (1, "") and "no RANK" in error
+
+
 def case_of(project: Path, *overrides: str, **asked: object) -> Case:
     """A case whose config and data have been read."""
     case = Case(Request(str(project), list(overrides), **asked))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from places import take
 from programs import run_script_on_ranks
 from same_run import differing
 from small_network import (
@@ -34,7 +35,7 @@ from irv2.network.accelerate import accelerate
 from irv2.network.model import inception_resnet_v2
 from irv2.run import directory
 from irv2.training import distributed
-from irv2.training.distributed import World, WorldError
+from irv2.training.distributed import Place, World, WorldError
 from irv2.training.state import TrainState
 from irv2.training.step import StepOptions, settle, train_mode, train_step
 
@@ -366,11 +367,9 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 def test_each_rank_takes_its_own_gpu_and_too_many_ranks_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    take(monkeypatch, Place(1, 2, 1, 2))
     assert distributed.choose_device("auto") == torch.device("cuda", 1)
     assert distributed.choose_device("cpu") == torch.device("cpu")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    take(monkeypatch, Place(0, 4, 0, 4))
     with pytest.raises(WorldError, match="--nproc-per-node=2"):
         distributed.choose_device("auto")

@@ -275,6 +275,7 @@ def test_checkpoint_of_another_network_is_refused(project, tmp_path) -> None:
 
 def test_ranks_that_do_not_divide_the_batch(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     project = programs.write_project(tmp_path)
     status, _, error = call(train, "--config", project, "train.global_batch=9")
     assert status == 1

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TypeVar
 
+from irv2.training import distributed
+
 Item = TypeVar("Item")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, schedulers, Slurm's warning
@@ -64,7 +66,7 @@ def _watch(arrivals: int) -> None:
                 continue
             if first_at is None:
                 first_at = time.monotonic()
-                if number[0] == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+                if number[0] == signal.SIGINT and distributed.place().rank == 0:
                     os.write(2, b"\nfinishing this step; Ctrl-C again leaves at once\n")
             elif time.monotonic() - first_at > GRACE_S:
                 os._exit(128 + number[0])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import inspect
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from data.errors import UserError
+
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's variables
 
 
 class WorldError(UserError):
@@ -92,15 +96,42 @@ class World:
         return [item for each in lists for item in each]
 
 
-def world_size() -> int:
-    """Ranks that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+class Place(NamedTuple):
+    """This process's place among those that a launcher has started, here and on all hosts."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    def variables(self) -> dict[str, str]:
+        """What torchrun would set to tell a process of this place."""
+        return dict(zip(PLACE, map(str, self)))
+
+
+def place() -> Place:
+    """This process's place, as torchrun tells it; without torchrun it is the only process.
+
+    Raises WorldError where the environment holds half of torchrun's variables, or nonsense: left
+    over from something else, they would have a process wait for others, or hold its tongue for one.
+    """
+    given = {name: os.environ[name] for name in PLACE if name in os.environ}
+    told = " ".join(f"{name}={value}" for name, value in given.items())
+    remedy = f"start the program by torchrun, or without them: unset {' '.join(given)}"
+    if given and not {"RANK", "WORLD_SIZE"} <= given.keys():
+        missing = " and ".join(name for name in ("RANK", "WORLD_SIZE") if name not in given)
+        raise WorldError(f"the environment has {told}, but no {missing}: {remedy}")
+    if not all(re.fullmatch("[0-9]{1,9}", value) for value in given.values()):
+        raise WorldError(f"the environment has {told}, which are not all numbers: {remedy}")
+    own = Place(*(int(given.get(name, default)) for name, default in zip(PLACE, Place())))
+    if not (own.rank < own.size and own.local_rank < own.size):
+        raise WorldError(f"the environment has {told}, which do not go together: {remedy}")
+    return own
 
 
 def choose_device(name: str) -> torch.device:
     """Device of this process for "auto", "cpu" or "cuda". Raises WorldError if it is absent."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    _, _, local_rank, local_ranks = place()
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and available == 0):
         return torch.device("cpu")
@@ -179,6 +210,11 @@ def _fresh_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta) -
 
 def _join(device: torch.device, timeout: timedelta) -> None:
     """Join the process group of the environment: NCCL's on GPUs, gloo's on CPUs."""
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise WorldError(
+            f"the environment has WORLD_SIZE={place().size}, but no {' and '.join(missing)}: start "
+            f"the program by torchrun, or without its variables: unset {' '.join(PLACE)}"
+        )
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(_fresh_prefix(store, rank, size, timeout), store)
     is_cuda = device.type == "cuda"
@@ -212,7 +248,7 @@ def start(device_name: str, timeout_s: float = 600.0) -> Iterator[World]:
 
     A rank that lets the others wait for `timeout_s` in a collective ends them all.
     """
-    rank, size = int(os.environ.get("RANK", 0)), world_size()
+    rank, size, *_ = place()
     device = choose_device(device_name)
     set_up(device)
     if size == 1:
