@@ -138,21 +138,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
+@cli.program
 def main() -> int:
     """Command line -> exit status."""
     arguments = parse_arguments()
-
-    def body() -> int:
-        cfg = config.load(arguments.config, arguments.overrides)
-        build.check_batch(cfg, distributed.place().size)  # before a device is touched
-        with (
-            StopRequest() as stop,
-            distributed.start(cfg.run.device, cfg.run.timeout_s) as world,
-            worker_errors(),
-        ):
-            return train(cfg, arguments.resume, world, stop)
-
-    return cli.exit_status(body)
+    cfg = config.load(arguments.config, arguments.overrides)
+    build.check_batch(cfg, distributed.place().size)  # before a device is touched
+    with (
+        StopRequest() as stop,
+        distributed.start(cfg.run.device, cfg.run.timeout_s) as world,
+        worker_errors(),
+    ):
+        return train(cfg, arguments.resume, world, stop)
 
 
 if __name__ == "__main__":

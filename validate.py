@@ -204,16 +204,13 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
         parser.error(f"--crop and --interpolation do not go with --protocol {arguments.protocol}")
 
 
+@cli.program
 def main() -> int:
     """Command line -> exit status."""
     options = parse_arguments()
-
-    def body() -> int:
-        with distributed.start(options.device) as world, worker_errors():
-            validate(options, world)
-        return 0
-
-    return cli.exit_status(body)
+    with distributed.start(options.device) as world, worker_errors():
+        validate(options, world)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""Shared by all programs: types of arguments, the network they work on, the exit status."""
+"""Shared by all programs: their output and exit status, arguments, the network they work on."""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import io
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ParamSpec
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -20,6 +24,36 @@ from irv2.run.trained import Trained
 from irv2.training import distributed
 from irv2.training.distributed import Place, World, WorldError
 from irv2.training.metrics import Collector
+
+Arguments = ParamSpec("Arguments")
+
+# ------------------------------------------------------------------------------ the program
+
+
+def program(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+    """Make a function a program's `main`: output cannot end it, and an error ends it in a line."""
+
+    @functools.wraps(main)
+    def guarded(*arguments: Arguments.args, **named: Arguments.kwargs) -> int:
+        let_output_pass()
+        return exit_status(functools.partial(main, *arguments, **named))
+
+    return guarded
+
+
+def let_output_pass() -> None:
+    """Have stdout and stderr take any text: what their encoding cannot show is escaped.
+
+    Names of classes and files may hold any letter, and bytes that are none; a terminal or the log
+    of a cluster may be ASCII. Output that has been closed is thrown away.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the program's life
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
 
 # ------------------------------------------------------------------------------ arguments
 
@@ -75,7 +109,8 @@ def load_network(arguments: argparse.Namespace) -> Trained:
 
 def remark(text: str) -> None:
     """Print a remark to stderr, separate from the program's output."""
-    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -137,4 +172,5 @@ def _place() -> Place:
 def _report(text: str) -> None:
     name, rank = Path(sys.argv[0]).name, _place().rank
     speaker = f"{name}: rank {rank}" if rank > 0 else name
-    print(f"{speaker}: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody reads it any more
+        print(f"{speaker}: {text}", file=sys.stderr, flush=True)

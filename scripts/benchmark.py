@@ -34,7 +34,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.errors import UserError
 from data.files import write_atomically
+from irv2 import cli
 from irv2.cli import positive
 from irv2.report.markdown import has_section, replace_section
 from irv2.run import directory
@@ -177,6 +179,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+@cli.program
 def main() -> int:
     """Command line -> exit status."""
     arguments = parse_arguments()
@@ -191,15 +194,10 @@ def main() -> int:
     if arguments.page is not None:
         missing = [b.name for b in wanted if not has_section(arguments.page, b.name)]
         if missing:
-            print(f"benchmark.py: {arguments.page} has no section {missing[0]}", file=sys.stderr)
-            return 1
+            raise UserError(f"{arguments.page} has no section {missing[0]}")
     for benchmark in wanted:
         if arguments.check and benchmark.check is not None:
-            try:
-                benchmark.check()
-            except network.DisagreementError as error:
-                print(f"benchmark.py: {error}", file=sys.stderr)
-                return 1
+            benchmark.check()  # raises DisagreementError
             print(f"{benchmark.name}: results agree", flush=True)
         figures = benchmark.measure()
         text = f"{benchmark.table(figures)}\n\n{machine([benchmark.name])}"

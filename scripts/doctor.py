@@ -146,25 +146,22 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+@cli.program
 def main() -> int:
     """Command line -> exit status."""
     options = vars(parse_arguments())
     report = options.pop("json")
     request = Request(**options)
-
-    def body() -> int:
-        distributed.place()  # what train.py would find, before a first rank's place is taken
-        os.environ.update(Place(local_size=request.ranks).variables())
-        findings = examine(Case(request))
-        levels = [finding.level for _, finding in findings]
-        print(f"{levels.count(FAIL)} FAIL, {levels.count(WARN)} warn, {levels.count(OK)} ok")
-        if report is not None:
-            lines = [{"check": name, **asdict(finding)} for name, finding in findings]
-            text = json.dumps(lines, indent=1) + "\n"
-            write_atomically(report, lambda file: file.write(text.encode()))
-        return 1 if FAIL in levels else 0
-
-    return cli.exit_status(body)
+    distributed.place()  # what train.py would find, before a first rank's place is taken
+    os.environ.update(Place(local_size=request.ranks).variables())  # alone, with a rank's share
+    findings = examine(Case(request))
+    levels = [finding.level for _, finding in findings]
+    print(f"{levels.count(FAIL)} FAIL, {levels.count(WARN)} warn, {levels.count(OK)} ok")
+    if report is not None:
+        lines = [{"check": name, **asdict(finding)} for name, finding in findings]
+        text = json.dumps(lines, indent=1) + "\n"
+        write_atomically(report, lambda file: file.write(text.encode()))
+    return 1 if FAIL in levels else 0
 
 
 if __name__ == "__main__":

@@ -172,15 +172,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@cli.program
 def main() -> int:
     """Command line -> exit status."""
-    arguments = parse_arguments()
-
-    def body() -> int:
-        export(arguments)
-        return 0
-
-    return cli.exit_status(body)
+    export(parse_arguments())
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from irv2 import cli
 from irv2.run import checkpoint, directory, resume
 from irv2.run.checkpoint import Checkpoint, CheckpointError
 
@@ -45,6 +46,7 @@ def describe(loaded: Checkpoint) -> str:
     return "\n".join([*lines, "", "every file is as it was saved"])
 
 
+@cli.program
 def main() -> int:
     """Command line -> exit status."""
     parser = argparse.ArgumentParser(
@@ -52,15 +54,12 @@ def main() -> int:
     )
     parser.add_argument("path", type=Path, help="a run directory, or one of its checkpoints")
     path = parser.parse_args().path
+    is_run = path.is_dir() and directory.checkpoints(path)
+    loaded = resume.load_newest(path, print) if is_run else checkpoint.load(path)
     try:
-        is_run = path.is_dir() and directory.checkpoints(path)
-        print(describe(resume.load_newest(path, print) if is_run else checkpoint.load(path)))
-    except (CheckpointError, OSError) as error:
-        print(f"inspect_checkpoint.py: {error}", file=sys.stderr)
-        return 1
+        print(describe(loaded))
     except KeyError as error:
-        print(f"inspect_checkpoint.py: {path}: not of train.py, no {error}", file=sys.stderr)
-        return 1
+        raise CheckpointError(f"{path}: not of train.py, no {error}") from None
     return 0
 
 

@@ -31,6 +31,7 @@ from data.prepare import shard_scan, shard_writer
 from data.prepare.processes import run_all
 from data.shards import index as shard_index
 from data.workers import usable_cores
+from irv2 import cli
 from irv2.cli import positive
 
 
@@ -154,6 +155,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+@cli.program
 def main() -> int:
     """Command line -> exit status."""
     arguments = parse_arguments()
@@ -164,13 +166,10 @@ def main() -> int:
             outcome = index_existing(arguments)
         else:
             outcome = write(arguments)
-    except (OSError, DataError) as error:
-        print(f"make_shards.py: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         continues = "; the same command continues" if arguments.source is not None else ""
-        print(f"make_shards.py: stopped{continues}", file=sys.stderr)
-        return 130
+        cli.remark(f"make_shards.py: stopped{continues}")
+        raise
     print(outcome)
     return 0
 

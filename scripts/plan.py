@@ -218,21 +218,18 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+@cli.program
 def main() -> int:
     """Command line -> exit status."""
     arguments = parse_arguments()
-
-    def body() -> int:
-        text, rows = plan(arguments)
-        print(text)
-        if arguments.page is not None:
-            markdown.replace_section(arguments.page, "plan", text)
-        if arguments.json is not None:
-            content = json.dumps(rows, indent=1, default=asdict) + "\n"
-            write_atomically(arguments.json, lambda file: file.write(content.encode()))
-        return 0
-
-    return cli.exit_status(body)
+    text, rows = plan(arguments)
+    print(text)
+    if arguments.page is not None:
+        markdown.replace_section(arguments.page, "plan", text)
+    if arguments.json is not None:
+        content = json.dumps(rows, indent=1, default=asdict) + "\n"
+        write_atomically(arguments.json, lambda file: file.write(content.encode()))
+    return 0
 
 
 if __name__ == "__main__":

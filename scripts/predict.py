@@ -159,20 +159,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
+@cli.program
 def main() -> int:
     """Command line -> exit status."""
     arguments = parse_arguments()
-    sys.stdout.reconfigure(errors="surrogateescape")  # a file's name as it is, even if not UTF-8
-
-    def body() -> int:
-        try:
-            with distributed.start(arguments.device) as world:
-                return 1 if predict(arguments, world.device) else 0
-        except BrokenPipeError:  # the reader has stopped: | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
-
-    return cli.exit_status(body)
+    try:
+        with distributed.start(arguments.device) as world:
+            return 1 if predict(arguments, world.device) else 0
+    except BrokenPipeError:  # the reader has stopped: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

@@ -34,8 +34,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.errors import DataError
 from data.prepare import public_sets
 from data.prepare.public_sets import Entry
+from irv2 import cli
 
 IMAGES = {"digits": 1797, "fashion-mnist": 70_000, "cifar10": 60_000, "imagenette": 13_394}
 
@@ -131,6 +133,7 @@ def entries_of(arguments: argparse.Namespace) -> Iterable[Entry]:
     return public_sets.split_folder(arguments.source, arguments.val_fraction, arguments.seed)
 
 
+@cli.program
 def main() -> int:
     """Command line -> exit status."""
     arguments = parse_arguments()
@@ -143,10 +146,7 @@ def main() -> int:
         total = len(entries) if isinstance(entries, list) else IMAGES[arguments.dataset]
         counts = write(entries, out, total)
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"prepare_dataset.py: {arguments.dataset}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        raise DataError(f"{arguments.dataset}: {error}") from None
     print(f"{out}: {counts['train']:,} training and {counts['val']:,} validation images")
     return 0
 

@@ -52,6 +52,7 @@ from data.prepare.imagenet import (
 from data.prepare.progress import byte_bar
 from data.shards.index import INDEX, PLAN
 from data.workers import usable_cores
+from irv2 import cli
 from irv2.cli import positive
 
 DOWNLOADS = "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php"
@@ -255,6 +256,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
+@cli.program
 def main(arguments: Sequence[str] | None = None, expected: Expected = ILSVRC2012) -> int:
     """Command line -> exit status."""
     given = parse_arguments(arguments)
@@ -270,14 +272,10 @@ def main(arguments: Sequence[str] | None = None, expected: Expected = ILSVRC2012
     try:
         prepare(given.archives, given.out, splits, layout, expected, not given.skip_md5)
     except KeyboardInterrupt:
-        print("prepare_imagenet.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except DataError as error:
-        print(f"prepare_imagenet.py: {error}", file=sys.stderr)
-        return 1
+        cli.remark("prepare_imagenet.py: stopped; the same command goes on from here")
+        raise
     except OSError as error:  # no permission, no space
-        print(f"prepare_imagenet.py: {error}; once that is fixed, run it again", file=sys.stderr)
-        return 1
+        raise DataError(f"{error}; once that is fixed, run it again") from None
     return 0
 
 

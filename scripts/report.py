@@ -24,6 +24,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.errors import UserError
+from irv2 import cli
 from irv2.report import page, runs
 from irv2.report.runs import Run
 from irv2.run import jsonl
@@ -73,6 +74,7 @@ def write_pages(shown: list[Run], out: Path) -> None:
     runs.write_readme(out, shown[0], shlex.join(command))
 
 
+@cli.program
 def main() -> int:
     """Command line -> exit status."""
     parser = argparse.ArgumentParser(
@@ -81,16 +83,10 @@ def main() -> int:
     parser.add_argument("run", type=Path, nargs="+", help="run directory")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the page")
     arguments = parser.parse_args()
-    try:
-        shown = [read_run(directory) for directory in arguments.run]
-        print("\n\n".join(map(summary, shown)))
-        if arguments.out is not None:
-            write_pages(shown, arguments.out)
-    except (RunError, OSError) as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    shown = [read_run(directory) for directory in arguments.run]
+    print("\n\n".join(map(summary, shown)))
+    if arguments.out is not None:
+        write_pages(shown, arguments.out)
     return 0
 
 

@@ -20,11 +20,14 @@ class Called(NamedTuple):
     err: str
 
 
-def call(program: ModuleType, *arguments: object) -> Called:
-    """Run a program's `main` with these arguments; what it does to the environment ends with it."""
+def call(program: ModuleType, *arguments: object, encoding: str = "utf-8") -> Called:
+    """Run a program's `main` with these arguments; what it does to the environment ends with it.
+
+    encoding: of its output, as of a terminal.
+    """
     words = [Path(program.__file__).name, *map(str, arguments)]
-    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
-    err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+    err = io.TextIOWrapper(io.BytesIO(), encoding, errors="backslashreplace")
     with (
         mock.patch.object(sys, "argv", words),
         mock.patch.dict(os.environ),
@@ -38,5 +41,5 @@ def call(program: ModuleType, *arguments: object) -> Called:
     texts = []
     for stream in (out, err):
         stream.flush()
-        texts.append(stream.buffer.getvalue().decode())
+        texts.append(stream.buffer.getvalue().decode(encoding))
     return Called(status, *texts)

@@ -1,14 +1,96 @@
-"""What a program finds around it: torchrun's variables, or half of them."""
+"""What a program finds around it: a terminal or a log, torchrun's variables or half of them."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+import torch
+from calling import call
 from places import take
 
 from data.errors import UserError
 from irv2 import cli
+from irv2.run import jsonl
+from irv2.run.logbook import Logbook
 from irv2.training import distributed
-from irv2.training.distributed import Place
+from irv2.training.distributed import Place, World
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = ["train", "validate", *sorted(f"scripts.{p.stem}" for p in ROOT.glob("scripts/*.py"))]
+STRANGE = "\N{CAT FACE} caf\udce9"  # a letter outside of Latin-1, and a byte that is no letter
+ESCAPED = r"\U0001f431 caf\udce9"
+
+# ------------------------------------------------------------------------------- output
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_can_show_any_name_from_its_first_word_on(name, encoding, monkeypatch):
+    def parse(*_arguments: object) -> None:
+        print(STRANGE)
+        print(STRANGE, file=sys.stderr)
+        sys.exit(0)
+
+    for method in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, method, parse)
+    status, out, error = call(importlib.import_module(name), encoding=encoding)
+    assert status == 0
+    shown = ESCAPED.replace(r"\U0001f431", "\N{CAT FACE}") if encoding == "utf-8" else ESCAPED
+    assert out == error == f"{shown}\n"
+
+
+def test_help_is_shown_where_plus_minus_and_dots_are_not():
+    status, out, _ = call(importlib.import_module("train"), "--help", encoding="ascii")
+    assert status == 0 and r"brightness \xb132/255" in out and out.rstrip().endswith("ledger/")
+
+
+def program(body: Callable[[], object]) -> SimpleNamespace:
+    """A program that does this and ends well."""
+    return SimpleNamespace(__file__="program.py", main=cli.program(lambda: (body() and 0) or 0))
+
+
+def talk(directory: Path) -> None:
+    """Say what a training run may have to say of a class, and record it."""
+    World(0, 1, torch.device("cpu")).say(STRANGE)
+    log = Logbook(directory, step=0, total_steps=6)
+    log.bad_image(1, {"name": STRANGE, "reason": "cannot be decoded"})
+    log.close()
+
+
+def test_a_runs_own_log_is_not_escaped(tmp_path):
+    status, out, _ = call(program(lambda: talk(tmp_path)), encoding="ascii")
+    assert status == 0 and out.count(ESCAPED) == 2
+    assert jsonl.read(tmp_path / "bad_images.jsonl")[0]["name"] == STRANGE
+
+
+@pytest.mark.parametrize("kind", ["closed", "full"])
+def test_output_that_nobody_takes_ends_no_run(kind, tmp_path, monkeypatch):
+    stream = None if kind == "closed" else open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", stream)
+    try:
+        assert program(lambda: talk(tmp_path)).main() == 0
+    finally:
+        monkeypatch.undo()
+        if stream is not None:
+            with suppress(OSError):
+                stream.close()
+    assert jsonl.read(tmp_path / "bad_images.jsonl")[0]["name"] == STRANGE
+
+
+def test_an_error_is_no_second_error_where_stderr_has_gone(monkeypatch):
+    def fail() -> None:
+        raise UserError(STRANGE)
+
+    monkeypatch.setattr(sys, "stderr", None)
+    assert program(fail).main() == 1
+
 
 # ------------------------------------------------------------------------------- the place
 

@@ -228,10 +228,3 @@ def test_a_tensorboard_without_room_ends_itself_not_the_run(path, capsys):
     log.close()
     assert capsys.readouterr().out.count("TensorBoard shows nothing more") == 1
     assert steps_of(path) == [1, 2]
-
-
-def test_a_name_that_is_no_text_can_be_said(tmp_path, capsys):
-    log = Logbook(tmp_path, step=0, total_steps=6)
-    log.say("caf\udce9.jpg")
-    log.close()
-    assert "caf\\udce9.jpg" in capsys.readouterr().out

@@ -136,7 +136,8 @@ def test_what_cannot_be_used_has_a_line_and_the_rest_goes_on(
     assert process.returncode == 1
     check_errors(os.fsdecode(error))
     shown = [line.partition(b"  ")[0].rstrip() for line in out.splitlines()]
-    assert shown == [listed[place] for place in (0, 2, 5)]
+    escaped = [os.fsdecode(listed[place]).encode(errors="backslashreplace") for place in (0, 2, 5)]
+    assert shown == escaped
 
     status, out, error = call(*map(os.fsdecode, listed), "--weights", small_weights, "--json")
     assert status == 1

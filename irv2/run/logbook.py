@@ -45,9 +45,8 @@ class Logbook:
     def say(self, text: str) -> None:
         """Print a line; a terminal that has gone does not end the run."""
         if self.active:
-            printable = text.encode("utf-8", "backslashreplace").decode("utf-8")
             with suppress(OSError):
-                tqdm.write(printable, file=sys.stdout)
+                tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
     def _draw(self, method: str, *arguments: Any, **options: Any) -> None:

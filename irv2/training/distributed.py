@@ -9,7 +9,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
@@ -71,9 +71,10 @@ class World:
         return int(least)
 
     def say(self, text: str) -> None:
-        """Print a line, on the main rank alone."""
+        """Print a line, on the main rank alone; output that has gone does not end the run."""
         if self.is_main:
-            print(text, flush=True)
+            with suppress(OSError):
+                print(text, flush=True)
 
     def votes(self, *flags: bool) -> list[bool]:
         """True for each flag that at least one rank has set; the device is not touched."""

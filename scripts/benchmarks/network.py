@@ -13,6 +13,7 @@ from timm.optim import RMSpropTF
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from data.errors import UserError
 from irv2.network.accelerate import accelerate, fold_batch_norm
 from irv2.network.model import inception_resnet_v2
 from irv2.report import markdown
@@ -52,7 +53,7 @@ class Case(NamedTuple):
         return (torch.arange(self.batch) % CLASSES).to(self.device)
 
 
-class DisagreementError(ValueError):
+class DisagreementError(UserError):
     """Our output differs from the peer's."""
 
 
