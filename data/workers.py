@@ -7,7 +7,9 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from typing import TypeVar
 
 from torch.utils.data import DataLoader
 
+from data import limits
 from data.errors import WorkerError
 
 Made = TypeVar("Made")  # a batch as the loader's processes make it
@@ -85,6 +88,10 @@ def worker_errors() -> Iterator[None]:
                 f"{reason}; most often memory has run out, or shared memory (/dev/shm): make more "
                 "available, or lower data.workers"
             ) from None
+        if reason.startswith("Too many open files"):
+            raise WorkerError(
+                f"{reason}: raise their limit (ulimit -n), or lower data.workers"
+            ) from None
         if reason.startswith("DataLoader timed out"):
             raise WorkerError(
                 f"{reason}; the storage of the images hangs, or run.timeout_s is too short for it"
@@ -93,9 +100,16 @@ def worker_errors() -> Iterator[None]:
 
 
 def batches_of(loader: DataLoader[Made]) -> Iterator[Made]:
-    """Yield the loader's batches. However this ends, no worker is left behind."""
+    """Yield the loader's batches. However this ends, no worker is left behind.
+
+    Raises WorkerError where the system does not let as many processes work.
+    """
     others = multiprocessing.active_children()
-    iterator = iter(loader)
+    if loader.num_workers:
+        # Training needs as many again in its evaluations, and shall not end at the first of them.
+        limits.check_open_files(loader.num_workers, 0 if others else loader.num_workers)
+    with all_or_none():
+        iterator = iter(loader)
     workers = [child for child in multiprocessing.active_children() if child not in others]
     end_workers = partial(end, workers)
     atexit.register(end_workers)  # a traceback may keep this generator open until then
@@ -142,6 +156,37 @@ def next_batch(
         raise RuntimeError(f"DataLoader worker (pid {pids[0]}) exited unexpectedly") from None
     finally:
         alarm.cancel()
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """Start processes: if one cannot be, those before it are ended, as the program could not end.
+
+    Raises WorkerError for what the system refuses.
+    """
+    others = multiprocessing.active_children()
+    try:
+        yield
+    except BaseException as error:
+        end([child for child in multiprocessing.active_children() if child not in others])
+        if isinstance(error, OSError) or "start new thread" in str(error):
+            with quiet_finalizers():  # torch's half-made iterator would complain of itself
+                traceback.clear_frames(error.__traceback__)
+            raise WorkerError(
+                f"not all worker processes could be started ({error}): raise the limit that this "
+                f"is about (ulimit -n: open files, -u: processes), or lower {limits.WORKERS}"
+            ) from None
+        raise
+
+
+@contextmanager
+def quiet_finalizers() -> Iterator[None]:
+    """Print nothing of errors in finalizers that run meanwhile."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def end(workers: list[BaseProcess]) -> None:

@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
+import re
+import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,7 +15,7 @@ import pytest
 from numbered import Faulty, Hanging, Numbered, Slow, endless
 from programs import is_alive, start_script
 
-from data import workers
+from data import limits, workers
 from data.errors import DataError, WorkerError
 from data.workers import Workers, next_batch, worker_errors
 
@@ -116,6 +119,105 @@ def test_a_mistake_in_the_program_keeps_its_traceback(workers):
     with pytest.raises(RuntimeError, match="a mistake") as error:
         next(endless(Faulty(), Workers(workers)))
     assert not isinstance(error.value, WorkerError)
+
+
+# ------------------------------------------------------------------------- limits of the system
+
+INFINITY = resource.RLIM_INFINITY
+OF_THE_SYSTEM = """
+import os, resource, sys, tempfile, warnings
+warnings.simplefilter("ignore")  # torch's, where there are fewer cores than workers
+from numbered import Numbered, Workers, endless
+from data import limits
+from data.prepare.processes import run_all
+from data.errors import WorkerError
+
+def allow(files):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
+def told(work):
+    try:
+        work()
+    except WorkerError as error:
+        print(error)
+
+def load(workers=8):
+    next(endless(Numbered(), Workers(workers, 5.0)))
+
+def prepare():
+    run_all([os.getpid] * 20, 20, lambda _: None)
+"""
+
+
+def said(text: str) -> list[str]:
+    """The lines that a program says which has the functions above; it ends by itself, and well."""
+    program = start_script(OF_THE_SYSTEM + text)
+    try:
+        out, error = program.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        program.kill()
+        raise
+    assert (program.returncode, error) == (0, "")
+    return out.splitlines()
+
+
+@pytest.mark.slow
+def test_too_few_open_files_for_the_workers_are_told_before_one_starts():
+    loading, preparing = said("allow(40); told(load); told(prepare)")
+    assert re.fullmatch(
+        r"8 worker processes, and 8 more beside them, need 1\d\d open files, and 40 are allowed: "
+        r"raise that limit \(ulimit -n 1\d\d\), or lower the number of workers .*",
+        loading,
+    )
+    assert preparing.startswith("20 worker processes need 1")
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised"),
+    [(40, 300, 300), (300, 300, 300), (256, INFINITY, 65536), (1024, 2**30, 65536)],
+)
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(soft, hard, raised, monkeypatch):
+    limits_now = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits_now[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits_now.append(pair))
+    assert limits.raise_open_files() == raised
+    assert limits_now[-1] == (raised, hard)
+
+
+@pytest.mark.parametrize(("soft", "allowed"), [(100_000, 100_000), (INFINITY, 65536)])
+def test_a_limit_of_open_files_is_never_lowered(soft, allowed, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, INFINITY))
+    monkeypatch.delattr(resource, "setrlimit")
+    assert limits.raise_open_files() == allowed
+
+
+def test_open_files_are_counted_for_those_beside_too(monkeypatch):
+    monkeypatch.setattr(limits, "raise_open_files", lambda: 100)
+    monkeypatch.setattr(os, "listdir", lambda _: range(20))
+    limits.check_open_files(9)  # 20 + 9 x 6 + 24
+    for numbers in ((10,), (5, 5)):
+        with pytest.raises(WorkerError, match="need 104 open files, and 100 are allowed"):
+            limits.check_open_files(*numbers)
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_all_start_end_and_so_does_the_program():
+    text = "limits.check_open_files = lambda *_: None; allow(30); told(load)"
+    (line,) = said(text)
+    assert line.startswith("not all worker processes could be started ([Errno 24] Too many open")
+
+
+@pytest.mark.slow
+def test_processes_that_prepare_and_cannot_all_start_end_and_so_does_the_program():
+    text = "import data.prepare.processes as p; p.check_open_files = lambda *_: None; allow(30)"
+    (line,) = said(text + "; told(prepare)")
+    assert line.startswith("not all worker processes could be started ([Errno 24] Too many open")
+
+
+def test_open_files_that_run_out_later_are_told_in_one_line():
+    with pytest.raises(WorkerError) as error, worker_errors():
+        raise RuntimeError("Too many open files. Communication with the workers is no longer …")
+    assert_told(error.value, "ulimit -n", "data.workers")
 
 
 MISTAKE = """

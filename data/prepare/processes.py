@@ -11,7 +11,8 @@ from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
 from data.errors import DataError
-from data.workers import end_with_parent
+from data.limits import check_open_files
+from data.workers import all_or_none, end_with_parent
 
 Result = TypeVar("Result")
 
@@ -39,9 +40,12 @@ def run_all(
     """
     context = multiprocessing.get_context("fork")
     stop = context.Event()
-    pool = ProcessPoolExecutor(max(1, min(workers, len(jobs))), context, _start, (jobs, stop))
+    count = max(1, min(workers, len(jobs)))
+    check_open_files(count)
+    pool = ProcessPoolExecutor(count, context, _start, (jobs, stop))
     try:
-        futures = [pool.submit(_run, number) for number in range(len(jobs))]
+        with all_or_none():
+            futures = [pool.submit(_run, number) for number in range(len(jobs))]
         for future in as_completed(futures):
             done(future.result())
         return [future.result() for future in futures]

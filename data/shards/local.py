@@ -7,7 +7,6 @@ with class folders. The index is made by scripts/make_shards.py.
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,10 +15,10 @@ import numpy as np
 from isal.isal_zlib import crc32  # zlib's, four times as fast
 
 from data.errors import ImageError
+from data.limits import raise_open_files
 from data.shards.index import BLOCK, IndexedImages, check_sizes, load
 
 MAX_OPEN = 4096  # shards; ImageNet has 1,024
-SPARE = 256  # files that a process has open otherwise
 
 
 class ShardSource(IndexedImages):
@@ -100,13 +99,7 @@ class _File:
 def _opener(root: str, names: list[str]) -> Callable[[int], _File]:
     """Return what opens a shard by its number.
 
-    Those used last stay open, up to half of what the process may have open, a limit that is raised
-    for that as far as it may be.
+    Those used last stay open, up to half of what the process may have open.
     """
-    allowed, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * min(MAX_OPEN, len(names)) + SPARE
-    if allowed != resource.RLIM_INFINITY and allowed < wanted:
-        allowed = wanted if highest == resource.RLIM_INFINITY else min(wanted, highest)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, highest))
-    most = MAX_OPEN if allowed == resource.RLIM_INFINITY else min(MAX_OPEN, allowed // 2)
+    most = min(MAX_OPEN, raise_open_files() // 2)
     return lru_cache(most)(lambda number: _File(os.path.join(root, names[number])))
