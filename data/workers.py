@@ -108,6 +108,7 @@ def batches_of(loader: DataLoader[Made]) -> Iterator[Made]:
     if loader.num_workers:
         # Training needs as many again in its evaluations, and shall not end at the first of them.
         limits.check_open_files(loader.num_workers, 0 if others else loader.num_workers)
+        limits.shorten_sockets()
     with all_or_none():
         iterator = iter(loader)
     workers = [child for child in multiprocessing.active_children() if child not in others]

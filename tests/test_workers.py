@@ -7,9 +7,11 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
+from multiprocessing import util
 
 import pytest
 from numbered import Faulty, Hanging, Numbered, Slow, endless
@@ -218,6 +220,34 @@ def test_open_files_that_run_out_later_are_told_in_one_line():
     with pytest.raises(WorkerError) as error, worker_errors():
         raise RuntimeError("Too many open files. Communication with the workers is no longer …")
     assert_told(error.value, "ulimit -n", "data.workers")
+
+
+LONG = """
+os.mkdir(LONG); os.environ["TMPDIR"] = LONG; tempfile.tempdir = None
+"""
+
+
+@pytest.mark.slow
+def test_a_long_folder_for_temporary_files_keeps_no_batch_from_coming(tmp_path):
+    place = str(tmp_path / ("x" * 100))
+    text = f"LONG = {place!r}" + LONG + "load(1); print(tempfile.gettempdir(), os.listdir(LONG))"
+    assert said(text) == [f"{place} []"]
+
+
+@pytest.mark.parametrize(("length", "made"), [(71, []), (72, ["/tmp"])])
+def test_sockets_lie_elsewhere_where_their_paths_would_be_too_long(length, made, monkeypatch):
+    places = []
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * (length - 1))
+    monkeypatch.setattr(util, "get_temp_dir", lambda: places.append(tempfile.gettempdir()))
+    limits.shorten_sockets()
+    assert places == made and len(tempfile.gettempdir()) == length
+
+
+@pytest.mark.slow
+def test_a_long_folder_where_there_is_no_other_is_told(tmp_path):
+    text = f"LONG = {str(tmp_path / ('x' * 100))!r}" + LONG
+    (line,) = said(text + "limits.SHORT_FOLDERS = (); told(load)")
+    assert "have TMPDIR name a folder of at most 71 bytes" in line
 
 
 MISTAKE = """
