@@ -124,9 +124,12 @@ def parse_arguments() -> argparse.Namespace:
         epilog=config.describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="YAML", help="the run to train")
+    parser.add_argument(
+        "--config", type=cli.location, required=True, metavar="YAML", help="the run to train"
+    )
     parser.add_argument(
         "--resume",
+        type=cli.location,
         default="auto",
         metavar="auto|never|PATH",
         help="auto (default): continue the run where it was; never: refuse to; "

@@ -106,9 +106,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument_group("networks")
     network = add.add_mutually_exclusive_group(required=True)
-    network.add_argument("--run", type=Path, metavar="DIR", help="a run's newest checkpoint")
+    network.add_argument("--run", type=cli.path, metavar="DIR", help="a run's newest checkpoint")
     network.add_argument(
         "--weights",
+        type=cli.location,
         nargs="+",
         metavar="FILE|timm:NAME",
         help=".pth, .pt or .safetensors files with timm's names, or weights from timm's hub",
@@ -128,25 +129,27 @@ def parse_arguments() -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("images and labels")
-    add.add_argument("--data", metavar="DIR", help="images; default: the run's data.val")
+    add.add_argument(
+        "--data", type=cli.location, metavar="DIR", help="images; default: the run's data.val"
+    )
     add.add_argument(
         "--allow-resized", action="store_true", help="evaluate shards of scaled-down images, too"
     )
-    add.add_argument("--subset", type=Path, metavar="FILE", help="only the images it lists")
+    add.add_argument("--subset", type=cli.path, metavar="FILE", help="only the images it lists")
     add.add_argument(
         "--exclude",
-        type=Path,
+        type=cli.path,
         metavar="FILE",
         help="all but the images it lists, by file name, or by number as in the ImageNet devkit's "
         "blacklist",
     )
     labels = add.add_mutually_exclusive_group()
     labels.add_argument(
-        "--real", type=Path, metavar="JSON", help="ReaL labels of ImageNet's validation images"
+        "--real", type=cli.path, metavar="JSON", help="ReaL labels of ImageNet's validation images"
     )
     labels.add_argument(
         "--class-index",
-        type=Path,
+        type=cli.path,
         metavar="FILE",
         help="which class folder is which output, if only some outputs compete (ImageNet-A, -R): "
         'folder names one a line, or JSON, {"0": ["n01440764", "tench"]} or {"n01440764": 0}',
@@ -168,16 +171,16 @@ def parse_arguments() -> argparse.Namespace:
 
     add = parser.add_argument_group("output")
     add.add_argument("--compare", action="store_true", help="McNemar's test of each pair")
-    add.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
+    add.add_argument("--json", type=cli.path, metavar="OUT", help="also write the result here")
     add.add_argument(
         "--report",
-        type=Path,
+        type=cli.path,
         metavar="DIR",
         help="also write a page (index.html), per_class.csv and predictions.csv.gz there",
     )
     add.add_argument(
         "--reference",
-        type=Path,
+        type=cli.path,
         metavar="YAML",
         default=REFERENCE,
         help="published results to compare with (default: configs/reference.yaml)",

@@ -26,7 +26,7 @@ class FolderSource(Source):
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = os.path.expanduser(root)
+        self.root = str(root)
         if not os.path.isdir(self.root):
             raise DataError(
                 f"{self.root}: no such data folder; expected {self.root}/<class>/<image>"
@@ -140,7 +140,7 @@ def open_source(spec: str, storage: Storage | None = None) -> Source:
         return _open_synthetic(spec)
     if "://" in spec:
         return RemoteShards(spec, storage or Storage())
-    is_indexed = os.path.exists(os.path.join(os.path.expanduser(spec), INDEX))
+    is_indexed = os.path.exists(os.path.join(spec, INDEX))
     return ShardSource(spec) if is_indexed else FolderSource(spec)
 
 

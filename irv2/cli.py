@@ -17,7 +17,8 @@ from typing import ParamSpec
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data.errors import UserError
+from data.errors import DataError, UserError
+from data.paths import expanded
 from data.urls import without_secrets
 from irv2.run import trained
 from irv2.run.trained import Trained
@@ -83,12 +84,31 @@ def share(text: str) -> float:
     return value
 
 
+def location(text: str) -> str:
+    """Type of an argument that is a path, or a URL, synthetic:… or timm:…."""
+    try:
+        return expanded(text)
+    except DataError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path(text: str) -> Path:
+    """Type of an argument that is a path."""
+    return Path(location(text))
+
+
+def picture(text: str) -> str:
+    """Type of an argument that a shell's * may have named: a file of that very name comes first."""
+    return text if os.path.lexists(text) else location(text)
+
+
 def add_network(parser: argparse.ArgumentParser) -> None:
     """Add --run or --weights, and --which: the trained network that a script works on."""
     network = parser.add_mutually_exclusive_group(required=True)
-    network.add_argument("--run", type=Path, metavar="DIR", help="a run's newest checkpoint")
+    network.add_argument("--run", type=path, metavar="DIR", help="a run's newest checkpoint")
     network.add_argument(
         "--weights",
+        type=location,
         metavar="FILE|timm:NAME",
         help="a .pth, .pt or .safetensors file with timm's names, or weights from timm's hub",
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -27,6 +28,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from data.errors import UserError
+from data.paths import expanded
 from data.urls import check_url, without_secrets
 from irv2 import strict_yaml
 
@@ -52,6 +54,7 @@ def _mark(_schema: dict[str, Any]) -> None:
 
 
 Text = Annotated[str, Field(min_length=1)]
+Location = Annotated[Text, AfterValidator(expanded)]  # a path, or a URL, synthetic:…, timm:…
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -63,7 +66,7 @@ PositiveChannels = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_leng
 
 class Run(Section):
     name: Text | None = machine(None, description="name of the run; null: the YAML file's name")
-    dir: Text | None = machine(None, description="run directory; null: runs/<run.name>")
+    dir: Location | None = machine(None, description="run directory; null: runs/<run.name>")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of everything random")
     device: Literal["auto", "cpu", "cuda"] = machine(
         "auto", description="auto: a GPU if there is one"
@@ -81,7 +84,7 @@ class Model(Section):
     )
     bn_scale: bool = Field(True, description="learn batch norm's gamma; false: 1, as TF-slim")
     freeze_bn: bool = Field(False, description="use and keep batch norm's running statistics")
-    init: Text | None = Field(
+    init: Location | None = Field(
         None,
         description="weights that a new run begins with: a .safetensors or .pth file, or timm:NAME "
         "from timm's hub; a classifier for other classes is made new",
@@ -101,16 +104,16 @@ class Model(Section):
 
 
 class Data(Section):
-    train: Text = machine(
+    train: Location = machine(
         description="training images: folder/<class>/<image>, a folder of shards or its https:// "
         "or s3:// URL, or synthetic:IMAGESxCLASSES"
     )
-    val: Text = machine(description="validation images, same classes; as train")
+    val: Location = machine(description="validation images, same classes; as train")
     image_size: Annotated[int, Field(ge=75)] = Field(299, description="side of the input, px")
     workers: Annotated[int, Field(ge=0)] | None = machine(
         None, description="loader processes of each rank; null: its share of the cores, at most 8"
     )
-    cache_dir: Text | None = machine(
+    cache_dir: Location | None = machine(
         None,
         description="folder of a local disk that keeps images of https:// and s3://, for all runs "
         "of a machine; null: none is kept",

@@ -167,8 +167,10 @@ def parse_arguments() -> argparse.Namespace:
         "--profile", action="store_true", help="only show which operations take our time"
     )
     parser.add_argument("--end-to-end", action="store_true", help="with data: on a GPU, see above")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures here")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="put the table into this page")
+    parser.add_argument("--json", type=cli.path, metavar="OUT", help="also write the figures here")
+    parser.add_argument(
+        "--page", type=cli.path, metavar="FILE", help="put the table into this page"
+    )
     arguments = parser.parse_args()
     if arguments.end_to_end and arguments.what != "data":
         parser.error("--end-to-end goes with data")

@@ -118,7 +118,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("config", type=cli.location, metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
         "--ranks", type=int, default=1, metavar="N", help="ranks this machine will run (default: 1)"
@@ -134,9 +134,12 @@ def parse_arguments() -> argparse.Namespace:
         "--seconds", type=float, default=10, help="for each measurement of pace (default: 10)"
     )
     parser.add_argument(
-        "--bad-files", type=Path, metavar="OUT", help="write all bad files here: name, tab, reason"
+        "--bad-files",
+        type=cli.path,
+        metavar="OUT",
+        help="write all bad files here: name, tab, reason",
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all findings here")
+    parser.add_argument("--json", type=cli.path, metavar="OUT", help="write all findings here")
     arguments = parser.parse_intermixed_args()
     if arguments.ranks < 1:
         parser.error(f"--ranks {arguments.ranks}: at least 1")

@@ -122,7 +122,7 @@ def check_images(network: Trained, named: list[str] | None) -> tuple[Tensor, str
     val = network.images
     if named is not None:
         pixels, where = read_files(named, view), "the images named"
-    elif val is not None and os.path.isdir(os.path.expanduser(val)):
+    elif val is not None and os.path.isdir(val):
         pixels, where = read_source(val, view), f"images of {val}"
     else:
         pixels, where = read_photographs(view), "scikit-learn's photographs"
@@ -164,10 +164,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     cli.add_network(parser)
     parser.add_argument("--format", choices=list(FORMATS), required=True)
-    parser.add_argument("--out", type=Path, required=True, help="a name that is not taken")
+    parser.add_argument("--out", type=cli.path, required=True, help="a name that is not taken")
     parser.add_argument("--not-folded", action="store_true", help="graphs: keep batch norm")
     parser.add_argument(
-        "--check-images", nargs="+", metavar="IMAGE|FOLDER", help="compare logits on these"
+        "--check-images",
+        type=cli.picture,
+        nargs="+",
+        metavar="IMAGE|FOLDER",
+        help="compare logits on these",
     )
     return parser.parse_args()
 

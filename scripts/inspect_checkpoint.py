@@ -52,7 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("path", type=Path, help="a run directory, or one of its checkpoints")
+    parser.add_argument("path", type=cli.path, help="a run directory, or one of its checkpoints")
     path = parser.parse_args().path
     is_run = path.is_dir() and directory.checkpoints(path)
     loaded = resume.load_newest(path, print) if is_run else checkpoint.load(path)

@@ -111,10 +111,16 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("source", nargs="?", help="images as data.train takes them")
-    what.add_argument("--index", type=Path, metavar="DIR", help="index the shards in this folder")
-    what.add_argument("--verify", type=Path, metavar="DIR", help="compare shards with their index")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write shards into")
+    what.add_argument(
+        "source", type=cli.location, nargs="?", help="images as data.train takes them"
+    )
+    what.add_argument(
+        "--index", type=cli.path, metavar="DIR", help="index the shards in this folder"
+    )
+    what.add_argument(
+        "--verify", type=cli.path, metavar="DIR", help="compare shards with their index"
+    )
+    parser.add_argument("--out", type=cli.path, metavar="DIR", help="folder to write shards into")
     parser.add_argument(
         "--images-per-shard", type=positive, default=1250, metavar="N", help="default: 1250"
     )
@@ -133,7 +139,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--classes",
-        type=Path,
+        type=cli.path,
         metavar="FILE|DIR",
         help="with --index: class names in the order of the labels, one a line, or indexed shards "
         "to take them from; default: as the shards name them, else the numbers",

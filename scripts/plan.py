@@ -196,7 +196,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("config", metavar="CONFIG", help="YAML file of the run")
+    add("config", type=cli.location, metavar="CONFIG", help="YAML file of the run")
     add("overrides", nargs="*", metavar="section.key=value")
     add("--gpus", type=positive, metavar="N", help="for so many (default: a table, 1 to 1024)")
     add("--device", metavar="NAME", help="default: h100, or with --measured cpu")
@@ -204,15 +204,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--between", metavar="LINK", help="link between nodes (default: the device's in the table)")
     add("--images", type=positive, default=IMAGENET, help="of an epoch (default: ImageNet's)")
     add("--classes", type=positive, default=CLASSES, help="default: 1000")
-    add("--table", type=Path, default=devices.TABLE, metavar="YAML", help="another devices.yaml")
+    add(
+        "--table", type=cli.path, default=devices.TABLE, metavar="YAML", help="another devices.yaml"
+    )
     add(
         "--measured",
-        type=Path,
+        type=cli.path,
         metavar="FILE",
         help="device cpu, from python scripts/benchmark.py scaling --json FILE",
     )
-    add("--json", type=Path, metavar="OUT", help="also write the rows here")
-    add("--page", type=Path, metavar="FILE", help="put the plan into this page's section 'plan'")
+    add("--json", type=cli.path, metavar="OUT", help="also write the rows here")
+    add(
+        "--page", type=cli.path, metavar="FILE", help="put the plan into this page's section 'plan'"
+    )
     arguments = parser.parse_intermixed_args()
     arguments.device = arguments.device or ("h100" if arguments.measured is None else "cpu")
     return arguments

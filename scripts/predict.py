@@ -147,7 +147,11 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE|FOLDER|-", help="pictures; - reads paths, one a line"
+        "images",
+        type=cli.picture,
+        nargs="+",
+        metavar="IMAGE|FOLDER|-",
+        help="pictures; - reads paths, one a line",
     )
     cli.add_network(parser)
     parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes (default: 5)")

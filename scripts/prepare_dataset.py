@@ -84,11 +84,11 @@ def parse_arguments() -> argparse.Namespace:
     kinds = parser.add_subparsers(dest="dataset", required=True, metavar="SET")
     for name in (*IMAGES, "folder"):
         kind = kinds.add_parser(name)
-        kind.add_argument("--out", type=Path, required=True, help="folder to make")
+        kind.add_argument("--out", type=cli.path, required=True, help="folder to make")
         if name == "folder":
             kind.add_argument(
                 "source",
-                type=Path,
+                type=cli.path,
                 metavar="SRC",
                 help="folder of class folders; images are hard-linked, or copied to another disk",
             )
@@ -98,7 +98,7 @@ def parse_arguments() -> argparse.Namespace:
             kind.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
         elif name != "digits":
             kind.add_argument(
-                "--from", dest="archive", type=Path, help="the original archive, or its folder"
+                "--from", dest="archive", type=cli.path, help="the original archive, or its folder"
             )
         if name in ("cifar10", "imagenette"):
             kind.add_argument(

@@ -226,8 +226,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--archives", type=Path, required=True, metavar="DIR", help="folder of the archives")
-    add("--out", type=Path, required=True, help="folder to make or to complete")
+    add("--archives", type=cli.path, required=True, metavar="DIR", help="folder of the archives")
+    add("--out", type=cli.path, required=True, help="folder to make or to complete")
     add("--only", choices=["train", "val"], help="this split; needs no archive of the other")
     add("--skip-md5", action="store_true", help="use the archives without reading them through")
     add("--shards", action="store_true", help="write tar shards in place of class folders")

@@ -80,8 +80,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, nargs="+", help="run directory")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the page")
+    parser.add_argument("run", type=cli.path, nargs="+", help="run directory")
+    parser.add_argument("--out", type=cli.path, metavar="DIR", help="folder for the page")
     arguments = parser.parse_args()
     shown = [read_run(directory) for directory in arguments.run]
     print("\n\n".join(map(summary, shown)))

@@ -1,4 +1,4 @@
-"""What a program finds around it: a terminal or a log, torchrun's variables or half of them."""
+"""What a program finds around it: a terminal or a log, a home directory, torchrun's variables."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import torch
 from calling import call
 from places import take
 
-from data.errors import UserError
-from irv2 import cli
+from data import paths
+from data.errors import DataError, UserError
+from irv2 import cli, config
+from irv2.config import ConfigError
 from irv2.run import jsonl
 from irv2.run.logbook import Logbook
 from irv2.training import distributed
@@ -90,6 +92,112 @@ def test_an_error_is_no_second_error_where_stderr_has_gone(monkeypatch):
 
     monkeypatch.setattr(sys, "stderr", None)
     assert program(fail).main() == 1
+
+
+# ------------------------------------------------------------------------------- paths
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home directory, in a process that is at work elsewhere."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("written", ["~/runs", "$HOME/runs", "${HOME}/runs"])
+def test_every_way_to_write_the_home_directory_is_expanded(written, home):
+    assert cli.path(written) == home / "runs"
+    assert paths.expanded(paths.expanded(written)) == str(home / "runs")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["https://host/~me/$HOME", "timm:$HOME", "synthetic:8x2", "auto", "-", "a~b", "a$", "/$"],
+)
+def test_what_is_no_path_stays(text, home):
+    assert paths.expanded(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("$NOWHERE_AT_ALL/runs", "environment has no variable NOWHERE_AT_ALL"),
+        ("~nobody-here/runs", "system has no user nobody-here"),
+        ("$EMPTY", "expands to nothing"),
+    ],
+)
+def test_what_cannot_be_expanded_makes_no_folder_of_that_name(text, said, home, monkeypatch):
+    monkeypatch.setenv("EMPTY", "")
+    with pytest.raises(DataError, match=said):
+        paths.expanded(text)
+    with pytest.raises(argparse.ArgumentTypeError, match=said):
+        cli.path(text)
+    with pytest.raises(ConfigError, match=rf"run\.dir=.*{said}"):
+        config.build({"data": {"train": "a", "val": "b"}, "run": {"dir": text}})
+
+
+def test_a_picture_of_that_very_name_comes_first(home):
+    Path("$HOME.jpg").touch()
+    assert cli.picture("$HOME.jpg") == "$HOME.jpg"
+    assert cli.picture("~/x.jpg") == f"{home}/x.jpg"
+
+
+PATH_KEYS = ["run.dir", "data.train", "data.val", "data.cache_dir", "model.init"]
+
+
+@pytest.mark.parametrize("written", ["~/x", "$HOME/x"])
+def test_every_key_that_is_a_path_is_expanded_and_recorded_so(written, home):
+    tree: dict[str, dict[str, str]] = {}
+    for key in PATH_KEYS:
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = written
+    recorded = config.build(tree).model_dump()
+    for key in PATH_KEYS:
+        section, _, name = key.partition(".")
+        assert recorded[section][name] == f"{home}/x", key
+
+
+def test_no_other_key_of_a_config_may_be_a_path():
+    texts = {
+        key
+        for key, info in config._infos()
+        if "str" in str(info.annotation) and "Literal" not in str(info.annotation)
+    }
+    assert texts == {*PATH_KEYS, "run.name"}
+
+
+FREE_TEXTS = {"overrides", "device", "between", "help"}  # of options of any type
+PATHS = (cli.path, cli.location, cli.picture)
+
+
+def parser_of(name: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """A program's parser, as it is when it begins to parse."""
+    parsers = []
+
+    def catch(parser: argparse.ArgumentParser, *_arguments: object) -> None:
+        parsers.append(parser)
+        sys.exit(0)
+
+    for method in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, method, catch)
+    call(importlib.import_module(name))
+    return parsers[0]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_option_that_is_a_path_is_expanded(name, monkeypatch):
+    waiting, untyped, seen = [parser_of(name, monkeypatch)], set(), set()
+    while waiting:
+        for action in waiting.pop()._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                waiting += action.choices.values()
+            elif action.nargs != 0 and action.choices is None:
+                untyped |= {action.dest} if action.type in (None, str, Path) else set()
+                seen |= {action.dest} if action.type in PATHS else set()
+    assert untyped <= FREE_TEXTS
+    assert seen, "a program without any path"
 
 
 # ------------------------------------------------------------------------------- the place

@@ -40,7 +40,7 @@ class DiskCache:
 
     def __init__(self, root: str, limit: int, data_set: str) -> None:
         """`limit`: bytes; `data_set`: 16 hexadecimal digits."""
-        self.root, self.data_set = os.path.expanduser(root), data_set
+        self.root, self.data_set = root, data_set
         self.room = limit // FOLDERS
         self._full: set[str] = set()
         try:

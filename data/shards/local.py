@@ -31,7 +31,7 @@ class ShardSource(IndexedImages):
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = os.path.expanduser(root)
+        self.root = str(root)
         index = load(self.root)
         check_sizes(self.root, index.shards, self._size_of)
         super().__init__(index)

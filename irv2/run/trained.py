@@ -130,7 +130,8 @@ def load_weights(source: str) -> Trained:
     which = result.get("weights", "as published")
     stored = metadata.get("data", {}) | {"cache_dir": None}  # it may come from another machine
     data = _data(stored, source)
-    return Trained(model, source, which, result.get("step"), classes, data, stored.get("val"))
+    images = None if stored.get("val") is None else data.val
+    return Trained(model, source, which, result.get("step"), classes, data, images)
 
 
 def _data(stored: dict[str, Any], source: str) -> Data:

@@ -56,7 +56,7 @@ def check_cache(case: Case) -> Iterator[Finding]:
         what = "data.cache_dir is not set: every epoch will fetch all images anew"
         yield Finding(WARN, what, "set data.cache_dir=… to a folder of a local disk")
         return
-    folder = Path(data.cache_dir).expanduser()
+    folder = Path(data.cache_dir)
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not os.access(place, os.W_OK):
         yield Finding(FAIL, f"{place}: may not be written", "set data.cache_dir=… to another place")
