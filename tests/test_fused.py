@@ -271,6 +271,18 @@ def test_an_image_size_of_one_position_works():
 # ------------------------------------------------------------------------------------- inference
 
 
+@torch.no_grad()
+def test_a_map_of_one_position_is_added_to_whatever_the_version(monkeypatch):
+    def fail(*_arguments: object) -> None:
+        raise RuntimeError("could not create a memory")  # PyTorch 2.10's and 2.11's words
+
+    monkeypatch.setattr(torch.ops.mkldnn._convolution_pointwise, "binary", fail)
+    conv, x, y = nn.Conv2d(8, 16, 1), images(2, 16, 1, 1), images(2, 8, 1, 1, seed=1)
+    before, expected = x.clone(), (x + 0.5 * conv(y)).relu()
+    torch.testing.assert_close(fused.add_conv_relu(x, y, conv, 0.5, True), expected)
+    assert torch.equal(x, before)
+
+
 @pytest.fixture(scope="module")
 def folded() -> InceptionResnetV2:
     model = in_training(inception_resnet_v2(7, blocks=(1, 1, 1)))

@@ -256,10 +256,7 @@ def _conv_add(
     """x + conv(y) for a 1x1 convolution by oneDNN, and ReLU, in one pass."""
     once, ops = [1, 1], torch.ops.mkldnn
     how = (weight, bias, [0, 0], once, once, 1, "add", 1.0, "relu" if relu else None, [], None)
-    if not in_place and y.shape[2:] == (
-        1,
-        1,
-    ):  # before PyTorch 2.12 the out-of-place form fails here
+    if not in_place and y.shape[2:].numel() == 1:  # where it needs PyTorch 2.12 out of place
         x, in_place = x.clone(), True
     if in_place:
         return ops._convolution_pointwise_.binary(x, y, *how)
