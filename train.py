@@ -31,6 +31,7 @@ def train(cfg: Config, resume_from: str, world: World, stop: StopRequest) -> int
     """Train a run to its end or to the next signal; returns the exit status."""
     # Data
     train_data, val_data = input_pipeline.open_sources(cfg)
+    input_pipeline.try_validation(cfg, val_data, world)
     classes = train_data.classes
     order = input_pipeline.training_order(cfg, train_data)
     division = build.divide_batch(cfg, len(classes), world)

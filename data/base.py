@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -20,6 +21,7 @@ class Source:
     root: str | None = None  # the folder or archive that the images lie in
     resized_to: int | None = None  # px of the shorter side that larger images were scaled down to
     storage_order: np.ndarray | None = None  # int32 [N], the images as they lie one after another
+    nested: Mapping[str, list[str]] = MappingProxyType({})  # class -> folders, no image beside them
     fetches_ahead: int = 0  # images that `fetch` wants to know of before they are read
 
     def __len__(self) -> int:

@@ -14,6 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.base import Source
 from data.errors import DataError, ImageError, enumeration
+from data.levels import refuse_splits
 from data.shards.index import INDEX, PLAN
 from data.shards.local import ShardSource
 from data.shards.remote import RemoteShards, Storage
@@ -22,7 +23,8 @@ from data.shards.remote import RemoteShards, Storage
 class FolderSource(Source):
     """ImageFolder layout: root/<class>/.../<image>, classes and images in sorted order.
 
-    Raises DataError for a missing folder, one without class folders, or a class without images.
+    Raises DataError for a missing folder, one without class folders, or a class without images,
+    or folders that are the splits of a data set, not classes.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -34,12 +36,17 @@ class FolderSource(Source):
         self.classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
         if not self.classes:
             raise DataError(f"{self.root}: {_no_classes(self.root)}")
+        refuse_splits(self.root, self.classes)
+        self.nested: dict[str, list[str]] = {}
         # As a list of Python strings, ImageNet's paths would take four times the memory.
         self.starts = [0]
         self._names: list[bytes] = []  # of each class: its images' paths within it, end to end
         ends = []  # of each path within its class's bytes
         for name in self.classes:
-            paths = [os.fsencode(path) for path in images_below(os.path.join(self.root, name))]
+            images = images_below(os.path.join(self.root, name))
+            if all(os.sep in path for path in images):
+                self.nested[name] = sorted({path.partition(os.sep)[0] for path in images})
+            paths = [os.fsencode(path) for path in images]
             self.starts.append(self.starts[-1] + len(paths))
             self._names.append(b"".join(paths))
             ends.append(np.cumsum([len(path) for path in paths], dtype=np.uint32))
@@ -74,6 +81,9 @@ def _no_classes(root: str) -> str:
             "these are made from the archives by: "
             "python scripts/prepare_imagenet.py --archives DIR --out DIR --only val"
         )
+    if any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(root)):
+        parent, name = os.path.split(os.path.abspath(root))
+        return f"holds no class folders, only images; if {name} is a class, give {parent}"
     return "holds no class folders; expected <class>/<image> in it"
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from data import loader, sources, stream, transforms
+from data import levels, loader, sources, stream, transforms
 from data.augment import Augment, Mix
 from data.base import Source
 from data.errors import DataError, ImageError
@@ -47,6 +47,9 @@ def open_source(spec: str, data: Data, timeout_s: float = Run().timeout_s) -> So
 def check_sources(cfg: Config, train: Source, val: Source) -> None:
     """Raise DataError unless a run could use these images together."""
     data = cfg.data
+    levels.refuse_overlap(data.train, data.val)
+    for key, where, source in (("data.train", data.train, train), ("data.val", data.val, val)):
+        levels.refuse_wrong_level(source, where, key)
     sources.check_same_classes(val.classes, train.classes, data.val, data.train)
     if not data.allow_resized:
         sources.refuse_resized(val, data.val, "data.allow_resized=true")
@@ -55,6 +58,18 @@ def check_sources(cfg: Config, train: Source, val: Source) -> None:
             f"data.shuffle_window={data.shuffle_window} is for shards, and {data.train} holds "
             "none: leave it out, or make shards with scripts/make_shards.py"
         )
+
+
+def try_validation(cfg: Config, source: Source, world: World) -> None:
+    """Read and decode one validation batch of each rank, of images from the whole set.
+
+    Raises ImageError here, where it costs nothing, and not after the first epoch.
+    """
+    count = min(len(source), cfg.eval.batch * world.size)
+    numbers = np.arange(count) * len(source) // count
+    inline = Workers(0, cfg.run.timeout_s)
+    batches = evaluation_batches(cfg.data, source, numbers, cfg.eval.batch, inline, world)
+    next(batches, None)  # none for a rank beyond the images
 
 
 def training_order(cfg: Config, source: Source) -> Stream:

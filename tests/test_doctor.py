@@ -142,6 +142,23 @@ def test_classes_that_differ_are_named_beforehand(project, tmp_path, examine):
     assert "1 unknown (d) and 1 missing (c)" in lines_of(out, FAIL)[0]
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train=ROOT", "its folders train and val are parts of a data set"),
+        ("data.val=ROOT/train", "data.train and data.val are the same"),
+        ("data.val=ROOT/train/..", "its folders train and val are parts of a data set"),
+        ("data.val=ROOT/top", "has only one class, deep, and that holds folders (a, b, c)"),
+    ],
+)
+def test_the_wrong_level_as_root_is_told(project, tmp_path, examine, override, message):
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top" / "deep").symlink_to(tmp_path / "val", target_is_directory=True)
+    status, out, _ = examine(project, override.replace("ROOT", str(tmp_path)))
+    assert status == 1
+    assert message in lines_of(out, FAIL)[0]
+
+
 def test_synthetic_images_are_looked_at_too(project, examine):
     sets = ("data.train=synthetic:64x4", "data.val=synthetic:16x4")
     status, out, _ = examine(project, *sets, "--scan", "full")

@@ -425,6 +425,6 @@ def test_what_cannot_be_split_is_told_in_a_line(unsplit, tmp_path, prepare):
     assert "no such data folder" in refused(tmp_path / "nowhere")
     assert "choose a place outside" in refused(unsplit, unsplit / "split")
     assert prepare("folder", unsplit, "--out", tmp_path / "split") == (0, "")
-    assert "is split already, into train and val" in refused(tmp_path / "split")
+    assert "its folders train and val are parts of a data set" in refused(tmp_path / "split")
     (unsplit / "cat" / "0.jpg").unlink()
     assert "one image cannot be in both train and val" in refused(unsplit)

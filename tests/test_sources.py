@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from data import sources
+from data import levels, sources
 from data.base import Source
 from data.errors import DataError, ImageError
 from data.sources import FolderSource, SyntheticSource, check_same_classes, open_source
@@ -152,6 +152,76 @@ def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
     message = f"{folder / 'ant' / 'deep'}: cannot be listed (Permission denied)"
     with pytest.raises(DataError, match=re.escape(message)):
         FolderSource(folder)
+
+
+@pytest.mark.parametrize(
+    ("folders", "meant"),
+    [("train val", "train or ROOT/val"), ("Test Train extra", "Test or ROOT/Train"), ("val", "val"),
+     ("testing training validation", "testing or ROOT/training or ROOT/validation")],
+)  # fmt: skip
+def test_a_root_whose_folders_are_splits_is_refused(tmp_path, folders, meant):
+    for name in folders.split():
+        (tmp_path / name / "a").mkdir(parents=True)
+        (tmp_path / name / "a" / "0.png").touch()
+    assert refusal(tmp_path).endswith(f"give {tmp_path}/{meant.replace('ROOT', str(tmp_path))}")
+
+
+@pytest.mark.parametrize("folders", ["bus train", "dog test", "plane train val-lens"])
+def test_a_class_may_be_called_train_or_test(tmp_path, folders):
+    for name in folders.split():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").touch()
+    assert FolderSource(tmp_path).classes == folders.split()
+
+
+def test_a_class_given_as_the_root_is_told_from_its_images(folder):
+    assert refusal(folder / "Bee").endswith(f"only images; if Bee is a class, give {folder}")
+
+
+def laid_out(root: Path, *images: str) -> FolderSource:
+    for name in images:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return FolderSource(root)
+
+
+def test_a_root_one_level_too_high_is_told_with_the_folder_that_was_meant(tmp_path):
+    def message(name: str, *images: str) -> str:
+        with pytest.raises(DataError) as error:
+            levels.refuse_wrong_level(laid_out(tmp_path / name, *images), "DIR", "data.val")
+        return str(error.value)
+
+    assert message("one", "a/0.png", "a/1.png").startswith("data.val=DIR: has only one class, a;")
+    above = message("above", "imagenet/a/0.png", "imagenet/b/0.png")
+    assert above == (
+        "data.val=DIR: has only one class, imagenet, and that holds folders (a, b); "
+        "give DIR/imagenet"
+    )
+    mixed = message("mixed", "a/0.png", "b/0.png", "more/c/0.png", "more/d/0.png")
+    assert "1 of its 3 class folders hold only folders, such as more (c, d)" in mixed
+    assert "give DIR/more, else put the images into more itself" in mixed
+
+
+def test_folders_below_a_class_that_has_images_itself_are_let_pass(tmp_path):
+    source = laid_out(tmp_path, "a/0.png", "a/more/1.png", "b/0.png")
+    levels.refuse_wrong_level(source, "DIR", "data.train")
+    assert len(source) == 3
+
+
+def test_training_and_validation_images_must_lie_apart(tmp_path):
+    (tmp_path / "train" / "x").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "train", target_is_directory=True)
+    train = str(tmp_path / "train")
+    for val in (train, f"{train}/", f"{train}/x/..", str(tmp_path / "link")):
+        with pytest.raises(DataError, match="are the same"):
+            levels.refuse_overlap(train, val)
+    for pair in ((train, f"{train}/x"), (str(tmp_path), train), ("s3://b/c", "s3://b/c/val/")):
+        with pytest.raises(DataError, match="one lies in the other"):
+            levels.refuse_overlap(*pair)
+    with pytest.raises(DataError, match="are the same"):
+        levels.refuse_overlap("https://host/x", "https://host/x/")
+    for pair in ((train, f"{train}2"), ("synthetic:8x2",) * 2, ("s3://b/c", "s3://b/c2")):
+        levels.refuse_overlap(*pair)
 
 
 def test_an_image_that_cannot_be_read_is_named(folder):

@@ -235,12 +235,16 @@ def test_ranks_exchange_as_the_config_says_in_a_settled_order(tmp_path, monkeypa
         ("run.device=cuda", "no usable GPU"),
         ("train.micro_batch=0", "train.micro_batch=0"),
         ("optim.learning_rate=1", "unknown key"),
+        ("data.train=ROOT", "its folders train and val are parts of a data set"),
+        ("data.val=ROOT/train", "data.train and data.val are the same"),
+        ("data.val=synthetic:4x1", "data.val=synthetic:4x1: has only one class, class0000"),
     ],
 )
 def test_mistakes_are_one_line_and_touch_nothing(tmp_path, override, message) -> None:
     if override == "run.device=cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    status, _, error = call(train, "--config", programs.write_project(tmp_path), override)
+    project = programs.write_project(tmp_path)
+    status, _, error = call(train, "--config", project, override.replace("ROOT", str(tmp_path)))
     assert status == 1
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -260,6 +264,7 @@ def test_unusable_validation_image_is_named(tmp_path) -> None:
     path.write_bytes(path.read_bytes()[:40])
     status, _, error = call(train, "--config", project)
     assert status == 1 and f"{path}: cannot be decoded" in error
+    assert not (tmp_path / "run").exists()  # told before the first step
 
 
 def test_checkpoint_of_another_network_is_refused(project, tmp_path) -> None:

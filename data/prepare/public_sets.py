@@ -204,8 +204,6 @@ def split_folder(root: Path, val_fraction: float, seed: int) -> list[Entry]:
     same wherever and whenever it is made. Raises DataError.
     """
     source = FolderSource(root)
-    if set(source.classes) <= {"train", "val"}:
-        raise DataError(f"{root}: is split already, into {' and '.join(source.classes)}")
     entries: list[Entry] = []
     for label in range(len(source.classes)):
         paths = [Path(source.name(i)) for i in source.images_of(label)]
