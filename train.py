@@ -47,7 +47,7 @@ def train(cfg: Config, resume_from: str, world: World, stop: StopRequest) -> int
         resume.restore(state, cfg.directory, resume_from, experiment, world)
         if state.step == 0 and cfg.model.init is not None:
             finetune.begin(state, cfg.model.init, classes, world)
-        run.begin(state, division, len(val_data))
+        run.begin(state, division, train_data, val_data)
         network = distributed.parallel(
             state.model, cfg.train.compile, world, cfg.train.reduce_dtype
         )

@@ -47,6 +47,7 @@ def validate(options: argparse.Namespace, world: World) -> None:
     if options.fast:
         evaluation.check_compiler(world.device)
     results.check_writable(options.json, options.report)
+    evaluation.say_remarks(evaluations, world.say)
 
     # Counts: every image once, on any number of ranks
     outcomes, ensemble = [], Ensemble()
@@ -140,8 +141,7 @@ def parse_arguments() -> argparse.Namespace:
         "--exclude",
         type=cli.path,
         metavar="FILE",
-        help="all but the images it lists, by file name, or by number as in the ImageNet devkit's "
-        "blacklist",
+        help="all but those it lists, by file name or number, as the ImageNet devkit's blacklist",
     )
     labels = add.add_mutually_exclusive_group()
     labels.add_argument(

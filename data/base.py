@@ -21,6 +21,7 @@ class Source:
     root: str | None = None  # the folder or archive that the images lie in
     resized_to: int | None = None  # px of the shorter side that larger images were scaled down to
     storage_order: np.ndarray | None = None  # int32 [N], the images as they lie one after another
+    remarks: Sequence[str] = ()  # lines for a person, of what was noticed when this was opened
     nested: Mapping[str, list[str]] = MappingProxyType({})  # class -> folders, no image beside them
     fetches_ahead: int = 0  # images that `fetch` wants to know of before they are read
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from data.names import shown
+
 
 class UserError(ValueError):
     """Something its user can mend: programs print it in one line, without a traceback."""
@@ -38,4 +40,4 @@ class WorkerError(DataError):
 
 def enumeration(names: Sequence[str]) -> str:
     """List the first three of some names, for a message."""
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return ", ".join(map(shown, names[:3])) + (", …" if len(names) > 3 else "")

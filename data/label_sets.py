@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.base import Source
 from data.errors import DataError
+from data.folders import image_extensions
 from data.sources import check_same_classes
 
 # ImageNet's class folders, and its validation images, which lists name by number.
@@ -212,7 +212,7 @@ def _names(path: str) -> list[str]:
     """List what an image may be called: with or without its folder, with or without its suffix."""
     folder, name = PurePath(path).parent.name, PurePath(path).name
     stem, suffix = os.path.splitext(name)
-    names = [name, stem] if suffix.lower() in IMG_EXTENSIONS else [name]
+    names = [name, stem] if suffix.lower() in image_extensions() else [name]
     return [f"{folder}/{n}" for n in names] + names if folder else names
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.errors import DataError
-from data.sources import images_below
+from data.folders import images_below
 from data.transforms import DecodeError, EvalView, decode, shown
 from data.workers import default_workers
 

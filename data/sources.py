@@ -6,14 +6,13 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.base import Source
 from data.errors import DataError, ImageError, enumeration
+from data.folders import Remarks, image_extensions, search
 from data.levels import refuse_splits
 from data.shards.index import INDEX, PLAN
 from data.shards.local import ShardSource
@@ -38,12 +37,15 @@ class FolderSource(Source):
             raise DataError(f"{self.root}: {_no_classes(self.root)}")
         refuse_splits(self.root, self.classes)
         self.nested: dict[str, list[str]] = {}
+        remarks = Remarks(self.root, self.classes)
         # As a list of Python strings, ImageNet's paths would take four times the memory.
         self.starts = [0]
         self._names: list[bytes] = []  # of each class: its images' paths within it, end to end
         ends = []  # of each path within its class's bytes
         for name in self.classes:
-            images = images_below(os.path.join(self.root, name))
+            found = search(os.path.join(self.root, name))
+            remarks.note(name, found)
+            images = found.images
             if all(os.sep in path for path in images):
                 self.nested[name] = sorted({path.partition(os.sep)[0] for path in images})
             paths = [os.fsencode(path) for path in images]
@@ -51,6 +53,7 @@ class FolderSource(Source):
             self._names.append(b"".join(paths))
             ends.append(np.cumsum([len(path) for path in paths], dtype=np.uint32))
         self._ends = np.concatenate(ends)
+        self.remarks = remarks.lines()
 
     def read(self, index: int) -> tuple[bytes, int]:
         path = self.name(index)
@@ -81,30 +84,10 @@ def _no_classes(root: str) -> str:
             "these are made from the archives by: "
             "python scripts/prepare_imagenet.py --archives DIR --out DIR --only val"
         )
-    if any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(root)):
+    if any(entry.name.lower().endswith(image_extensions()) for entry in os.scandir(root)):
         parent, name = os.path.split(os.path.abspath(root))
         return f"holds no class folders, only images; if {name} is a class, give {parent}"
     return "holds no class folders; expected <class>/<image> in it"
-
-
-def _refuse(error: OSError) -> NoReturn:
-    """Raise DataError: a folder that cannot be listed would silently make the data set smaller."""
-    raise DataError(f"{error.filename}: cannot be listed ({error.strerror})")
-
-
-def images_below(top: str) -> list[str]:
-    """List a class's images, relative to its folder, in ImageFolder's order.
-
-    Folder by folder, a folder's files sorted. Raises DataError if there are none.
-    """
-    paths = []
-    for folder, _, files in sorted(os.walk(top, onerror=_refuse, followlinks=True)):
-        below = os.path.relpath(folder, top)
-        images = (file for file in sorted(files) if file.lower().endswith(IMG_EXTENSIONS))
-        paths += images if below == os.curdir else [os.path.join(below, file) for file in images]
-    if not paths:
-        raise DataError(f"{top}: no images in it ({', '.join(IMG_EXTENSIONS)})")
-    return paths
 
 
 class SyntheticSource(Source):

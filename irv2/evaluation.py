@@ -162,6 +162,12 @@ def check_same_images(evaluations: list[Evaluation]) -> None:
             )
 
 
+def say_remarks(evaluations: list[Evaluation], say: Callable[[str], None]) -> None:
+    """Say what was noticed when the images were opened, once where networks share them."""
+    for line in dict.fromkeys(line for each in evaluations for line in each.source.remarks):
+        say(f"note: {line}")
+
+
 # ------------------------------------------------------------------------ scores
 
 

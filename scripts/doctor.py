@@ -49,12 +49,7 @@ def check_config(case: Case) -> Iterator[Finding]:
         yield Finding(FAIL, str(error), "train.py would refuse it with the same words")
         return
     case.division = division
-    ranks = f"{request.ranks} rank{'s' if request.ranks > 1 else ''}"
-    yield Finding(
-        OK,
-        f"{request.config}: steps of {train.global_batch} = "
-        f"{ranks} x {division.accumulation} accumulated x {division.micro_batch}, {device.type}",
-    )
+    yield Finding(OK, f"{request.config}: {division.in_words(request.ranks)}, {device.type}")
 
 
 Check = Callable[[Case], Iterable[Finding]]

@@ -38,6 +38,8 @@ from irv2.cli import positive
 def write(arguments: argparse.Namespace) -> str:
     """Write shards; returns the summary."""
     source = sources.open_source(arguments.source)
+    for line in source.remarks:
+        print(f"note: {line}", file=sys.stderr)
     base = os.path.basename(os.path.abspath(source.root or "images"))
     options = shard_writer.Options(
         re.sub(r"[^A-Za-z0-9_-]+", "_", base),

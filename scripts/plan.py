@@ -93,6 +93,12 @@ def cells(row: dict[str, Any]) -> str:
     )
 
 
+def batch_in_words(rows: list[dict[str, Any]], lr: float) -> str:
+    """How the fewest and the most ranks share a step, which has one learning rate."""
+    ends = dict.fromkeys(row["division"].in_words(row["ranks"]) for row in (rows[0], rows[-1]))
+    return "\n".join([*ends, f"The rate, optim.lr={lr:g}, belongs to these images, not to ranks."])
+
+
 def limits(run: Run, steps: dict[int, Step], refused: list[int]) -> list[str]:
     """Describe where the global batch stops scaling, and why."""
     most = {share: prediction.most_ranks(steps, share) for share in (0.8, 0.5)}
@@ -184,6 +190,7 @@ def plan(arguments: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
         f"gradients in {run.gradients.messages} messages ({train.reduce_dtype}); a checkpoint has "
         f"{sizes.checkpoint / 1e6:.0f} MB.",
         markdown.table(COLUMNS, map(cells, rows)),
+        batch_in_words(rows, cfg.optim.lr),
         "\n".join([*limits(run, steps, refused), *precision_note(train.precision, device)]),
         f"{arguments.device}, {arguments.gpus_per_node} a node. The plan rests on:",
         origins(device, inside, between, table),

@@ -28,6 +28,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -130,7 +131,9 @@ def entries_of(arguments: argparse.Namespace) -> Iterable[Entry]:
     source, out = arguments.source.resolve(), arguments.out.resolve()
     if out.is_relative_to(source):
         raise ValueError(f"{arguments.out}: lies in {arguments.source}; choose a place outside")
-    return public_sets.split_folder(arguments.source, arguments.val_fraction, arguments.seed)
+    fraction, seed = arguments.val_fraction, arguments.seed
+    say = partial(print, file=sys.stderr)
+    return public_sets.split_folder(arguments.source, fraction, seed, say)
 
 
 @cli.program

@@ -159,6 +159,14 @@ def test_the_wrong_level_as_root_is_told(project, tmp_path, examine, override, m
     assert message in lines_of(out, FAIL)[0]
 
 
+def test_what_is_left_out_of_a_folder_is_told(project, tmp_path, examine):
+    for k in range(12):
+        (tmp_path / "val" / "b" / f"{k}.{'xml' if k < 2 else 'txt'}").touch()
+    status, out, _ = examine(project)
+    assert status == 0
+    assert f"{tmp_path}/val: 12 files are not images: .txt 10, .xml 2" in lines_of(out, WARN)[0]
+
+
 def test_synthetic_images_are_looked_at_too(project, examine):
     sets = ("data.train=synthetic:64x4", "data.val=synthetic:16x4")
     status, out, _ = examine(project, *sets, "--scan", "full")

@@ -15,6 +15,7 @@ from programs import ROOT, run
 from data.errors import UserError
 from irv2 import build, config
 from irv2.network.model import inception_resnet_v2
+from irv2.training import batch
 from irv2.training.distributed import WorldError
 from scripts import plan
 from scripts.planning import devices, prediction, steptime
@@ -282,6 +283,16 @@ def test_a_measured_step_of_two_processes_is_predicted_from_its_parts():
 
 
 # ---------------------------------------------------------------------------------- the program
+
+
+def test_the_batch_is_said_in_words_for_the_fewest_and_the_most_ranks():
+    rows = [{"ranks": n, "division": batch.divide(640, 80, n)} for n in (1, 2, 8)]
+    assert plan.batch_in_words(rows, 0.045) == (
+        "640 images a step = 1 rank x 8 accumulated x 80\n"
+        "640 images a step = 8 ranks x 1 accumulated x 80\n"
+        "The rate, optim.lr=0.045, belongs to these images, not to ranks."
+    )
+    assert plan.batch_in_words(rows[:1], 1).count("\n") == 1
 
 
 @pytest.mark.slow

@@ -383,7 +383,8 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 def test_a_folder_is_split_by_class_and_nothing_is_lost_or_twice(unsplit, tmp_path, prepare):
     out = tmp_path / "out"
-    assert prepare("folder", unsplit, "--out", out, "--val-fraction", "0.25") == (0, "")
+    noticed = (0, f"note: {unsplit}: 1 file is no image: .txt 1\n")
+    assert prepare("folder", unsplit, "--out", out, "--val-fraction", "0.25") == noticed
     train, val = files_below(out / "train"), files_below(out / "val")
     assert not train.keys() & val.keys()
     assert train | val == files_below(unsplit)
@@ -394,7 +395,7 @@ def test_a_split_is_the_same_anywhere_and_another_for_another_seed(unsplit, tmp_
     root, splits = unsplit, []
     for i, seed in enumerate([3, 3, 4]):
         root, out = root.rename(tmp_path / f"moved{i}"), tmp_path / f"out{i}"
-        assert prepare("folder", root, "--out", out, "--seed", str(seed)) == (0, "")
+        assert prepare("folder", root, "--out", out, "--seed", str(seed))[0] == 0
         splits.append(set(files_below(out / "val")))
     assert splits[0] == splits[1] != splits[2]
 
@@ -402,7 +403,7 @@ def test_a_split_is_the_same_anywhere_and_another_for_another_seed(unsplit, tmp_
 def test_files_are_linked_or_copied_where_they_cannot_be(unsplit, tmp_path, prepare, monkeypatch):
     target = unsplit / "ant" / "0.jpg"
     (unsplit / "bee" / "link.jpg").symlink_to(target)
-    assert prepare("folder", unsplit, "--out", tmp_path / "linked") == (0, "")
+    assert prepare("folder", unsplit, "--out", tmp_path / "linked")[0] == 0
     assert target.stat().st_nlink == 3  # itself, and as both of its names
     assert not any(path.is_symlink() for path in (tmp_path / "linked").rglob("*"))
 
@@ -410,7 +411,7 @@ def test_files_are_linked_or_copied_where_they_cannot_be(unsplit, tmp_path, prep
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    assert prepare("folder", unsplit, "--out", tmp_path / "copied") == (0, "")
+    assert prepare("folder", unsplit, "--out", tmp_path / "copied")[0] == 0
     assert files_below(tmp_path / "copied") == files_below(tmp_path / "linked")
     assert target.stat().st_nlink == 3
 
@@ -424,7 +425,7 @@ def test_what_cannot_be_split_is_told_in_a_line(unsplit, tmp_path, prepare):
 
     assert "no such data folder" in refused(tmp_path / "nowhere")
     assert "choose a place outside" in refused(unsplit, unsplit / "split")
-    assert prepare("folder", unsplit, "--out", tmp_path / "split") == (0, "")
+    assert prepare("folder", unsplit, "--out", tmp_path / "split")[0] == 0
     assert "its folders train and val are parts of a data set" in refused(tmp_path / "split")
     (unsplit / "cat" / "0.jpg").unlink()
     assert "one image cannot be in both train and val" in refused(unsplit)

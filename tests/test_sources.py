@@ -5,16 +5,20 @@ import io
 import os
 import re
 import tracemalloc
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data import levels, sources
+from data import folders, levels, loader, names, sources
 from data.base import Source
 from data.errors import DataError, ImageError
+from data.folders import Found
 from data.sources import FolderSource, SyntheticSource, check_same_classes, open_source
 
 CONTENT = {  # as created: neither classes nor images in order
@@ -61,6 +65,68 @@ def test_an_image_is_read_as_its_bytes_are(folder):
             assert source.read(i)[0] == file.read()
 
 
+def encoded(extension: str) -> bytes:
+    """A small picture as a file of that ending holds it."""
+    buffer = io.BytesIO()
+    kind = Image.registered_extensions()[extension]
+    Image.linear_gradient("L").convert("RGB").save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("extension", [".jfif", ".jpe", ".gif", ".avif", ".jp2", ".webp", ".tga"])
+def test_whatever_pillow_decodes_is_an_image(tmp_path, extension):
+    (tmp_path / "a").mkdir()
+    Image.init()
+    try:
+        (tmp_path / "a" / f"0{extension}").write_bytes(encoded(extension))
+    except (KeyError, OSError):
+        pytest.skip(f"Pillow is here without {extension}")
+    source = FolderSource(tmp_path)
+    assert (len(source), source.remarks) == (1, [])
+    assert loader.read_image(source, 0)[0].shape == (256, 256, 3)
+
+
+def test_what_pillow_knows_by_its_name_alone_is_no_image():
+    extensions = folders.image_extensions()
+    assert set(IMG_EXTENSIONS) | {".mpo"} <= set(extensions)
+    assert not {".h5", ".grib", ".wmf", ".mpg", ".eps", ".ps", ".pdf", ".txt"} & set(extensions)
+
+
+def test_what_is_left_out_is_counted_and_named(folder):
+    (others,) = (line for line in FolderSource(folder).remarks if "not images" in line)
+    assert others == f"{folder}: 3 files are not images: .txt 2, no ending 1"
+
+
+def test_images_beside_the_class_folders_and_what_programs_leave_are_noticed(tmp_path):
+    laid_out(tmp_path, "a/0.png", "a/._0.png", "b/0.png", "__MACOSX/0.png")
+    (tmp_path / "stray.png").touch()
+    assert FolderSource(tmp_path).remarks == [
+        f"{tmp_path}: images called ._…, as macOS calls what is none: 1",
+        f"{tmp_path}: images beside the class folders, and so in no class: 1",
+        f"{tmp_path}: classes that may be none: __MACOSX",
+    ]
+
+
+def test_names_that_some_disks_take_for_one_are_noticed(tmp_path):
+    decomposed = unicodedata.normalize("NFD", "é")
+    source = laid_out(tmp_path, "Cat/I.JPG", "Cat/i.jpg", "cat/0.png", "é/0.png",
+                      f"{decomposed}/0.png", "dog/I.JPG", "dog/i.png")  # fmt: skip
+    classes, images = source.remarks
+    assert "classes whose names differ only in case or Unicode form" in classes
+    assert classes.endswith(f": Cat and cat; {decomposed} and é")
+    assert images.endswith(": Cat/I.JPG and Cat/i.jpg")
+    assert names.same_but_for_case(["Straße", "STRASSE", "x"]) == [["Straße", "STRASSE"]]
+
+
+def test_classes_are_named_in_their_order_the_first_and_the_last():
+    assert names.in_order(["a", "b"]) == "a, b"
+    assert names.in_order([*"abcdef"]) == "a, b, c … f"
+    numbers = sorted(map(str, range(12)))
+    assert names.in_order(numbers) == "0, 1, 10 … 9 (numbers, sorted as text)"
+    assert names.in_order([f"{i:02}" for i in range(12)]) == "00, 01, 02 … 11"
+    assert names.in_order(["\x1b[2J", "b"]) == r"\x1b[2J, b"
+
+
 def labels_of(source: Source) -> list[int]:
     return [source.read(i)[1] for i in range(len(source))]
 
@@ -104,7 +170,7 @@ def test_an_image_costs_its_name_and_four_bytes(tmp_path, monkeypatch):
     for i in range(50):
         (tmp_path / f"n{i:08d}").mkdir()
     names = [f"n01440764_{i}.JPEG" for i in range(10_000, 11_000)]
-    monkeypatch.setattr(sources, "images_below", lambda _top: list(names))
+    monkeypatch.setattr(sources, "search", lambda _top: Found(list(names), Counter()))
     tracemalloc.start()
     source = FolderSource(tmp_path)
     held, _ = tracemalloc.get_traced_memory()

@@ -132,6 +132,20 @@ def test_tensorboard_has_curves_images_and_config(project: Path) -> None:
     assert "config/text_summary" in tags["tensors"]
 
 
+def test_the_first_lines_say_what_is_trained_on(tmp_path) -> None:
+    project = programs.write_project(tmp_path)
+    (tmp_path / "train" / "b" / "notes.txt").touch()
+    status, out, _ = call(train, "--config", project, "train.max_steps=1", "train.micro_batch=4")
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[1] == (
+        "data: 21 training and 12 validation images; 1 steps, "
+        "8 images a step = 1 rank x 2 accumulated x 4"
+    )
+    assert lines[2] == "classes in the order of the outputs: a, b, c"
+    assert lines[3] == f"note: {tmp_path}/train: 1 file is no image: .txt 1"
+
+
 def test_plain_lines_where_the_output_is_no_terminal(project: Path) -> None:
     result = programs.run("train.py", "--config", project / "small.yaml")
     assert result.returncode == 0

@@ -15,7 +15,7 @@ import re
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -197,11 +197,13 @@ def imagenette(size: str, path: Path | None, check_md5: bool = True) -> Iterator
             raise DataError(f"{archive}: holds no train/<class>/ and val/<class>/ with JPEG images")
 
 
-def split_folder(root: Path, val_fraction: float, seed: int) -> list[Entry]:
+def split_folder(
+    root: Path, val_fraction: float, seed: int, say: Callable[[str], None] = lambda line: None
+) -> list[Entry]:
     """Hold out a share of each class of a folder, at least one image, for validation.
 
     Files are ranked by a hash of the seed and their path below `root`, so that the split is the
-    same wherever and whenever it is made. Raises DataError.
+    same wherever and whenever it is made. `say` gets what was noticed. Raises DataError.
     """
     source = FolderSource(root)
     entries: list[Entry] = []
@@ -214,6 +216,8 @@ def split_folder(root: Path, val_fraction: float, seed: int) -> list[Entry]:
         by_rank = sorted(zip(names, paths), key=lambda image: _rank(seed, image[0]))
         entries += [Entry(f"val/{name}", path) for name, path in by_rank[:held_out]]
         entries += [Entry(f"train/{name}", path) for name, path in by_rank[held_out:]]
+    for line in source.remarks:
+        say(f"note: {line}")
     return entries
 
 

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.errors import DataError
+from data.folders import image_extensions
 from data.prepare.processes import run_all, stop_if_cancelled
 from data.shards import index as shard_index
 from data.shards.index import BLOCK, COLUMNS, INDEX, PLAN, Index, Shard
 
-IMAGE_KINDS = {extension.removeprefix(".") for extension in IMG_EXTENSIONS}
 MAX_TEXT = 1 << 20  # bytes of a .cls or .json
 MAX_LABEL = 1 << 20
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
@@ -51,6 +50,11 @@ class Scan:
     shard: Shard
     samples: list[Sample] = field(default_factory=list)
     names: dict[int, set[str]] = field(default_factory=dict)
+
+
+def image_kinds() -> set[str]:
+    """Extensions of the members that are images."""
+    return {extension.removeprefix(".") for extension in image_extensions()}
 
 
 def sha256_of(path: Path) -> str:
@@ -120,10 +124,10 @@ def _sample(
 ) -> tuple[Sample, str | None]:
     """Read a sample and, where its metadata say so, its class's name."""
     where = f"{path}: key {key!r}"
-    images = sorted(members.keys() & IMAGE_KINDS)
+    images = sorted(members.keys() & image_kinds())
     if len(images) != 1:
         what = f"two images (.{images[0]}, .{images[1]})" if images else "no image"
-        raise DataError(f"{where}: {what}; expected one of {', '.join(sorted(IMAGE_KINDS))}")
+        raise DataError(f"{where}: {what}; expected one of {', '.join(sorted(image_kinds()))}")
     if "cls" not in members:
         raise DataError(f"{where}: no label (a member .cls)")
     text = _content(file, members["cls"])[:64].decode("ascii", "replace").strip()

@@ -31,7 +31,7 @@ from data.base import Source
 from data.errors import DataError, ImageError
 from data.files import write_atomically
 from data.prepare.processes import run_all, stop_if_cancelled
-from data.prepare.shard_scan import IMAGE_KINDS, Sample, Scan, build_index, scan
+from data.prepare.shard_scan import Sample, Scan, build_index, image_kinds, scan
 from data.shards import index as shard_index
 from data.shards.index import BLOCK, INDEX, PLAN, Index, Shard
 from data.shards.local import ShardSource
@@ -236,8 +236,8 @@ def sample_of(source: Source, index: int, options: Options) -> tuple[list[tuple[
     extension = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png"}.get(ending)
     if extension is None or is_scaled:
         extension = kind or ending.removeprefix(".")
-    if extension not in IMAGE_KINDS:
-        raise ImageError(f"{name}: not a known kind of image ({', '.join(sorted(IMAGE_KINDS))})")
+    if extension not in image_kinds():
+        raise ImageError(f"{name}: not a known kind of image ({', '.join(sorted(image_kinds()))})")
     about = {
         "name": relative_name(source, index),
         "class": source.classes[label],

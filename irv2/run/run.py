@@ -9,8 +9,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from data.base import Source
 from data.errors import DataError, UserError
 from data.loader import Batch, Replaced
+from data.names import in_order
 from data.stream import Key
 from irv2.config import Config
 from irv2.run import directory
@@ -70,7 +72,7 @@ class Run:
         if self.world.is_main and self._lock is None:
             self._lock = directory.lock(self.directory)
 
-    def begin(self, state: TrainState, division: Division, val_images: int) -> None:
+    def begin(self, state: TrainState, division: Division, train: Source, val: Source) -> None:
         """Make or enter the directory, open what is written there, and say what will happen."""
         is_saved = bool(directory.checkpoints(self.directory))
         self._take_lock()
@@ -82,7 +84,7 @@ class Run:
         self.log = Logbook(place, state.step, self.total_steps)
         text = directory.config_text(self.experiment.config)
         self.log.text("config", text, state.step)
-        self._announce(state.model, division, val_images)
+        self._announce(state.model, division, train, val)
         self._ledger: JsonLines | None = None
         if self.cfg.log.ledger:
             ranks = (self.world.rank, self.world.size)
@@ -93,7 +95,7 @@ class Run:
         self._saver = BackgroundSaver(store, keep, self._tried_step, self.log.say, RUNNING)
         self.pace.restart()
 
-    def _announce(self, model: nn.Module, division: Division, val_images: int) -> None:
+    def _announce(self, model: nn.Module, division: Division, train: Source, val: Source) -> None:
         cfg, world, say = self.cfg, self.world, self.world.say
         parameters = sum(p.numel() for p in model.parameters())
         device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
@@ -104,10 +106,12 @@ class Run:
             f"{cfg.train.precision} on {ranks} of {device}"
         )
         say(
-            f"data: {self.experiment.images_per_epoch:,} training and {val_images:,} validation "
-            f"images; {self.total_steps:,} steps of {cfg.train.global_batch} = "
-            f"{ranks} x {division.accumulation} accumulated x {division.micro_batch}"
+            f"data: {self.experiment.images_per_epoch:,} training and {len(val):,} validation "
+            f"images; {self.total_steps:,} steps, {division.in_words(world.size)}"
         )
+        say(f"classes in the order of the outputs: {in_order(self.experiment.classes)}")
+        for line in (*train.remarks, *val.remarks):
+            say(f"note: {line}")
         if cfg.model.freeze is not None:
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             say(f"frozen: the {cfg.model.freeze}; {trained:,} parameters are trained")

@@ -19,6 +19,15 @@ class Division(NamedTuple):
     micro_batch: int  # images a device takes at once
     accumulation: int  # micro-batches of one update
 
+    def in_words(self, ranks: int) -> str:
+        """A step's images, and how so many ranks come to them."""
+        images = ranks * self.accumulation * self.micro_batch
+        of_ranks = f"{ranks:,} rank{'s' if ranks > 1 else ''}"
+        return (
+            f"{images:,} images a step = {of_ranks} x {self.accumulation} accumulated x "
+            f"{self.micro_batch}"
+        )
+
 
 def divide(global_batch: int, micro_batch: int, ranks: int, in_pairs: bool = False) -> Division:
     """Divide a global batch into the largest equal parts of at most `micro_batch` images.

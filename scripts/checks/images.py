@@ -9,6 +9,7 @@ import numpy as np
 
 from data.errors import DataError
 from data.files import write_atomically
+from data.names import in_order
 from data.prepare import checkup
 from data.sources import SyntheticSource
 from data.workers import usable_cores
@@ -19,6 +20,7 @@ from scripts.checks.case import FAIL, OK, WARN, Case, Finding
 IMAGENET = {"train": 1_281_167, "val": 50_000}  # ILSVRC2012
 MAX_IMBALANCE = 10  # largest class : smallest class; ImageNet's is 1.8
 MAX_SHARED = 0.01  # share of validation images that may also be training images
+NOTED = "if that is not what you want, mend it there; the run takes what is left"
 SHOWN = 20  # files of a kind
 UNKNOWN_SIZES = 20  # training images compared per validation image where each has to be read
 
@@ -32,6 +34,8 @@ def check_sources(case: Case) -> Iterator[Finding]:
             setattr(case, split, input_pipeline.open_source(spec, data, case.cfg.run.timeout_s))
         except DataError as error:
             yield Finding(FAIL, str(error), f"set data.{split}=… or fix what is there")
+    for source in filter(None, (case.train, case.val)):
+        yield from (Finding(WARN, line, NOTED) for line in source.remarks)
     if case.train is None or case.val is None:
         return
     try:
@@ -39,7 +43,9 @@ def check_sources(case: Case) -> Iterator[Finding]:
     except DataError as error:
         yield Finding(FAIL, str(error), "train.py would refuse them with the same words")
         return
-    yield Finding(OK, f"{data.train} and {data.val}: the same {len(case.val.classes)} classes")
+    classes = case.val.classes
+    what = f"the same {len(classes)} classes, {in_order(classes)}"
+    yield Finding(OK, f"{data.train} and {data.val}: {what}")
 
 
 def check_counts(case: Case) -> Iterator[Finding]:

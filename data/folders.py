@@ -1,0 +1,136 @@
+"""Folders of images as they are found: which files are images, and what else lies there."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from functools import cache
+from typing import NamedTuple, NoReturn
+
+from PIL import Image, ImageFile, features
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data.errors import DataError, enumeration
+from data.names import same_but_for_case, shown
+
+# Formats of which Pillow knows the head alone, or which Ghostscript would have to draw.
+NOT_DECODED = {"MPEG", "EPS", "IPTC"}
+OPTIONAL = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}  # format -> Pillow's feature
+LEFT_BY_PROGRAMS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"}
+MOST_NAMED = 5  # endings
+MOST_PAIRS = 3  # names that differ only in case
+
+
+@cache
+def image_extensions() -> tuple[str, ...]:
+    """Endings of files that Pillow, as it is installed, decodes; ImageFolder's among them."""
+    Image.init()
+    decoded = {
+        extension
+        for extension, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN and kind not in NOT_DECODED and not _is_stub(kind)
+        if kind not in OPTIONAL or features.check(OPTIONAL[kind])
+    }
+    return tuple(sorted(decoded | {".mpo", *IMG_EXTENSIONS}))  # MPO: JPEGs with more behind them
+
+
+def _is_stub(kind: str) -> bool:
+    """True for a format that Pillow only knows by name."""
+    opener = Image.OPEN[kind][0]
+    return isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
+
+
+class Found(NamedTuple):
+    """Files of a class: its images, relative to its folder, and the others by their endings."""
+
+    images: list[str]
+    others: Counter[str]
+
+
+def search(top: str) -> Found:
+    """List a class's images in ImageFolder's order: folder by folder, a folder's files sorted.
+
+    Raises DataError if there are none.
+    """
+    extensions = image_extensions()
+    images, others = [], Counter()
+    for folder, _, files in sorted(os.walk(top, onerror=_refuse, followlinks=True)):
+        below = os.path.relpath(folder, top)
+        here = [file for file in sorted(files) if file.lower().endswith(extensions)]
+        images += here if below == os.curdir else [os.path.join(below, file) for file in here]
+        if len(here) < len(files):
+            others.update(_ending(file) for file in set(files).difference(here))
+    if not images:
+        raise DataError(f"{top}: no images in it" + (f", only {kinds(others)}" if others else ""))
+    return Found(images, others)
+
+
+def images_below(top: str) -> list[str]:
+    """List the images in a folder and in those below it. Raises DataError if there are none."""
+    return search(top).images
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """Raise DataError: a folder that cannot be listed would silently make the data set smaller."""
+    raise DataError(f"{error.filename}: cannot be listed ({error.strerror})")
+
+
+def _ending(file: str) -> str:
+    return os.path.splitext(file)[1].lower() or "no ending"
+
+
+def kinds(others: Counter[str]) -> str:
+    """Describe files by their endings: ".txt 10, .xml 2"."""
+    named = [f"{shown(kind, 20)} {count:,}" for kind, count in others.most_common(MOST_NAMED)]
+    return ", ".join(named) + (", …" if len(others) > MOST_NAMED else "")
+
+
+class Remarks:
+    """Collects what lies in a root's class folders that a person should know of."""
+
+    def __init__(self, root: str, classes: list[str]) -> None:
+        self.root, self.classes = root, classes
+        self.others: Counter[str] = Counter()
+        self.alike: list[list[str]] = []
+        self.leftovers = 0
+
+    def note(self, name: str, found: Found) -> None:
+        """Note the files of a class."""
+        self.others += found.others
+        self.alike += [
+            [os.path.join(name, image) for image in group]
+            for group in same_but_for_case(found.images)
+        ]
+        self.leftovers += sum(os.path.basename(image).startswith("._") for image in found.images)
+
+    def lines(self) -> list[str]:
+        """Describe what was noted, a line for each kind."""
+        lines = []
+        if self.others:
+            files = self.others.total()
+            are = "file is no image" if files == 1 else "files are not images"
+            lines.append(f"{files:,} {are}: {kinds(self.others)}")
+        if self.leftovers:
+            lines.append(f"images called ._…, as macOS calls what is none: {self.leftovers:,}")
+        if outside := self._outside():
+            lines.append(f"images beside the class folders, and so in no class: {outside:,}")
+        left = [name for name in self.classes if name.startswith(".") or name in LEFT_BY_PROGRAMS]
+        if left:
+            lines.append(f"classes that may be none: {enumeration(left)}")
+        for what, groups in (("classes", same_but_for_case(self.classes)), ("images", self.alike)):
+            if groups:
+                pairs = "; ".join(" and ".join(map(shown, group)) for group in groups[:MOST_PAIRS])
+                more = f"; … {len(groups):,} in all" if len(groups) > MOST_PAIRS else ""
+                lines.append(
+                    f"{what} whose names differ only in case or Unicode form, which some disks "
+                    f"take for one: {pairs}{more}"
+                )
+        return [f"{self.root}: {line}" for line in lines]
+
+    def _outside(self) -> int:
+        """Count the images that lie in the root itself."""
+        with os.scandir(self.root) as entries:
+            return sum(
+                entry.name.lower().endswith(image_extensions()) and not entry.is_dir()
+                for entry in entries
+            )

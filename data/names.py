@@ -1,0 +1,82 @@
+"""Names of files and classes: how they are shown, and when two of them are one."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+
+LONGEST = 60  # columns of a name in a table
+
+
+def shown(name: str, most: int | None = None) -> str:
+    """A name that acts on no terminal, in one line; with `most`, of so many columns at most.
+
+    Control characters, line ends, marks that turn the direction of writing, and bytes that are no
+    UTF-8 are escaped. What is too long is left out in the middle.
+    """
+    text = "".join(c if c.isprintable() else _escaped(c) for c in name)
+    if most is None or width(text) <= most:
+        return text
+    head, tail = _fitting(text, most // 2), _fitting(text[::-1], most - most // 2 - 1)[::-1]
+    return f"{head}…{tail}"
+
+
+def lines_shown(text: str) -> str:
+    """A message as `shown` has it, whose line ends are meant."""
+    return "\n".join(map(shown, text.split("\n")))
+
+
+def _escaped(character: str) -> str:
+    """Escape a character as Python does; a byte that is no UTF-8 as that byte."""
+    number = ord(character)
+    if 0xDC80 <= number <= 0xDCFF:  # os.fsdecode's
+        return f"\\x{number - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def width(text: str) -> int:
+    """Columns that a terminal gives a printable text."""
+    return sum(map(_columns, text))
+
+
+def _columns(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _fitting(text: str, most: int) -> str:
+    """The beginning of a text, of `most` columns."""
+    used = 0
+    for place, character in enumerate(text):
+        used += _columns(character)
+        if used > most:
+            return text[:place]
+    return text
+
+
+def same_but_for_case(names: Sequence[str]) -> list[list[str]]:
+    """Groups of names that a disk without case, or of another Unicode form, takes for one."""
+    keys = [name.lower() if name.isascii() else in_nfc(name).casefold() for name in names]
+    if len(set(keys)) == len(keys):
+        return []
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for key, name in zip(keys, names):
+        groups[key].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def in_nfc(name: str) -> str:
+    """A name in the Unicode form that has é as one character; on disks of Macs it is two."""
+    return unicodedata.normalize("NFC", name)
+
+
+def in_order(classes: Sequence[str]) -> str:
+    """The first and the last of a network's classes, as its outputs are numbered."""
+    names = [shown(name, LONGEST) for name in classes]
+    text = ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} … {names[-1]}"
+    are_numbers = all(name.isdecimal() for name in classes)
+    if are_numbers and list(classes) != sorted(classes, key=int):
+        text += " (numbers, sorted as text)"
+    return text
