@@ -7,15 +7,20 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from queue import Queue
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from data.errors import DataError
 from data.folders import images_below
 from data.transforms import DecodeError, EvalView, decode, shown
 from data.workers import default_workers
+
+STANDARD_INPUT = "-"
+HEAD = 1 << 13  # bytes that tell a list from a picture
 
 
 class Picture(NamedTuple):
@@ -26,30 +31,102 @@ class Picture(NamedTuple):
     error: str = ""
 
 
-def named(names: Iterable[str]) -> Iterator[Picture | str]:
-    """Yield the files that a command line names; a folder's are sorted, "-" reads more names."""
+class Encoded(NamedTuple):
+    """A picture that has been read, and is still to be decoded."""
+
+    path: str
+    content: bytes
+
+
+Unseen = str | Encoded | Picture  # a file's name, its content, or why there is neither
+
+
+def named(names: Iterable[str]) -> Iterator[Unseen]:
+    """Yield the pictures that a command line names; a folder's files are sorted.
+
+    "-" is standard input: a picture, or a list of files and folders as `listed` reads it.
+    """
     for name in names:
-        if name == "-":
-            # Not sys.stdin, which Python cannot close at its end while a thread waits for a line.
-            with open(0, "rb", closefd=False) as lines:
-                paths = (os.fsdecode(line.removesuffix(b"\n")) for line in lines)
-                yield from named(path for path in paths if path)
-        elif os.path.isdir(name):
-            try:
-                yield from (os.path.join(name, path) for path in images_below(name))
-            except DataError as error:
-                yield Picture(name, None, str(error).removeprefix(f"{name}: "))
-        else:
-            yield name
+        yield from _standard_input() if name == STANDARD_INPUT else _below(name)
 
 
-def see(path: Picture | str, view: EvalView) -> Picture:
-    """Read, decode and scale a picture, unless it is known to be unusable."""
-    if isinstance(path, Picture):
-        return path
+def listed(path: str) -> Iterator[Unseen]:
+    """Yield the pictures that a file names, or standard input for "-": one a line, or each ended
+    by NUL, as `find -print0` does."""
+    # Not sys.stdin, which Python cannot close at its end while a thread waits for a line.
+    is_standard_input = path == STANDARD_INPUT
     try:
-        with open(path, "rb") as file:
-            pixels = decode(file.read())
+        with open(0 if is_standard_input else path, "rb", closefd=not is_standard_input) as stream:
+            yield from _list(path, stream)
+    except OSError as error:
+        yield Picture(path, None, f"cannot be read ({error.strerror})")
+
+
+def _standard_input() -> Iterator[Unseen]:
+    with open(0, "rb", closefd=False) as stream:
+        head = stream.peek(HEAD)
+        if _is_image(head) and not _begins_with_a_name(head):
+            yield Encoded(STANDARD_INPUT, stream.read())
+        else:
+            yield from _list(STANDARD_INPUT, stream)
+
+
+def _list(path: str, stream: BufferedReader) -> Iterator[Unseen]:
+    """Yield what a list names as soon as it is read. A name in a list is never standard input."""
+    head = stream.peek(HEAD)
+    if not head:
+        yield Picture(path, None, "is empty")
+    if _has_controls(head) and not _begins_with_a_name(head):
+        yield Picture(path, None, "is neither a picture nor a list of their names")
+        return
+    end, rest = _end_of_names(head), b""
+    while chunk := stream.read1(HEAD):
+        *whole, rest = (rest + chunk).split(end)
+        for name in filter(None, whole):
+            yield from _below(os.fsdecode(name))
+    if rest:
+        yield from _below(os.fsdecode(rest))
+
+
+def _end_of_names(head: bytes) -> bytes:
+    return b"\0" if b"\0" in head else b"\n"
+
+
+def _has_controls(head: bytes) -> bool:
+    """True for bytes that hardly a name has, though it may."""
+    return any(byte < 32 and byte not in b"\t\n\r" for byte in head)
+
+
+def _begins_with_a_name(head: bytes) -> bool:
+    """True for the beginning of a list whose first name is there."""
+    return os.path.exists(os.fsdecode(head.split(_end_of_names(head), 1)[0]))
+
+
+def _is_image(head: bytes) -> bool:
+    """True for the beginning of a file that Pillow would try to decode, and that is no text."""
+    Image.init()
+    accepted = (accept is not None and accept(head[:16]) for _, accept in Image.OPEN.values())
+    return _has_controls(head[:64]) and any(accepted)
+
+
+def _below(name: str) -> Iterator[Unseen]:
+    """Yield a file's name, or those of the images below a folder."""
+    if not os.path.isdir(name):
+        yield name
+        return
+    try:
+        yield from (os.path.join(name, path) for path in images_below(name))
+    except DataError as error:
+        yield Picture(name, None, str(error).removeprefix(f"{name}: "))
+
+
+def see(picture: Unseen, view: EvalView) -> Picture:
+    """Read, decode and scale a picture, unless it is known to be unusable."""
+    if isinstance(picture, Picture):
+        return picture
+    path = picture if isinstance(picture, str) else picture.path
+    try:
+        pixels = decode(_content(picture))
     except OSError as error:
         return Picture(path, None, f"cannot be read ({error.strerror})")
     except (DecodeError, ValueError) as error:  # a path may hold what none can
@@ -57,10 +134,15 @@ def see(path: Picture | str, view: EvalView) -> Picture:
     return Picture(path, shown(pixels, view))
 
 
+def _content(picture: str | Encoded) -> bytes:
+    if isinstance(picture, Encoded):
+        return picture.content
+    with open(picture, "rb") as file:
+        return file.read()
+
+
 @contextmanager
-def read_ahead(
-    paths: Iterable[Picture | str], view: EvalView, depth: int
-) -> Iterator[Iterator[Picture]]:
+def read_ahead(paths: Iterable[Unseen], view: EvalView, depth: int) -> Iterator[Iterator[Picture]]:
     """Give the pictures in order, up to `depth` of them made ready by threads ahead of time.
 
     A thread of its own takes the paths, so that a slow list of them delays no picture that is

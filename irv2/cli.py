@@ -17,7 +17,8 @@ from typing import ParamSpec
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data.errors import DataError, UserError
+from data.errors import DataError, ImageError, UserError
+from data.names import lines_shown, shown
 from data.paths import expanded
 from data.urls import without_secrets
 from irv2.run import trained
@@ -130,7 +131,7 @@ def load_network(arguments: argparse.Namespace) -> Trained:
 def remark(text: str) -> None:
     """Print a remark to stderr, separate from the program's output."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(lines_shown(text), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -168,7 +169,8 @@ def exit_status(body: Callable[[], int]) -> int:
         return body()
     except (UserError, OSError) as error:  # no permission, no space: the message names the file
         if _place().local_rank == 0 or isinstance(error, OSError) or error.one_rank:
-            _report(without_secrets(str(error)))
+            show = shown if isinstance(error, ImageError) else lines_shown
+            _report(show(without_secrets(str(error))))
         return 1
     except RuntimeError as error:
         words = ("closed by peer", "reset by peer", "Timed out waiting")  # gloo's

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.errors import DataError
 from data.files import write_atomically
+from data.names import lines_shown, shown
 from irv2 import build, cli, config
 from irv2.config import ConfigError
 from irv2.training import batch, distributed
@@ -70,12 +71,12 @@ CHECKS: list[tuple[str, Check, tuple[str, ...]]] = [
 
 def show(name: str, finding: Finding) -> None:
     margin = " " * 18
-    what = finding.what.replace("\n", f"\n{margin}")
+    what = lines_shown(finding.what).replace("\n", f"\n{margin}")
     print(f"{finding.level:<5} {name:<11} {what}")
     for line in finding.details:
-        print(f"{margin}  {line}")
+        print(f"{margin}  {shown(line)}")
     if finding.todo:
-        print(f"{margin}-> {finding.todo}")
+        print(f"{margin}-> {lines_shown(finding.todo)}")
     sys.stdout.flush()
 
 

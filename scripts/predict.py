@@ -3,9 +3,11 @@
 
   python scripts/predict.py photo.jpg --run runs/quickstart
   python scripts/predict.py PHOTOS --weights runs/quickstart/best.safetensors --top 3
-  find PHOTOS -name '*.jpg' | python scripts/predict.py - --weights timm:NAME --json
+  find PHOTOS -print0 | python scripts/predict.py --files-from - --weights timm:NAME --json
+  curl URL | python scripts/predict.py - --run runs/quickstart
 
-Takes files, folders (with everything below them) and, from standard input, their paths, one a line.
+Takes files, folders (with everything below them), lists of both, one a line or ended by NUL, and
+from standard input a picture or such a list. Long names are shown shortened, with --json whole.
 Each picture is preprocessed as by validate.py. Results are printed in the order of the pictures, as
 each batch is done. With --json each line is {"image": …, "predictions": [{"class": …, "name": …,
 "probability": …}, …]} or {"image": …, "error": …}. Exit status: 0 done; 1 something must be fixed
@@ -19,7 +21,7 @@ import json
 import os
 import signal
 import sys
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import pictures
+from data.names import LONGEST, shown, width
 from data.pictures import Picture
 from data.to_input import ToInput
 from irv2 import cli, input_pipeline
@@ -92,7 +95,8 @@ def predict(arguments: argparse.Namespace, device: torch.device) -> int:
     predictor = Predictor(network, arguments.top, device)
     show = show_json if arguments.json else Table()
     failed = 0
-    paths = pictures.named(arguments.images)
+    lists = map(pictures.listed, arguments.files_from)
+    paths = chain(pictures.named(arguments.images), *lists)
     hidden = sys.stdout.isatty() or not sys.stderr.isatty()
     with (
         pictures.read_ahead(paths, view, 2 * arguments.batch) as coming,
@@ -104,7 +108,7 @@ def predict(arguments: argparse.Namespace, device: torch.device) -> int:
             for picture in batch:
                 if picture.error:
                     failed += 1
-                    tqdm.write(f"{picture.path}: {picture.error}", file=sys.stderr)
+                    tqdm.write(shown(f"{picture.path}: {picture.error}"), file=sys.stderr)
             bar.update(len(batch))
     return failed
 
@@ -129,17 +133,18 @@ def show_json(results: Results) -> None:
 
 
 class Table:
-    """Prints a line for each picture; columns are as wide as the longest path so far."""
+    """Prints a line for each picture; columns are as wide as the longest path so far, if not over
+    LONGEST. Nothing in a name acts on the terminal."""
 
     def __init__(self) -> None:
         self.width = 0
 
     def __call__(self, results: Results) -> None:
-        seen = [(picture.path, predictions) for picture, predictions in results if predictions]
-        self.width = max([self.width, *(len(path) for path, _ in seen)])
+        seen = [(shown(picture.path, LONGEST), chosen) for picture, chosen in results if chosen]
+        self.width = max([self.width, *(width(path) for path, _ in seen)])
         for path, predictions in seen:
-            words = ", ".join(f"{p.name} {100 * p.probability:.1f} %" for p in predictions)
-            print(f"{path:<{self.width}}  {words}")
+            words = ", ".join(f"{shown(p.name)} {100 * p.probability:.1f} %" for p in predictions)
+            print(f"{path}{' ' * (self.width - width(path))}  {words}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -149,9 +154,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "images",
         type=cli.picture,
-        nargs="+",
+        nargs="*",
         metavar="IMAGE|FOLDER|-",
-        help="pictures; - reads paths, one a line",
+        help="- is a picture or a list on stdin",
+    )
+    parser.add_argument(
+        "--files-from",
+        action="append",
+        default=[],
+        metavar="LIST|-",
+        help="a file of names, one a line or each ended by NUL",
     )
     cli.add_network(parser)
     parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes (default: 5)")
@@ -160,7 +172,10 @@ def parse_arguments() -> argparse.Namespace:
         "--batch", type=positive, default=16, metavar="N", help="images at once (default: 16)"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if not arguments.images and not arguments.files_from:
+        parser.error("no pictures: IMAGE, FOLDER, - or --files-from LIST")
+    return arguments
 
 
 @cli.program

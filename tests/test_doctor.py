@@ -19,10 +19,10 @@ from calling import Called, call
 
 from data import sources
 from data.base import Source
-from data.errors import DataError
+from data.errors import DataError, ImageError
 from data.prepare import checkup
 from data.prepare.checkup import BadImage
-from irv2 import build, config
+from irv2 import build, cli, config
 from irv2.network import memory
 from irv2.network.cpu import fused
 from irv2.training import distributed, step
@@ -113,6 +113,23 @@ def test_a_truncated_validation_image_is_named(project, tmp_path, examine):
     findings = json.loads(report.read_text())
     (failed,) = [finding for finding in findings if finding["level"] == FAIL]
     assert failed["figures"] == {"split": "val", "bad": 1, "looked_at": 12, "images": 12}
+
+
+def test_a_bad_files_name_acts_on_no_terminal_and_ends_no_line(project, tmp_path, examine):
+    bad = tmp_path / "train" / "b" / "x\x1b[2J\n0.png"
+    bad.write_bytes(b"no image")
+    status, out, err = examine(project, "--bad-files", tmp_path / "bad.txt")
+    assert status == 1
+    assert r"x\x1b[2J\n0.png: cannot be decoded" in out and "\x1b" not in out + err
+    assert (tmp_path / "bad.txt").read_text().count("\n") == 1
+
+
+def test_an_unusable_image_is_one_line_whatever_it_is_called(capsys):
+    def body() -> int:
+        raise ImageError("x\x1b[2J\n.png: cannot be read")
+
+    assert cli.exit_status(body) == 1
+    assert capsys.readouterr().err.endswith("x\\x1b[2J\\n.png: cannot be read\n")
 
 
 def test_a_mistyped_key_is_refused_and_nothing_else_looked_at(project, examine):

@@ -228,3 +228,19 @@ def test_a_tensorboard_without_room_ends_itself_not_the_run(path, capsys):
     log.close()
     assert capsys.readouterr().out.count("TensorBoard shows nothing more") == 1
     assert steps_of(path) == [1, 2]
+
+
+def test_a_replaced_image_is_said_in_one_line_and_recorded_whole(tmp_path, capsys):
+    log = Logbook(tmp_path, step=0, total_steps=6)
+    log.bad_image(2, {"name": "a\x1b[2J\n.jpg", "reason": "cannot be decoded (x)"})
+    log.close()
+    said = r"step 2 took another image of its class for a\x1b[2J\n.jpg: cannot be decoded (x)"
+    assert capsys.readouterr().out == f"{said}\n"
+    assert read(tmp_path / "bad_images.jsonl")[0]["name"] == "a\x1b[2J\n.jpg"
+
+
+def test_a_name_that_is_no_text_can_be_said(tmp_path, capsys):
+    log = Logbook(tmp_path, step=0, total_steps=6)
+    log.say("caf\udce9.jpg")
+    log.close()
+    assert "caf\\udce9.jpg" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import programs
@@ -19,6 +20,10 @@ from sklearn.datasets import load_sample_images
 from small_network import randomised
 from small_weights import SYNSETS, VIEW, WORDS, write_small_weights
 
+from data import pictures
+from data.names import LONGEST, shown, width
+from data.pictures import Picture
+from data.transforms import EvalView
 from irv2.network import imagenet_names, weights
 from irv2.network.model import inception_resnet_v2
 from scripts import predict
@@ -94,12 +99,12 @@ def test_one_line_a_picture_with_classes_in_words(photographs, small_weights, ca
     status, out, _ = call(*files, "--weights", small_weights, "--top", 2)
     assert status == 0
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines] == [
-        str(photographs / file) for file in ("a.jpg", "below/f.jpg", "below/g.jpg")
-    ]
-    shown = [line[len(str(photographs / "below/f.jpg")) :] for line in lines]  # the longest path
-    assert all(text.startswith("  ") and text[2:].startswith(tuple(WORDS)) for text in shown)
-    assert all(text.count(" %") == 2 for text in shown)
+    names = [str(photographs / file) for file in ("a.jpg", "below/f.jpg", "below/g.jpg")]
+    assert [line.split()[0] for line in lines] == [shown(name, LONGEST) for name in names]
+    columns = max(len(shown(name, LONGEST)) for name in names)
+    rest = [line[columns:] for line in lines]
+    assert all(text.startswith("  ") and text[2:].startswith(tuple(WORDS)) for text in rest)
+    assert all(text.count(" %") == 2 for text in rest)
     _, out, _ = call(*files, "--weights", small_weights, "--json")
     first = json.loads(out.splitlines()[0])["predictions"]
     assert {(p["class"], p["name"]) for p in first} == set(zip(SYNSETS, WORDS))
@@ -135,9 +140,9 @@ def test_what_cannot_be_used_has_a_line_and_the_rest_goes_on(
     out, error = process.communicate(b"\n".join(listed), timeout=300)
     assert process.returncode == 1
     check_errors(os.fsdecode(error))
-    shown = [line.partition(b"  ")[0].rstrip() for line in out.splitlines()]
-    escaped = [os.fsdecode(listed[place]).encode(errors="backslashreplace") for place in (0, 2, 5)]
-    assert shown == escaped
+    first = [line.partition(b"  ")[0].rstrip().decode() for line in out.splitlines()]
+    as_text = [os.fsdecode(listed[place]) for place in (0, 2, 5)]
+    assert first == [shown(name, LONGEST) for name in as_text]
 
     status, out, error = call(*map(os.fsdecode, listed), "--weights", small_weights, "--json")
     assert status == 1
@@ -149,13 +154,89 @@ def test_what_cannot_be_used_has_a_line_and_the_rest_goes_on(
         assert ("error" in line) == (place in expected) != ("predictions" in line)
 
 
+def test_names_act_on_no_terminal_and_widen_no_column(capsys):
+    names = ["a.jpg", "\x1b[2J\n\u202e\udce9.jpg", "日" * 40 + ".jpg", "x" * 300 + ".jpg"]
+    answer = [predict.Prediction("c", "cat\x1b[0m", 1.0)]
+    predict.Table()([(Picture(name, None), answer) for name in names])
+    out = capsys.readouterr().out
+    assert out.replace("\n", "").isprintable() and out.count("\n") == len(names)
+    lines = out.splitlines()
+    assert lines[1].startswith(r"\x1b[2J\n\u202e\xe9.jpg ")
+    assert lines[3].startswith("x" * 30 + "…" + "x" * 25 + ".jpg  ")
+    assert {width(line) for line in lines} == {LONGEST + len(r"  cat\x1b[0m 100.0 %")}
+    predict.show_json([(Picture(names[3], None), answer)])
+    assert json.loads(capsys.readouterr().out)["image"] == names[3]
+
+
+@pytest.fixture
+def piped(tmp_path: Path) -> Iterator[Callable[[bytes], list[pictures.Unseen]]]:
+    """What "-" yields for what is written to standard input."""
+    before = os.dup(0)
+
+    def run(content: bytes) -> list[pictures.Unseen]:
+        (tmp_path / "stdin").write_bytes(content)
+        with open(tmp_path / "stdin", "rb") as file:
+            os.dup2(file.fileno(), 0)
+        return list(pictures.named(["-"]))
+
+    yield run
+    os.dup2(before, 0)
+    os.close(before)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "b.png", "d.webp"])
+def test_standard_input_may_be_a_picture(photographs, piped, name):
+    content = (photographs / name).read_bytes()
+    assert piped(content) == [("-", content)]
+    seen = pictures.see(pictures.Encoded("-", content), EvalView(75, 0.8, "bilinear"))
+    assert seen.pixels.shape == (75, 75, 3)
+    broken = pictures.see(pictures.Encoded("-", content[:50]), EvalView(75, 0.8, "bilinear"))
+    assert broken.path == "-" and broken.error.startswith("cannot be decoded")
+
+
+def test_standard_input_may_be_a_list_by_lines_or_nul(photographs, piped):
+    a, below = photographs / "a.jpg", photographs / "below"
+    expected = [str(a), str(below / "f.jpg"), str(below / "g.jpg")]
+    for end in "\n", "\0":
+        assert piped(f"{a}{end}{below}{end}".encode()) == expected
+        assert piped(f"{a}{end}{end}{below}".encode()) == expected
+    assert piped(f"{a}\0x\ny.jpg\0-\0".encode()) == [str(a), "x\ny.jpg", "-"]
+    assert piped(b"missing.jpg\n") == ["missing.jpg"]
+
+
+def test_a_list_whose_first_name_looks_like_a_picture_is_one(piped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "BMW.jpg").touch()
+    assert piped(b"BMW.jpg\0b.jpg\0") == ["BMW.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize("content", [b"\x7fELF\2\1\1\0\0\0" * 50, b"PK\3\4", b""])
+def test_what_is_neither_picture_nor_list_is_one_line(piped, content):
+    (picture,) = piped(content)
+    what = "is neither a picture nor a list of their names" if content else "is empty"
+    assert (picture.path, picture.error) == ("-", what)
+
+
+def test_a_file_of_names_is_read(photographs, tmp_path, small_weights, call):
+    (tmp_path / "list").write_bytes(os.fsencode(photographs / "a.jpg") + b"\0")
+    options = ("--weights", small_weights, "--json")
+    status, out, error = call("--files-from", tmp_path / "list", *options)
+    assert (status, error, out.count("\n")) == (0, "", 1)
+    status, out, error = call("--files-from", tmp_path / "none", *options)
+    assert (status, error) == (
+        1,
+        f"{tmp_path / 'none'}: cannot be read (No such file or directory)\n",
+    )
+
+
 @pytest.mark.slow
 def test_a_stream_is_answered_line_by_line_and_ctrl_c_ends_it_quietly(photographs, small_weights):
     process = start("-", "--weights", small_weights, "--batch", "1", stdin=subprocess.PIPE)
     for name in ("a.jpg", "b.png"):
         process.stdin.write(os.fsencode(photographs / name) + b"\n")
         process.stdin.flush()
-        assert process.stdout.readline().startswith(os.fsencode(photographs / name))
+        whole = shown(str(photographs / name), LONGEST)
+        assert process.stdout.readline().startswith(whole.encode())
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130  # though standard input stays open
     assert process.stdout.read() == process.stderr.read() == b""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from data.names import shown
 from irv2.run.jsonl import JsonLines
 
 
@@ -112,9 +113,8 @@ class Logbook:
         if not self.active:
             return
         self._bad_images.append({"step": step, **line})
-        self.say(
-            f"step {step} took another image of its class for {line['name']}: {line['reason']}"
-        )
+        what = shown(f"{line['name']}: {line['reason']}")
+        self.say(f"step {step} took another image of its class for {what}")
 
     def sync(self) -> None:
         """Make sure that a power cut takes no line recorded so far."""

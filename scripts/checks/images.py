@@ -9,7 +9,7 @@ import numpy as np
 
 from data.errors import DataError
 from data.files import write_atomically
-from data.names import in_order
+from data.names import in_order, shown
 from data.prepare import checkup
 from data.sources import SyntheticSource
 from data.workers import usable_cores
@@ -85,9 +85,14 @@ def check_decoding(case: Case) -> Iterator[Finding]:
         yield decoding_finding(split, bad, len(indices), len(source), allowed)
     path = case.request.bad_files
     if path is not None:
-        text = "".join(f"{name}\t{reason}\n" for name, reason in everything)
+        text = "".join(f"{_in_a_line(name)}\t{reason}\n" for name, reason in everything)
         content = text.encode("utf-8", "surrogateescape")
         write_atomically(path, lambda file: file.write(content))
+
+
+def _in_a_line(name: str) -> str:
+    """A name as it is, but that it cannot end its line, nor name another file in the next."""
+    return re.sub(r"[\0-\x1f\x85\u2028\u2029]", lambda match: shown(match[0]), name)
 
 
 def decoding_finding(
