@@ -114,7 +114,8 @@ def evaluate(
             return False
         if which == "ema" and state.step >= run.total_steps:
             evaluation.draw(cfg, predictions, val_data, run.log, state.step)
-        run.log_evaluation(state, which, model, predictions)
+        interval = evaluation.shown_interval(predictions)
+        run.log_evaluation(state, which, model, predictions, interval)
     run.pace.restart()
     return True
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from data.base import Source
 from data.errors import DataError
 from data.folders import image_extensions
+from data.names import in_nfc
 from data.sources import check_same_classes
 
 # ImageNet's class folders, and its validation images, which lists name by number.
@@ -27,7 +28,7 @@ VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")
 class LabelSet:
     """Images that an evaluation asks about, and the right answers."""
 
-    name: str  # "folders", "numbered", "class index" or "real"
+    name: str  # "folders" by name, in "order", "numbered", "class index" or "real"
     indices: np.ndarray  # int64 [n], the images that count, ascending
     outputs: np.ndarray  # int64 [folders], the network's output that stands for a class folder
     competing: np.ndarray | None = None  # bool [C], outputs that may be answers; None: all
@@ -56,19 +57,20 @@ def from_folders(
         return LabelSet("numbered", everything, np.array(numbers))
     if classes is not None:
         try:
-            check_same_classes(folders, classes, where, network)
+            outputs = check_same_classes(folders, classes, where, network)
         except DataError as error:
             raise DataError(f"{error}{_subset_hint(folders, classes)}") from None
-    elif len(folders) != num_outputs:
+        return LabelSet("folders", everything, np.array(outputs))
+    if len(folders) != num_outputs:
         raise DataError(
             f"{where}: {len(folders)} classes, but {network} distinguishes {num_outputs}; "
             "--class-index FILE can say which folder is which output"
         )
-    return LabelSet("folders", everything, np.arange(num_outputs))
+    return LabelSet("order", everything, np.arange(num_outputs))
 
 
 def _subset_hint(folders: list[str], classes: list[str]) -> str:
-    if set(folders) < set(classes):
+    if set(map(in_nfc, folders)) < set(map(in_nfc, classes)):
         return (
             "; to distinguish only the classes that are there: --class-index FILE, with their "
             "names one a line"
@@ -85,7 +87,7 @@ def from_class_index(
     {"n01440764": 0, …}; or a folder a line, which is looked up in `classes`, or, where the network
     does not know them, is the output of that line. Raises DataError.
     """
-    output_of = _read_class_index(path, classes)
+    output_of = _read_class_index(path, classes, num_outputs)
     wrong = [name for name, output in output_of.items() if not 0 <= output < num_outputs]
     if wrong:
         raise DataError(
@@ -94,7 +96,8 @@ def from_class_index(
         )
     if len(set(output_of.values())) < len(output_of):
         raise DataError(f"{path}: names an output twice")
-    unknown = [name for name in source.classes if name not in output_of]
+    folders = list(map(in_nfc, source.classes))
+    unknown = [name for name in folders if name not in output_of]
     if unknown:
         raise DataError(f"{where}: {len(unknown)} of its folders, {unknown[0]}, … not in {path}")
     competing = np.zeros(num_outputs, bool)
@@ -102,23 +105,30 @@ def from_class_index(
     return LabelSet(
         "class index",
         np.arange(len(source)),
-        np.array([output_of[name] for name in source.classes]),
+        np.array([output_of[name] for name in folders]),
         None if competing.all() else competing,
     )
 
 
-def _read_class_index(path: Path, classes: list[str] | None) -> dict[str, int]:
-    """Read which folder stands for which output."""
+def _read_class_index(path: Path, classes: list[str] | None, num_outputs: int) -> dict[str, int]:
+    """Read which folder, its name in NFC, stands for which output."""
     text = _read_text(path)
     if text.lstrip().startswith("{"):
-        return _from_mapping(_parse_json(path, text), path)
-    names = [line.strip() for line in text.splitlines() if line.strip()]
+        mapping = _from_mapping(_parse_json(path, text), path)
+        return {in_nfc(name): output for name, output in mapping.items()}
+    names = [in_nfc(line.strip()) for line in text.splitlines() if line.strip()]
     if classes is None:
+        if len(names) != num_outputs:
+            raise DataError(
+                f"{path}: {len(names)} names for the network's {num_outputs} outputs, whose "
+                'classes it does not know: give all, or JSON that says which is which, {"7": NAME}'
+            )
         return {name: i for i, name in enumerate(names)}
-    unknown = [name for name in names if name not in classes]
+    places = {in_nfc(name): i for i, name in enumerate(classes)}
+    unknown = [name for name in names if name not in places]
     if unknown:
         raise DataError(f"{path}: {unknown[0]} is no class of the network")
-    return {name: classes.index(name) for name in names}
+    return {name: places[name] for name in names}
 
 
 def _from_mapping(mapping: dict[str, Any], path: Path) -> dict[str, int]:

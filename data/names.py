@@ -72,6 +72,13 @@ def in_nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def are_same(names: Sequence[str] | None, others: Sequence[str] | None) -> bool:
+    """True for the same names in the same order, whatever Unicode form they are written in."""
+    if names is None or others is None:
+        return names is others
+    return list(map(in_nfc, names)) == list(map(in_nfc, others))
+
+
 def in_order(classes: Sequence[str]) -> str:
     """The first and the last of a network's classes, as its outputs are numbered."""
     names = [shown(name, LONGEST) for name in classes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from data.base import Source
 from data.errors import DataError, ImageError, enumeration
 from data.folders import Remarks, image_extensions, search
 from data.levels import refuse_splits
+from data.names import in_nfc
 from data.shards.index import INDEX, PLAN
 from data.shards.local import ShardSource
 from data.shards.remote import RemoteShards, Storage
@@ -144,11 +146,71 @@ def _open_synthetic(spec: str) -> SyntheticSource:
     return SyntheticSource(int(match[1]), int(match[2]))
 
 
-def check_same_classes(classes: list[str], expected: list[str], where: str, of: str) -> None:
-    """Raise DataError unless two class lists are equal, naming what differs."""
+class Renamed(Source):
+    """The images of a source, whose classes have other names and another order."""
+
+    def __init__(self, source: Source, classes: list[str], places: list[int], remark: str) -> None:
+        """places: of each of the source's classes among `classes`."""
+        self.source, self.classes = source, classes
+        self._places, self._own = places, np.argsort(places).tolist()
+        self.remarks = [*source.remarks, remark]
+        self.root, self.resized_to = source.root, source.resized_to
+        self.storage_order, self.fetches_ahead = source.storage_order, source.fetches_ahead
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        encoded, label = self.source.read(index)
+        return encoded, self._places[label]
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def label(self, index: int) -> int:
+        return self._places[self.source.label(index)]
+
+    def images_of(self, label: int) -> range:
+        return self.source.images_of(self._own[label])
+
+    def will_read(self, indices: Sequence[int]) -> None:
+        self.source.will_read(indices)
+
+    def fetch(self, indices: Iterable[int]) -> None:
+        self.source.fetch(indices)
+
+
+def with_classes(source: Source, expected: list[str], where: str, of: str) -> Source:
+    """Return a source with the classes expected, where it has them in another Unicode form.
+
+    Raises DataError if it has others.
+    """
+    places = check_same_classes(source.classes, expected, where, of)
+    if source.classes == expected:
+        return source
+    return Renamed(source, expected, places, other_form(where, of))
+
+
+def other_form(where: str, of: str) -> str:
+    """A remark on classes that are the same in another Unicode form."""
+    return f"{where}: its class names are those of {of} in another Unicode form (NFC, NFD)"
+
+
+def check_same_classes(classes: list[str], expected: list[str], where: str, of: str) -> list[int]:
+    """Return the place of each class among those expected, which must be the same.
+
+    Names are the same in any Unicode form; their order, which depends on it, is then found by name.
+    Raises DataError, naming what differs.
+    """
     if classes == expected:
-        return
-    extra, missing = sorted(set(classes) - set(expected)), sorted(set(expected) - set(classes))
+        return list(range(len(classes)))
+    own = {in_nfc(name): place for place, name in enumerate(classes)}
+    others = {in_nfc(name): place for place, name in enumerate(expected)}
+    are_written_otherwise = set(classes) != set(expected)
+    if are_written_otherwise and own.keys() == others.keys() and len(own) == len(classes):
+        return [others[name] for name in own]
+    extra = sorted(name for name in classes if in_nfc(name) not in others)
+    missing = sorted(name for name in expected if in_nfc(name) not in own)
     parts = [
         f"{len(names)} {word} ({enumeration(names)})"
         for names, word in ((extra, "unknown"), (missing, "missing"))

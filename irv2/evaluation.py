@@ -20,6 +20,7 @@ from data.base import Source
 from data.errors import DataError
 from data.label_sets import LabelSet
 from data.loader import Batch
+from data.names import are_same
 from data.protocols import PROTOCOLS
 from data.shards.disk_cache import CacheError
 from data.workers import Workers
@@ -27,12 +28,15 @@ from irv2 import input_pipeline
 from irv2.config import Config, Data
 from irv2.network.accelerate import fold_batch_norm
 from irv2.report import figures
+from irv2.report.statistics import Interval, wilson
 from irv2.run.logbook import Logbook
 from irv2.run.stopping import Stopped, StopRequest, until_stopped
 from irv2.run.trained import Trained
 from irv2.training.distributed import World, WorldError
 from irv2.training.metrics import Collector, Predictions, Scored
 from irv2.training.step import PRECISIONS
+
+MANY_IMAGES = 1000  # of which the 95 % interval is 6 % wide at most, and is not shown in training
 
 # ------------------------------------------------------------------------ what is evaluated
 
@@ -155,7 +159,7 @@ def check_same_images(evaluations: list[Evaluation]) -> None:
     """Raise DataError unless all networks have the same images and classes."""
     first = evaluations[0]
     for other in evaluations[1:]:
-        if other.images != first.images or other.classes != first.classes:
+        if other.images != first.images or not are_same(other.classes, first.classes):
             raise DataError(
                 f"{other.network.name} and {first.network.name} have other images or classes; "
                 "--ensemble and --compare want the same: give --data DIR"
@@ -164,8 +168,16 @@ def check_same_images(evaluations: list[Evaluation]) -> None:
 
 def say_remarks(evaluations: list[Evaluation], say: Callable[[str], None]) -> None:
     """Say what was noticed when the images were opened, once where networks share them."""
-    for line in dict.fromkeys(line for each in evaluations for line in each.source.remarks):
+    lines = [line for each in evaluations for line in (*each.source.remarks, *_other_form(each))]
+    for line in dict.fromkeys(lines):
         say(f"note: {line}")
+
+
+def _other_form(each: Evaluation) -> list[str]:
+    """A remark, where class folders are found by another Unicode form of their names."""
+    missing = set(each.source.classes) - set(each.classes)
+    is_by_name = each.labels.name == "folders" and missing
+    return [sources.other_form(each.images, each.network.name)] if is_by_name else []
 
 
 # ------------------------------------------------------------------------ scores
@@ -287,6 +299,13 @@ def predict(
         )
     except Stopped:
         return None
+
+
+def shown_interval(predictions: Predictions) -> Interval | None:
+    """Top-1's 95 % interval, percent, where there are so few images that it should be seen."""
+    if predictions.images >= MANY_IMAGES:
+        return None
+    return wilson(round(predictions.top1 * predictions.images / 100), predictions.images)
 
 
 def draw(cfg: Config, predictions: Predictions, source: Source, log: Logbook, step: int) -> None:

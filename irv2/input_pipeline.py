@@ -31,8 +31,7 @@ def open_sources(cfg: Config) -> tuple[Source, Source]:
     train, val = (
         open_source(spec, cfg.data, cfg.run.timeout_s) for spec in (cfg.data.train, cfg.data.val)
     )
-    check_sources(cfg, train, val)
-    return train, val
+    return train, check_sources(cfg, train, val)
 
 
 def open_source(spec: str, data: Data, timeout_s: float = Run().timeout_s) -> Source:
@@ -44,13 +43,16 @@ def open_source(spec: str, data: Data, timeout_s: float = Run().timeout_s) -> So
     return sources.open_source(spec, Storage(data.cache_dir, data.cache_gb, timeout_s / 2))
 
 
-def check_sources(cfg: Config, train: Source, val: Source) -> None:
-    """Raise DataError unless a run could use these images together."""
+def check_sources(cfg: Config, train: Source, val: Source) -> Source:
+    """Return the validation images with the classes of training's, by name.
+
+    Raises DataError unless a run could use these images together.
+    """
     data = cfg.data
     levels.refuse_overlap(data.train, data.val)
     for key, where, source in (("data.train", data.train, train), ("data.val", data.val, val)):
         levels.refuse_wrong_level(source, where, key)
-    sources.check_same_classes(val.classes, train.classes, data.val, data.train)
+    matched = sources.with_classes(val, train.classes, data.val, data.train)
     if not data.allow_resized:
         sources.refuse_resized(val, data.val, "data.allow_resized=true")
     if data.shuffle_window is not None and train.storage_order is None:
@@ -58,6 +60,7 @@ def check_sources(cfg: Config, train: Source, val: Source) -> None:
             f"data.shuffle_window={data.shuffle_window} is for shards, and {data.train} holds "
             "none: leave it out, or make shards with scripts/make_shards.py"
         )
+    return matched
 
 
 def try_validation(cfg: Config, source: Source, world: World) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from data import loader
 from data.base import Source
 from data.files import write_atomically
+from data.names import in_order
 from irv2.evaluation import Evaluation
 from irv2.network import imagenet_names
 from irv2.report import evaluations as pages
@@ -51,7 +52,14 @@ def outcome(
         predictions=predictions,
         seconds=time.perf_counter() - started,
         references=_published(each, predictions, references, networks=1),
+        paired=_paired(each),
     )
+
+
+def _paired(each: Evaluation) -> str:
+    """How many class folders stand for how many outputs, and the first and last of them."""
+    folders, outputs = each.source.classes, each.network.model.num_classes
+    return f"{len(folders):,} folders for {outputs:,} outputs: {in_order(folders)}"
 
 
 def ensemble_result(

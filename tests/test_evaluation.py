@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from small_network import (
 )
 from torch import nn
 
+from irv2 import evaluation
 from irv2.evaluation import EvalOptions, scored
+from irv2.report.statistics import wilson
 from irv2.training.step import StepOptions, train_step
 
 
@@ -83,3 +86,9 @@ def test_classes_that_do_not_compete_are_never_answers():
     assert result.top[:, 0].tolist() == expected
     assert result.top1_correct == sum(e == label for e, label in zip(expected, labels.tolist()))
     assert result.probability.sum(1) == pytest.approx(1.0)
+
+
+def test_the_interval_is_shown_where_images_are_few():
+    few, many = (SimpleNamespace(top1=100 * 0.8, images=n) for n in (999, 1000))
+    assert evaluation.shown_interval(few) == wilson(799, 999)
+    assert evaluation.shown_interval(many) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,40 @@ def test_folders_stand_for_classes_by_name(validation):
         plain(validation, ["n00000001", "n00000002", "n00000009"])
     with pytest.raises(DataError, match="3 classes, but net distinguishes 5"):
         label_sets.from_folders(validation, "val", None, 5, "net")
+
+
+def test_the_pairing_of_folders_and_outputs_is_said(validation):
+    assert plain(validation).name == "folders"
+    assert plain(validation, None).name == "order"
+
+
+def test_a_network_of_more_outputs_than_folders_is_never_paired_by_chance(tmp_path):
+    source = folders(tmp_path / "x", {f"c{i}": ["0.png"] for i in range(10)})
+    (tmp_path / "list").write_text("".join(f"c{i}\n" for i in range(10)))
+    synsets = [f"n{i:08d}" for i in range(1000)]
+    for classes, outputs in ((synsets, 1000), (None, 1000), (None, 20)):
+        with pytest.raises(DataError):
+            label_sets.from_folders(source, "x", classes, outputs, "net")
+        with pytest.raises(DataError):  # a list of ten names says nothing of 1,000 outputs
+            label_sets.from_class_index(source, "x", classes, outputs, tmp_path / "list")
+    (tmp_path / "json").write_text(json.dumps({f"c{i}": 3 * i for i in range(10)}))
+    labels = label_sets.from_class_index(source, "x", None, 1000, tmp_path / "json")
+    assert labels.outputs.tolist() == list(range(0, 30, 3)) and labels.competing.sum() == 10
+    whole = label_sets.from_class_index(source, "x", None, 10, tmp_path / "list")
+    assert whole.outputs.tolist() == list(range(10))
+
+
+def test_names_are_the_same_in_every_unicode_form(tmp_path):
+    composed = ["café", "cafz"]  # decomposed, the first sorts first; composed, last
+    on_a_mac = [unicodedata.normalize("NFD", name) for name in composed]
+    source = folders(tmp_path / "x", {name: ["0.png"] for name in on_a_mac})
+    classes = sorted(composed)
+    assert classes == ["cafz", "café"] and source.classes == on_a_mac
+    labels = label_sets.from_folders(source, "x", classes, 2, "net")
+    assert labels.outputs.tolist() == [1, 0]
+    (tmp_path / "list").write_text("café\ncafz\n")
+    labels = label_sets.from_class_index(source, "x", classes, 2, tmp_path / "list")
+    assert labels.outputs.tolist() == [1, 0]
 
 
 def test_folders_named_by_number_are_outputs_as_imagenetv2s(tmp_path):

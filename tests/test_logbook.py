@@ -172,10 +172,12 @@ def test_the_mean_over_classes_is_said_where_it_is_not_top1(tmp_path, capsys):
     log = Logbook(tmp_path, step=0, total_steps=6)
     log.eval(evaluated(2, top1=80.0))
     log.eval({**evaluated(4, top1=80.0), "mean_per_class": 71.25})
+    log.eval(evaluated(6, top1=80.0), interval=(49.02, 94.33))
     log.close()
-    balanced, unbalanced = capsys.readouterr().out.splitlines()
+    balanced, unbalanced, few = capsys.readouterr().out.splitlines()
     assert "classes" not in balanced
     assert "top-1 80.00 %  top-5 100.00 %  mean of classes 71.25 %" in unbalanced
+    assert "top-1 80.00 % (49.0 to 94.3)  top-5" in few
 
 
 def test_going_on_drops_the_lines_of_lost_steps_and_keeps_the_best(run):

@@ -68,6 +68,14 @@ def with_config(section: str, **keys: object) -> resume.Experiment:
     return replace(EXPERIMENT, config={**CONFIG, section: {**CONFIG[section], **keys}})
 
 
+def test_class_names_in_another_unicode_form_are_no_other_experiment():
+    composed, on_a_mac = (replace(EXPERIMENT, classes=["a", c]) for c in ("\u00e7", "c\u0327"))
+    saved = resume.meta(new_state(), composed)
+    assert on_a_mac.changes_from(saved) == []
+    swapped = replace(EXPERIMENT, classes=on_a_mac.classes[::-1])
+    assert swapped.changes_from(saved) == ["classes: 2 before, 2 now, or renamed"]
+
+
 def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
     assert restored(tmp_path) == (0, 0, 0.0, [])
     save(tmp_path, 3, 12)

@@ -19,7 +19,13 @@ from data import folders, levels, loader, names, sources
 from data.base import Source
 from data.errors import DataError, ImageError
 from data.folders import Found
-from data.sources import FolderSource, SyntheticSource, check_same_classes, open_source
+from data.sources import (
+    FolderSource,
+    SyntheticSource,
+    check_same_classes,
+    open_source,
+    with_classes,
+)
 
 CONTENT = {  # as created: neither classes nor images in order
     "zebra": "b.png a/z.JPG a.jpeg a-1/c.png",
@@ -383,3 +389,23 @@ def test_of_many_differing_classes_three_are_named():
 
 def test_the_same_classes_in_another_order_are_refused():
     assert mismatch(["b", "a"], ["a", "b"]).endswith("another order")
+
+
+def test_classes_in_another_unicode_form_are_found_by_name_and_it_is_said(tmp_path):
+    composed = sorted(["café", "cafz", "x"])
+    on_a_mac = [unicodedata.normalize("NFD", name) for name in composed]
+    source = laid_out(tmp_path, *(f"{n}/{k}.png" for k, n in enumerate(on_a_mac)), "x/3.png")
+    matched = with_classes(source, composed, "VAL", "TRAIN")
+    assert source.classes != matched.classes == composed  # in another order
+    for index in range(4):
+        name, label = matched.name(index), matched.label(index)
+        assert unicodedata.normalize("NFC", Path(name).parent.name) == composed[label]
+        assert matched.read(index) == (b"", label)
+        assert index in matched.images_of(label) and index in matched.members(index)
+    assert matched.class_counts() == [1, 1, 2] and len(matched) == 4
+    assert matched.remarks[-1].startswith("VAL: its class names are those of TRAIN in another")
+    assert with_classes(source, source.classes, "VAL", "TRAIN") is source
+    with pytest.raises(DataError, match="another order"):
+        with_classes(source, source.classes[::-1], "VAL", "TRAIN")
+    with pytest.raises(DataError, match="1 unknown"):
+        with_classes(source, ["café", "y", "x"], "VAL", "TRAIN")

@@ -24,13 +24,14 @@ class Result:
     data: str  # where the images are
     images_in_data: int
     resized_to: int | None  # px of the shorter side, if they were made smaller
-    labels: str  # kind of the labels: "folders", "numbered", "class index" or "real"
+    labels: str  # kind of the labels: as LabelSet.name
     selection: dict[str, str]  # files that say which images count or what is right, by option
     view: dict[str, Any]  # protocol, image_size, eval_crop, eval_interpolation
     precision: str
     predictions: Any  # irv2.training.metrics.Predictions
     seconds: float
     references: list[Reference] = field(default_factory=list)
+    paired: str = ""  # class folders and outputs, how many
 
     @property
     def top1_interval(self) -> Interval:
@@ -68,13 +69,15 @@ def rows(result: Result) -> Rows:
 def _labels(result: Result) -> str:
     """Kind of the labels, and the files that changed them."""
     kinds = {
-        "folders": "class folders",
+        "folders": "class folders, by name",
+        "order": "class folders in their order, as the network does not name its classes",
         "numbered": "class folders, numbers of outputs",
         "class index": "class folders, among whose classes alone it chooses",
         "real": "ReaL, any of several",
     }
     files = [f"--{option.replace('_', '-')} {path}" for option, path in result.selection.items()]
-    return "; ".join([kinds[result.labels], *files])
+    paired = [result.paired] if result.paired else []
+    return "; ".join([kinds[result.labels], *files, *paired])
 
 
 def _view(result: Result) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
 
 CONFIDENCE = 0.95
 
@@ -19,6 +18,8 @@ class Interval(NamedTuple):
 
 def wilson(correct: int, images: int) -> Interval:
     """95 % interval of the percentage that `correct` of `images` stands for (Wilson's score)."""
+    from scipy.stats import binomtest  # here, as it takes half a second that a start has not
+
     bounds = binomtest(correct, images).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(100.0 * float(bounds.low), 100.0 * float(bounds.high))
 
@@ -33,6 +34,8 @@ class Paired(NamedTuple):
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> Paired:
     """McNemar's exact test of two bool [N], whether each network got each image right."""
+    from scipy.stats import binomtest
+
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     differing = only_first + only_second
     p_value = float(binomtest(only_first, differing).pvalue) if differing else 1.0

@@ -83,9 +83,10 @@ class Logbook:
                 f"{self._time_left(line['step'])} left"
             )
 
-    def eval(self, line: dict[str, Any]) -> None:
+    def eval(self, line: dict[str, Any], interval: tuple[float, float] | None = None) -> None:
         """Record an evaluation: step, epoch, weights ("ema" or "raw"), top1, top5, mean_per_class,
-        loss, images. The mean over classes is shown where it is not top-1 itself."""
+        loss, images. The mean over classes is shown where it is not top-1 itself, and top-1's 95 %
+        interval where it is given."""
         if not self.active:
             return
         line = {"kind": "eval", **line}
@@ -94,9 +95,10 @@ class Logbook:
         for key in ("top1", "top5", "mean_per_class", "loss"):
             self._draw("add_scalar", f"eval_{line['weights']}/{key}", line[key], line["step"])
         top1, mean = f"{line['top1']:.2f} %", f"{line['mean_per_class']:.2f} %"
+        between = f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
         per_class = f"  mean of classes {mean}" if mean != top1 else ""
         self.say(
-            f"epoch {line['epoch']:.2f}  {line['weights']:>3}  top-1 {top1}  "
+            f"epoch {line['epoch']:.2f}  {line['weights']:>3}  top-1 {top1}{between}  "
             f"top-5 {line['top5']:.2f} %{per_class}  loss {line['loss']:.3f}  "
             f"({line['images']} images)"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.names import are_same
 from irv2.config import MACHINE_KEYS, fields
 from irv2.run import checkpoint
 from irv2.run.checkpoint import Checkpoint, CheckpointError
@@ -42,7 +43,7 @@ class Experiment:
     def changes_from(self, saved: dict[str, Any]) -> list[str]:
         """Describe how the experiment of a checkpoint differs from this one."""
         changes = differences(saved["config"], self.config)
-        if saved["classes"] != self.classes:
+        if not are_same(saved["classes"], self.classes):
             before, now = len(saved["classes"]), len(self.classes)
             changes.append(f"classes: {before} before, {now} now, or renamed")
         if saved["images_per_epoch"] != self.images_per_epoch:

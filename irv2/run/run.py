@@ -247,9 +247,17 @@ class Run:
         return self.world.any(self.log.has_eval(step, which))
 
     def log_evaluation(
-        self, state: TrainState, which: str, model: nn.Module, predictions: Predictions
+        self,
+        state: TrainState,
+        which: str,
+        model: nn.Module,
+        predictions: Predictions,
+        interval: tuple[float, float] | None = None,
     ) -> None:
-        """Record an evaluation of the averaged ("ema") or raw weights, and keep the best."""
+        """Record an evaluation of the averaged ("ema") or raw weights, and keep the best.
+
+        interval: of top-1 in percent, to be shown beside it.
+        """
         line: dict[str, Any] = {
             "step": state.step,
             "epoch": state.images_seen / self.experiment.images_per_epoch,
@@ -262,4 +270,4 @@ class Run:
         }
         if self.world.is_main and predictions.top1 > self.log.best_top1():
             self._best.write(model.state_dict(), line)
-        self.log.eval(line)
+        self.log.eval(line, interval)

@@ -7,6 +7,7 @@ from itertools import chain
 
 from torch import Tensor
 
+from data.names import are_same
 from irv2.network import weights
 from irv2.network.model import InceptionResnetV2
 from irv2.network.weights import WeightsError
@@ -80,7 +81,7 @@ def load(
     """
     count = f"{len(classes):,} classes"
     new: tuple[str, ...] = ()
-    if named == classes:
+    if are_same(named, classes):
         outcome = f"classifier kept, of the same {count}"
     elif "classif.weight" not in state:
         new, outcome = CLASSIFIERS, f"new classifier for {count}, as it has none"

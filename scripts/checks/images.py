@@ -34,15 +34,15 @@ def check_sources(case: Case) -> Iterator[Finding]:
             setattr(case, split, input_pipeline.open_source(spec, data, case.cfg.run.timeout_s))
         except DataError as error:
             yield Finding(FAIL, str(error), f"set data.{split}=… or fix what is there")
-    for source in filter(None, (case.train, case.val)):
-        yield from (Finding(WARN, line, NOTED) for line in source.remarks)
     if case.train is None or case.val is None:
         return
     try:
-        input_pipeline.check_sources(case.cfg, case.train, case.val)
+        case.val = input_pipeline.check_sources(case.cfg, case.train, case.val)
     except DataError as error:
         yield Finding(FAIL, str(error), "train.py would refuse them with the same words")
         return
+    for source in (case.train, case.val):
+        yield from (Finding(WARN, line, NOTED) for line in source.remarks)
     classes = case.val.classes
     what = f"the same {len(classes)} classes, {in_order(classes)}"
     yield Finding(OK, f"{data.train} and {data.val}: {what}")
