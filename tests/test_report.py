@@ -236,6 +236,19 @@ def test_tables_beside_the_page(written, scores, labels):
     assert table[EMPTY]["top1"] == ""
 
 
+@pytest.mark.parametrize("name", ["=1+1", "+x", "-x", "@x", "\tx", "\rx", "\nx", "\uff1dx"])
+def test_no_name_is_a_formula_in_a_table(name, scores, labels):
+    subject = made(scores, labels)
+    names = [name] * CLASSES
+    subject = replace(subject, classes=names, names=names, image_name=lambda _: name)
+    table = evaluations.per_class_csv(evaluations.class_rows(subject))
+    for line in csv.DictReader(io.StringIO(table, newline="")):
+        assert {line["class"], line["name"]} == {f"'{name}"}
+        assert line["mistaken_for"] in ("", f"'{name}")
+    for line in csv.DictReader(io.StringIO(evaluations.predictions_csv(subject), newline="")):
+        assert {line[key] for key in ("image", "label", "class_1", "class_5")} == {f"'{name}"}
+
+
 def test_the_same_evaluation_gives_the_same_bytes(written, scores, labels, tmp_path):
     evaluations.write(tmp_path, made(scores, labels))
     for name in ("index.html", "per_class.csv", "predictions.csv.gz"):

@@ -3,14 +3,16 @@
 DIR/index.html           the page, which opens from the disk and loads nothing else
 DIR/per_class.csv        its table of classes, with every digit
 DIR/predictions.csv.gz   a line per image: right class, whether it was given, first five answers
+
+The columns image, label, class, name, mistaken_for and class_1 to class_5 hold names, with an
+apostrophe before one that begins with = + - @, tab or a line's end: spreadsheets would compute it.
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
-import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -112,8 +114,8 @@ def write(directory: Path, evaluation: Evaluation) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     rows = class_rows(evaluation)
     page.write(directory / "per_class.csv", per_class_csv(rows))
-    table = page.encoded(predictions_csv(evaluation))
-    page.write(directory / "predictions.csv.gz", gzip.compress(table, mtime=0))
+    content = page.encoded(predictions_csv(evaluation))
+    page.write(directory / "predictions.csv.gz", gzip.compress(content, mtime=0))
     page.write(directory / "index.html", render(evaluation, rows))
 
 
@@ -258,33 +260,53 @@ def size_rows(evaluation: Evaluation) -> list[SizeRow]:
 
 # ------------------------------------------------------------------------- tables
 
+# What a spreadsheet takes for a formula: https://owasp.org/www-community/attacks/CSV_Injection,
+# with its full-width forms.
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def cell(name: str) -> str:
+    """A name of a file or class as a spreadsheet shows it: after an apostrophe, where it would be
+    taken for a formula."""
+    return f"'{name}" if name.startswith(FORMULA) else name
+
+
+class Lines(list):
+    """What a csv.writer writes, a line an item."""
+
+    write = list.append
+
+
+def table(rows: Iterable[Iterable[object]]) -> str:
+    """Rows as CSV. A cell that holds either half of a line's end is quoted."""
+    lines = Lines()
+    csv.writer(lines, lineterminator="\r\n").writerows(rows)  # it quotes what is in this
+    return "".join(f"{line[:-2]}\n" for line in lines)
+
 
 def per_class_csv(rows: list[ClassRow]) -> str:
     """Table of classes as CSV; cells that a class without images lacks are empty."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
     head = "class,name,images,correct,top1,top1_low,top1_high,top5,mistaken_for,times"
-    table.writerow(head.split(","))
+    lines: list[list[object]] = [head.split(",")]
     for row in rows:
         shares = ["", "", "", ""]
         if row.top1.images:
             shares = [row.top1.percent, *row.top1.interval, row.top5.percent]
         counts = [row.top1.images, row.top1.correct]
-        table.writerow([row.id, row.name, *counts, *shares, row.mistaken_for, row.times])
-    return text.getvalue()
+        label, words, mistaken_for = map(cell, (row.id, row.name, row.mistaken_for))
+        lines.append([label, words, *counts, *shares, mistaken_for, row.times])
+    return table(lines)
 
 
 def predictions_csv(evaluation: Evaluation) -> str:
     """Table of images as CSV; fewer than five answers where there are fewer classes."""
-    predictions, classes = evaluation.predictions, evaluation.classes
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
+    predictions, classes = evaluation.predictions, list(map(cell, evaluation.classes))
     places = range(1, predictions.top.shape[1] + 1)
     answers = [name for k in places for name in (f"class_{k}", f"probability_{k}")]
-    table.writerow(["image", "label", "correct", *answers])
+    lines: list[list[object]] = [["image", "label", "correct", *answers]]
     for row, index in enumerate(predictions.index.tolist()):
         pairs = zip(predictions.top[row].tolist(), predictions.probability[row].tolist())
         cells = [part for top, share in pairs for part in (classes[top], f"{share:.6g}")]
         label, is_correct = classes[predictions.label[row]], int(predictions.rank[row] < 1)
-        table.writerow([evaluation.image_name(index), label, is_correct, *cells])
-    return text.getvalue()
+        lines.append([cell(evaluation.image_name(index)), label, is_correct, *cells])
+    return table(lines)
