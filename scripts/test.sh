@@ -3,8 +3,16 @@
 #
 #   bash scripts/test.sh            everything, and five deliberate breakages that must be noticed
 #   bash scripts/test.sh --quick    before each commit: without what starts programs or takes long
+#   bash scripts/test.sh --torch 2.10.0    --quick with that PyTorch, in .venv-torch-2.10.0: so is a
+#                                          version tried before requirements.txt promises it
 
-source "$(dirname "$0")/environment.sh" requirements-dev.txt
+version=""
+if [ "${1:-}" = --torch ]; then
+    version="${2:?a version is missing: --torch 2.10.0}"
+    shift 2
+    set -- --quick "$@"
+fi
+source "$(dirname "$0")/environment.sh" requirements-dev.txt ${version:+"$version"}
 
 if [ "${1:-}" = --quick ]; then
     shift
