@@ -112,10 +112,10 @@ def evaluate(
             predictions = evaluation.predict(cfg, model, val_data, world, bar, stop)
         if predictions is None:
             return False
-        if which == "ema" and state.step >= run.total_steps:
-            evaluation.draw(cfg, predictions, val_data, run.log, state.step)
         interval = evaluation.shown_interval(predictions)
         run.log_evaluation(state, which, model, predictions, interval)
+        if which == "ema" and state.step >= run.total_steps:
+            evaluation.draw(cfg, predictions, val_data, run.log, state.step)
     run.pace.restart()
     return True
 

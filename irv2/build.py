@@ -95,17 +95,12 @@ def experiment(cfg: Config, division: Division, train_data: Source) -> Experimen
 # ------------------------------------------------------------------------------ micro-batches
 
 
-def mixes_pairs(cfg: Config) -> bool:
-    """True if images are mixed in pairs, so that a micro-batch must hold whole pairs."""
-    return cfg.data.mixup > 0 or cfg.data.cutmix > 0
-
-
 def check_batch(cfg: Config, ranks: int) -> None:
     """Raise WorldError if this many ranks cannot divide the batch, before a device is touched."""
     train = cfg.train
     is_auto = train.micro_batch == "auto"  # chosen later, when the device is known
     micro_batch = train.global_batch if is_auto else train.micro_batch
-    batch.divide(train.global_batch, micro_batch, ranks, mixes_pairs(cfg) and not is_auto)
+    batch.divide(train.global_batch, micro_batch, ranks, cfg.data.mixes_pairs and not is_auto)
 
 
 def divide_batch(cfg: Config, num_classes: int, world: World) -> Division:
@@ -121,7 +116,7 @@ def divide_batch(cfg: Config, num_classes: int, world: World) -> Division:
         micro_batch = world.smallest(
             fitting_micro_batch(cfg, num_classes, world.size, room, before)
         )
-    return batch.divide(train.global_batch, micro_batch, world.size, mixes_pairs(cfg))
+    return batch.divide(train.global_batch, micro_batch, world.size, cfg.data.mixes_pairs)
 
 
 def fitting_micro_batch(
@@ -130,7 +125,7 @@ def fitting_micro_batch(
     """Micro-batch that fits into `room` bytes; see `batch.largest_micro_batch`."""
     share = batch.rank_share(cfg.train.global_batch, cfg.train.global_batch, ranks)
     sizes = memory_sizes(cfg, num_classes)
-    return batch.largest_micro_batch(share, sizes, room, mixes_pairs(cfg), before)
+    return batch.largest_micro_batch(share, sizes, room, cfg.data.mixes_pairs, before)
 
 
 def memory_sizes(cfg: Config, num_classes: int) -> memory.Sizes:

@@ -155,6 +155,11 @@ class Data(Section):
         "if that is more, could not be used and were replaced",
     )
 
+    @property
+    def mixes_pairs(self) -> bool:
+        """True if images are mixed in pairs, so that a micro-batch must hold whole pairs."""
+        return self.mixup > 0 or self.cutmix > 0
+
     @field_validator("train", "val")
     @classmethod
     def _holds_no_secret(cls, value: str) -> str:

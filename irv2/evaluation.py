@@ -118,8 +118,9 @@ def prepare(
     data = network.data.model_copy(update=stated)
     if images is None:
         raise DataError("--data DIR is needed: these weights do not say what to look at")
-    source = _open(images, data)
-    if not (allow_resized or ("val" not in stated and data.allow_resized)):
+    is_own = "val" not in stated  # else the run's cache is for other images
+    source = _open(images, data if is_own else data.model_copy(update={"cache_dir": None}))
+    if not (allow_resized or (is_own and data.allow_resized)):
         sources.refuse_resized(source, images, "--allow-resized")
 
     outputs = (network.classes, network.model.num_classes)

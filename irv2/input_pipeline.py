@@ -125,7 +125,7 @@ def training_batches(
         replace_bad=True,
         checksums=cfg.log.ledger,
     )
-    if data.mixup > 0 or data.cutmix > 0:
+    if data.mixes_pairs:
         mix = Mix(data.mixup, data.cutmix, len(source.classes), cfg.run.seed)
         return mix.batches(batches)
     return batches

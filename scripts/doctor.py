@@ -44,7 +44,7 @@ def check_config(case: Case) -> Iterator[Finding]:
         if micro_batch == "auto":
             room = batch.memory_room(device, request.ranks)
             micro_batch = build.fitting_micro_batch(case.cfg, 1000, request.ranks, room)
-        pairs = build.mixes_pairs(case.cfg)
+        pairs = case.cfg.data.mixes_pairs
         division = batch.divide(train.global_batch, micro_batch, request.ranks, pairs)
     except (ConfigError, WorldError) as error:
         yield Finding(FAIL, str(error), "train.py would refuse it with the same words")

@@ -160,6 +160,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--files-from",
+        type=cli.location,
         action="append",
         default=[],
         metavar="LIST|-",

@@ -239,10 +239,3 @@ def test_a_replaced_image_is_said_in_one_line_and_recorded_whole(tmp_path, capsy
     said = r"step 2 took another image of its class for a\x1b[2J\n.jpg: cannot be decoded (x)"
     assert capsys.readouterr().out == f"{said}\n"
     assert read(tmp_path / "bad_images.jsonl")[0]["name"] == "a\x1b[2J\n.jpg"
-
-
-def test_a_name_that_is_no_text_can_be_said(tmp_path, capsys):
-    log = Logbook(tmp_path, step=0, total_steps=6)
-    log.say("caf\udce9.jpg")
-    log.close()
-    assert "caf\\udce9.jpg" in capsys.readouterr().out

@@ -16,12 +16,12 @@ IMAGENET = 1_281_167
 
 def staircase(**changes) -> Schedule:
     values = {"kind": "staircase", "base_lr": 0.045, "images_per_epoch": 1000, "total_epochs": 200}
-    return Schedule(**{**values, **changes})
+    return Schedule(**{"global_batch": 1, **values, **changes})
 
 
 def cosine(**changes) -> Schedule:
     values = {"kind": "cosine", "base_lr": 0.4, "images_per_epoch": 1000, "total_epochs": 100}
-    return Schedule(**{**values, **changes})
+    return Schedule(**{"global_batch": 1, **values, **changes})
 
 
 def test_the_papers_staircase_by_default():

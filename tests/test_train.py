@@ -14,10 +14,11 @@ import safetensors.torch
 import torch
 from calling import call
 from PIL import Image
+from same_run import differing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from irv2 import config, evaluation
+from irv2 import build, config, evaluation, input_pipeline
 from irv2.network import weights
 from irv2.network.model import inception_resnet_v2
 from irv2.run import checkpoint, directory
@@ -237,6 +238,24 @@ def test_ranks_exchange_as_the_config_says_in_a_settled_order(tmp_path, monkeypa
     overrides = ("train.reduce_dtype=bf16", "train.max_steps=1")
     assert call(train, "--config", programs.write_project(tmp_path), *overrides).status == 0
     assert done == [("bf16",), "settled", "step"]
+
+
+def test_the_loop_takes_the_steps_that_train_step_takes(tmp_path) -> None:
+    """To the bit, in accumulated micro-batches, so that tests of `train_step` are of train.py."""
+    path, limits = programs.write_project(tmp_path), ("train.micro_batch=4", "train.max_steps=2")
+    assert call(train, "--config", path, *limits).status == 0
+    cfg, alone = config.load(path, limits), World(0, 1, torch.device("cpu"))
+    source, _ = input_pipeline.open_sources(cfg)
+    state = build.new_state(cfg, 3, alone.device)
+    options = build.step_options(cfg, 2, source, alone.device)
+    schedule, order = build.schedule(cfg, len(source)), input_pipeline.training_order(cfg, source)
+    batches = input_pipeline.training_batches(cfg, source, order, 0, 4, alone)
+    pairs = ((batch.images, batch.labels) for batch in batches)
+    for images_seen in (0, 8):
+        lr = schedule.learning_rate(images_seen)
+        step.train_step(state, state.model, pairs, lr, options, alone)
+    saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "step-000000002").parts
+    assert differing(saved, state.tensors()) == []
 
 
 # ------------------------------------------------------------------------- mistakes

@@ -187,7 +187,7 @@ class Run:
         grad_norm: Tensor,
         order: Sequence[list[Key]],
     ) -> None:
-        """Record the last step. Waits for the device."""
+        """Record the last step; waits for the device. Raises DivergedError after too many bad ones."""
         self._note_bad_steps(state, order)
         self.log.train(
             {

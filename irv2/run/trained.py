@@ -23,6 +23,10 @@ from irv2.run.directory import checkpoints
 from irv2.run.resume import load_newest
 
 IMAGENET_CLASSES = 1000
+SEEN = (
+    *("val", "allow_resized", "cache_dir", "cache_gb"),
+    *("image_size", "mean", "std", "eval_crop", "eval_interpolation"),
+)  # keys of section "data" that bear on an evaluation
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,11 @@ def load_weights(source: str) -> Trained:
 
 
 def _data(stored: dict[str, Any], source: str) -> Data:
-    """Section "data" from the keys that are stored, the rest by default. Raises WeightsError."""
-    known = {key: value for key, value in stored.items() if key in Data.model_fields}
+    """Section "data" from what is stored of `SEEN`, the rest by default. Raises WeightsError.
+
+    Other keys, of training, may be of another version.
+    """
+    known = {key: stored[key] for key in SEEN if key in stored}
     known = {key: value for key, value in known.items() if value is not None or key != "val"}
     try:
         return Data(**{"train": "unknown", "val": "unknown"} | known)

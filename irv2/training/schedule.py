@@ -43,7 +43,7 @@ class Schedule:
     base_lr: float
     images_per_epoch: int
     total_epochs: float
-    global_batch: int = 1
+    global_batch: int
     max_steps: int | None = None
     decay_rate: float = 0.94
     decay_epochs: float = 2.0
@@ -63,11 +63,13 @@ class Schedule:
         if self.kind == "staircase":
             stair = whole_periods(images_seen, self.decay_epochs, self.images_per_epoch)
             rate = self.base_lr * self.decay_rate**stair
-        else:
+        elif self.kind == "cosine":
             progress = min(1.0, epoch / self.total_epochs)
             rate = (
                 self.min_lr + (self.base_lr - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2
             )
+        else:
+            raise ValueError(f"no schedule is called {self.kind}")
         if epoch < self.warmup_epochs:
             rate *= epoch / self.warmup_epochs
         return rate

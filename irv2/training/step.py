@@ -108,7 +108,9 @@ def train_step(
     options: StepOptions,
     world: World,
 ) -> tuple[Tensor, Tensor]:
-    """Make the step that train.py spells out, from the next images and labels of `batches`.
+    """Make the step that train.py spells out, for benchmarks, the doctor and tests.
+
+    Takes images and labels from `batches`.
 
     Returns loss and gradient norm of the global batch, both on the device.
     """
