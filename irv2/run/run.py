@@ -187,7 +187,7 @@ class Run:
         grad_norm: Tensor,
         order: Sequence[list[Key]],
     ) -> None:
-        """Record the last step; waits for the device. Raises DivergedError after too many bad ones."""
+        """Record the last step; waits for the device. Raises DivergedError."""
         self._note_bad_steps(state, order)
         self.log.train(
             {
