@@ -35,7 +35,7 @@ from irv2.run.trained import Trained
 from irv2.training.distributed import World
 from scripts.benchmarks.range_server import serving
 from scripts.checks import images
-from scripts.checks.case import Case, Request
+from scripts.checks.case import OK, Case, Request
 
 pytest.importorskip("aiohttp", reason="remote shards are NOT tested: requirements-remote.txt")
 
