@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 from data.names import shown
@@ -21,6 +22,18 @@ class ImageError(DataError):
     """One image that cannot be read or decoded."""
 
     one_rank = True
+
+
+def unreadable(name: str, error: OSError) -> DataError:
+    """Make the error for an image that cannot be read.
+
+    An ImageError, unless the system has run out of something: that says nothing about the image,
+    for which none may stand in.
+    """
+    reason = f"{name}: cannot be read ({error.strerror})"
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return StorageError(f"{reason}; this is the system's limit, not the image's fault")
+    return ImageError(reason)
 
 
 class StorageError(DataError):

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from data.base import Source
-from data.errors import DataError, ImageError, enumeration
+from data.errors import DataError, enumeration, unreadable
 from data.folders import Remarks, image_extensions, search
 from data.levels import refuse_splits
 from data.names import in_nfc
@@ -63,7 +63,7 @@ class FolderSource(Source):
             with open(path, "rb") as file:
                 return file.read(), self.label(index)
         except OSError as error:
-            raise ImageError(f"{path}: cannot be read ({error.strerror})") from None
+            raise unreadable(path, error) from None
 
     def name(self, index: int) -> str:
         label = self.label(index)

@@ -17,7 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data import folders, levels, loader, names, sources
 from data.base import Source
-from data.errors import DataError, ImageError
+from data.errors import DataError, ImageError, StorageError
 from data.folders import Found
 from data.sources import (
     FolderSource,
@@ -294,6 +294,19 @@ def test_training_and_validation_images_must_lie_apart(tmp_path):
         levels.refuse_overlap("https://host/x", "https://host/x/")
     for pair in ((train, f"{train}2"), ("synthetic:8x2",) * 2, ("s3://b/c", "s3://b/c2")):
         levels.refuse_overlap(*pair)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_the_system_has_run_out_of_is_no_fault_of_an_image(folder, monkeypatch, number):
+    """Else another image would stand in for it, and the run would not be the same."""
+    source = FolderSource(folder)
+
+    def refuse(*_arguments, **_options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(StorageError, match="the system's limit"):
+        source.read(0)
 
 
 def test_an_image_that_cannot_be_read_is_named(folder):

@@ -23,7 +23,7 @@ import numpy as np
 from scipy.io import loadmat
 
 from data.base import Source
-from data.errors import DataError, ImageError
+from data.errors import DataError, ImageError, unreadable
 from data.shards.index import BLOCK
 
 DEVKIT_FOLDER = "ILSVRC2012_devkit_t12/data"
@@ -224,7 +224,7 @@ class ArchiveSource(Source):
             with open(self.root, "rb", buffering=0) as file:
                 content = os.pread(file.fileno(), size, int(self.offsets[index]))
         except OSError as error:
-            raise ImageError(f"{self.name(index)}: cannot be read ({error.strerror})") from None
+            raise unreadable(self.name(index), error) from None
         if len(content) != size:
             raise ImageError(f"{self.name(index)}: the archive has been cut off")
         return content, self.label(index)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from isal.isal_zlib import crc32  # zlib's, four times as fast
 
-from data.errors import ImageError
+from data.errors import ImageError, unreadable
 from data.limits import raise_open_files
 from data.shards.index import BLOCK, IndexedImages, check_sizes, load
 
@@ -46,7 +46,7 @@ class ShardSource(IndexedImages):
         try:
             encoded = self._pread(index, size, 0)
         except OSError as error:
-            raise ImageError(f"{self.name(index)}: cannot be read ({error.strerror})") from None
+            raise unreadable(self.name(index), error) from None
         if len(encoded) != size:
             raise ImageError(f"{self.name(index)}: cannot be read (its shard has become shorter)")
         if crc32(encoded) != self._crc32[index]:
