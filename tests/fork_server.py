@@ -33,6 +33,7 @@ IMPORTED = (
     "irv2.network.cpu.norm",
     "irv2.network.cpu.update",
     "data.prepare.imagenet",
+    "scipy.stats",  # at the first interval
 )
 PR_SET_CHILD_SUBREAPER = 36
 
