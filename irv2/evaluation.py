@@ -306,7 +306,7 @@ def shown_interval(predictions: Predictions) -> Interval | None:
     """Top-1's 95 % interval, percent, where there are so few images that it should be seen."""
     if predictions.images >= MANY_IMAGES:
         return None
-    return wilson(round(predictions.top1 * predictions.images / 100), predictions.images)
+    return wilson(predictions.top1_correct, predictions.images)
 
 
 def draw(cfg: Config, predictions: Predictions, source: Source, log: Logbook, step: int) -> None:

@@ -66,7 +66,7 @@ def check_sources(cfg: Config, train: Source, val: Source) -> Source:
 def try_validation(cfg: Config, source: Source, world: World) -> None:
     """Read and decode one validation batch of each rank, of images from the whole set.
 
-    Raises ImageError here, where it costs nothing, and not after the first epoch.
+    Raises ImageError, or StorageError, before anything is written instead of after an epoch.
     """
     count = min(len(source), cfg.eval.batch * world.size)
     numbers = np.arange(count) * len(source) // count

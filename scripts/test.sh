@@ -23,5 +23,6 @@ ruff check
 ruff format --check
 # A module stays in one process, which makes its fixtures once; conftest.py puts the longest first.
 # Large pages: small networks take new memory more than they compute in it.
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1 OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 4 \
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 4 \
     --dist loadfile --no-loadscope-reorder "$@"

@@ -106,6 +106,7 @@ def test_best_weights_are_those_of_the_best_evaluation(project: Path) -> None:
 
 def test_the_best_weights_stay_when_later_ones_are_worse(tmp_path, monkeypatch) -> None:
     others = {"top5": 100.0, "mean_per_class": 50.0, "mean_loss": 1.0, "images": 12}
+    others["top1_correct"] = 6
     results = iter(SimpleNamespace(top1=top1, **others) for top1 in (50.0, 60.0, 40.0, 55.0))
     monkeypatch.setattr(evaluation, "predict", lambda *_: next(results))
     monkeypatch.setattr(evaluation, "draw", lambda *_: None)
