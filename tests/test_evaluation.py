@@ -89,6 +89,6 @@ def test_classes_that_do_not_compete_are_never_answers():
 
 
 def test_the_interval_is_shown_where_images_are_few():
-    few, many = (SimpleNamespace(top1=100 * 0.8, images=n) for n in (999, 1000))
+    few, many = (SimpleNamespace(top1_correct=799, images=n) for n in (999, 1000))
     assert evaluation.shown_interval(few) == wilson(799, 999)
     assert evaluation.shown_interval(many) is None
