@@ -98,6 +98,9 @@ class Model(Section):
         [10, 20, 9],
         description="repeats of block35, block17, block8; other values: another network",
     )
+    width: Annotated[float, Field(gt=0, multiple_of=1 / 16)] = Field(
+        1.0, description="multiplies every layer's channels; other values: another network"
+    )
     grad_checkpointing: bool = machine(
         False, description="recompute blocks in backward: less memory"
     )

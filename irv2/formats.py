@@ -61,9 +61,11 @@ def run_safetensors(path: Path, network: Trained) -> Run:
 def write_timm(network: Trained, folded: bool, path: Path) -> None:
     """Write a folder like timm's save_for_hf: model.safetensors and config.json."""
     texts = metadata(network)
-    if json.loads(texts["blocks"]) != list(BLOCKS):
+    own = (network.model.blocks, network.model.width)
+    if own != (BLOCKS, 1.0):
         raise ExportError(
-            f"{network.name}: timm's network has {list(BLOCKS)} blocks, this one {texts['blocks']}"
+            f"{network.name}: timm's network has {BLOCKS} blocks of width 1, this one {own[0]} "
+            f"of width {own[1]:g}"
         )
     path.mkdir()
     weights.write(path / "model.safetensors", network.model.state_dict(), {"format": "pt"} | texts)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = str(ROOT / "tests" / "ranks.py")
 PATHS = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 CONFIG = """
-model: {blocks: [1, 1, 1], bn_momentum: 0.5}
+model: {blocks: [1, 1, 1], width: 0.25, bn_momentum: 0.5}
 data: {image_size: 75, workers: 0}
 train: {epochs: 3, global_batch: 8, micro_batch: 8}
 eval: {every_epochs: 1, batch: 7}

@@ -14,7 +14,7 @@ Inject = Callable[[str], None]
 HARMED = "tests/harmed.py"
 STEPS, IMAGES = 6, 14
 CONFIG = """
-model: {{blocks: [1, 1, 1], bn_momentum: 0.5}}
+model: {{blocks: [1, 1, 1], width: 0.25, bn_momentum: 0.5}}
 data: {{image_size: 75, workers: 0, train: {data}/train, val: {data}/val, max_bad_fraction: 1}}
 train: {{epochs: 1.7, global_batch: 4, micro_batch: 4}}
 eval: {{every_epochs: 1, batch: 2}}

@@ -26,7 +26,7 @@ BLOCKS = [1, 1, 1]
 def write_small_weights(folder: Path) -> Path:
     """small.safetensors, random but for what its metadata say."""
     torch.manual_seed(0)
-    model = randomised(inception_resnet_v2(3, blocks=tuple(BLOCKS)))
+    model = randomised(inception_resnet_v2(3, blocks=tuple(BLOCKS), width=0.25))
     metadata = {"blocks": BLOCKS, "classes": SYNSETS, "data": VIEW}
     texts = {key: json.dumps(value) for key, value in metadata.items()}
     weights.write(folder / "small.safetensors", model.state_dict(), texts)

@@ -29,7 +29,9 @@ NORM = NormOptions(momentum=0.1, eps=1e-3, scale=True)
 
 def small(**options) -> InceptionResnetV2:
     torch.manual_seed(0)
-    return randomised(inception_resnet_v2(5, blocks=(1, 1, 1), drop_rate=0.0, **options))
+    return randomised(
+        inception_resnet_v2(5, blocks=(1, 1, 1), width=0.25, drop_rate=0.0, **options)
+    )
 
 
 def images(*shape: int) -> Tensor:

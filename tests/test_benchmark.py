@@ -43,7 +43,7 @@ def test_training_from_files_is_compared_with_training_from_memory(monkeypatch):
     monkeypatch.setattr(end_to_end, "STEPS", 1)
     small = {
         "run": {"device": "cpu"},
-        "model": {"blocks": [1, 1, 1]},
+        "model": {"blocks": [1, 1, 1], "width": 0.25},
         "data": {
             "train": "synthetic:16x4",
             "val": "synthetic:16x4",
@@ -66,12 +66,12 @@ def small_networks(monkeypatch):
 
     def pair(device):
         torch.manual_seed(0)
-        ours = accelerate(inception_resnet_v2(blocks=(1, 1, 1)))
+        ours = accelerate(inception_resnet_v2(blocks=(1, 1, 1), width=0.25))
         return ours.to(memory_format=torch.channels_last), copy.deepcopy(ours)
 
     monkeypatch.setattr(network, "networks", pair)
     monkeypatch.setattr(
-        limits, "inception_resnet_v2", lambda: inception_resnet_v2(blocks=(1, 1, 1))
+        limits, "inception_resnet_v2", lambda: inception_resnet_v2(blocks=(1, 1, 1), width=0.25)
     )
     monkeypatch.setattr(limits, "MATRIX", 256)
 
@@ -144,7 +144,12 @@ def test_a_profile_names_operations(small_networks):
 
 
 def test_the_start_is_timed_up_to_the_first_step():
-    options = ["model.blocks=[1, 1, 1]", "train.global_batch=4", "train.micro_batch=4"]
+    options = [
+        "model.blocks=[1, 1, 1]",
+        "model.width=0.25",
+        "train.global_batch=4",
+        "train.micro_batch=4",
+    ]
     assert starting.first_step([*options, "data.workers=0"]) > 0
     with pytest.raises(RuntimeError, match="status 1"):
         starting.first_step(["train.global_batch=nonsense"])

@@ -51,6 +51,7 @@ OUT_OF_RANGE = {
     "model.drop_rate": ["-0.01", "1.0", "1"],
     "model.bn_momentum": ["0.0", "-0.1", "1.01"],
     "model.blocks": ["[1, 1]", "[1, 1, 1, 1]", "[1, 0, 1]", "[1, 1, -1]", "[]"],
+    "model.width": ["0", "-0.5", "0.3", "1.03"],
     "model.init": ['""'],
     "model.freeze": ["head", "Stem", '""'],
     "data.train": ['""', '"https://me:secret@host/a"'],

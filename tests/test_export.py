@@ -177,7 +177,7 @@ def test_timm_opens_its_export_in_both_ways(tmp_path, call, images):
 
 
 def test_a_run_is_checked_on_its_own_validation_images(tmp_path, call):
-    network = inception_resnet_v2(2, blocks=(1, 1, 1))
+    network = inception_resnet_v2(2, blocks=(1, 1, 1), width=0.25)
     state = copied(network.state_dict())
     val = programs.write_images(tmp_path / "val", ["a", "b"], 3)
     config = {"model": {"blocks": BLOCKS}, "data": {**VIEW, "val": str(val), "train": "private"}}

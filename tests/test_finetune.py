@@ -29,7 +29,7 @@ FOUR = ["north", "south", "east", "west"]
 
 def network(num_classes: int = 3, seed: int = 0, **options) -> InceptionResnetV2:
     torch.manual_seed(seed)
-    model = accelerate(inception_resnet_v2(num_classes, blocks=BLOCKS, **options))
+    model = accelerate(inception_resnet_v2(num_classes, blocks=BLOCKS, width=0.25, **options))
     for name, buffer in model.named_buffers():
         if "running" in name:  # small, so that a network that uses them lets images through
             nn.init.uniform_(buffer, *((0.05, 0.3) if name.endswith("var") else (-0.2, 0.2)))
@@ -250,7 +250,7 @@ def test_damaged_class_names_are_one_line(tmp_path):
 
 
 CONFIG = """
-model: {{blocks: [1, 1, 1], init: {origin}, freeze: stem}}
+model: {{blocks: [1, 1, 1], width: 0.25, init: {origin}, freeze: stem}}
 data: {{image_size: 75, workers: 0, train: {data}/train, val: {data}/val}}
 train: {{epochs: 2, global_batch: 6, micro_batch: 6}}
 optim: {{lr: 0.02, layer_decay: 0.5}}

@@ -243,7 +243,7 @@ def test_rows_are_told_from_other_layouts():
     ids=["evaluation", "float64", "bfloat16 weights", "frozen"],
 )
 def test_where_it_does_not_fit_plain_modules_run(monkeypatch, change):
-    model = accelerate(inception_resnet_v2(3, blocks=(1, 1, 1)))
+    model = accelerate(inception_resnet_v2(3, blocks=(1, 1, 1), width=0.25))
     change(model)
     calls = count_calls(monkeypatch, native, "forward")
     dtype = next(model.parameters()).dtype
@@ -285,7 +285,7 @@ def test_a_map_of_one_position_is_added_to_whatever_the_version(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folded() -> InceptionResnetV2:
-    model = in_training(inception_resnet_v2(7, blocks=(1, 1, 1)))
+    model = in_training(inception_resnet_v2(7, blocks=(1, 1, 1), width=0.25))
     return fold_batch_norm(model)
 
 
@@ -315,7 +315,7 @@ def test_weights_that_change_are_packed_again(folded):
 
 @torch.no_grad()
 def test_blocks_write_over_each_others_results_unless_somebody_watches(monkeypatch):
-    folded = fold_batch_norm(in_training(inception_resnet_v2(7, blocks=(3, 2, 2))))
+    folded = fold_batch_norm(in_training(inception_resnet_v2(7, blocks=(3, 2, 2), width=0.25)))
     calls = count_calls(monkeypatch, fused, "_conv_add")
     wrote = count_calls(monkeypatch, torch.ops.mkldnn._convolution_pointwise_, "binary")
     x = images(2, 3, 107, 107)  # whose smallest maps are of 2x2 positions

@@ -29,7 +29,7 @@ FORMS = {"plain": lambda model: model, "accelerated": accelerate}
 
 def small(**options) -> InceptionResnetV2:
     torch.manual_seed(0)
-    return inception_resnet_v2(**{"num_classes": 10, "blocks": SMALL, **options})
+    return inception_resnet_v2(**{"num_classes": 10, "blocks": SMALL, "width": 0.25, **options})
 
 
 def images(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -281,6 +281,22 @@ def test_an_accelerated_block35_reads_its_input_with_one_convolution():
 
 
 # ---------------------------------------------------------------------- the model card's numbers
+
+
+def test_the_width_multiplies_every_number_of_channels_and_nothing_else():
+    published, narrow = (
+        shapes(small(aux_logits=True, width=width).state_dict()) for width in (1.0, 0.25)
+    )
+
+    def scaled(name: str, shape: torch.Size) -> torch.Size:
+        kept = {"conv2d_1a.conv.weight": 1, "classif.weight": 0, "aux.classif.weight": 0}.get(name)
+        sizes = [n if i == kept or i > 1 else n // 4 for i, n in enumerate(shape)]
+        return torch.Size(shape if name.endswith("classif.bias") else sizes)
+
+    assert narrow == {name: scaled(name, shape) for name, shape in published.items()}
+    for width in (0, -0.25, 0.3):
+        with pytest.raises(ValueError, match="not a multiple of 1/16"):
+            inception_resnet_v2(width=width)
 
 
 def test_parameters_are_the_published_55_843_464():

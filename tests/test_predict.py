@@ -262,7 +262,9 @@ def test_weights_that_will_not_do_are_told_in_one_line(photographs, small_weight
 
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes(small_weights.read_bytes()[:100_000])
-    colour, grey = (inception_resnet_v2(3, channels, blocks=(1, 1, 1)) for channels in (3, 1))
+    colour, grey = (
+        inception_resnet_v2(3, channels, blocks=(1, 1, 1), width=0.25) for channels in (3, 1)
+    )
     small = {"blocks": [1, 1, 1]}
     for source, message in (
         (("--run", tmp_path / "nowhere"), "no checkpoint in it"),

@@ -122,7 +122,7 @@ def check_shared(world: World, folder: Path) -> str:
 def gradients(world: World, reduce_dtype: str) -> dict[str, Tensor]:
     """What a rank applies: of its two images, averaged with the other's."""
     torch.manual_seed(0)
-    state = new_state(accelerate(inception_resnet_v2(10, blocks=(1, 1, 1))))
+    state = new_state(accelerate(inception_resnet_v2(10, blocks=(1, 1, 1), width=0.25)))
     network = distributed.parallel(state.model, False, world, reduce_dtype)
     generator = torch.Generator().manual_seed(world.rank)
     x = torch.rand(SIZE, generator=generator) * 2 - 1
@@ -277,7 +277,7 @@ def is_continued(world: World, settled: bool, reduce_dtype: str) -> bool:
 
 def started(world: World, settled: bool, reduce_dtype: str) -> tuple[TrainState, torch.nn.Module]:
     torch.manual_seed(0)
-    state = new_state(accelerate(inception_resnet_v2(10, blocks=(1, 1, 1))))
+    state = new_state(accelerate(inception_resnet_v2(10, blocks=(1, 1, 1), width=0.25)))
     network = distributed.parallel(state.model, False, world, reduce_dtype)
     if settled:
         before = copied(state.model.state_dict())

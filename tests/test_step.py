@@ -166,7 +166,7 @@ def test_frozen_batch_norm_goes_with_gradient_checkpointing():
     for grad_checkpointing in (False, True):
         torch.manual_seed(0)
         network = inception_resnet_v2(
-            2, drop_rate=0.0, blocks=(1, 1, 1), grad_checkpointing=grad_checkpointing
+            2, drop_rate=0.0, blocks=(1, 1, 1), width=0.25, grad_checkpointing=grad_checkpointing
         )
         train_mode(network, freeze_bn=True)
         network(x).square().sum().backward()

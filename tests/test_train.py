@@ -100,7 +100,7 @@ def test_best_weights_are_those_of_the_best_evaluation(project: Path) -> None:
     best = json.loads(metadata["result"])
     assert best["top1"] == max(e["top1"] for e in programs.log_lines(project / "run", "eval"))
     assert json.loads(metadata["classes"]) == ["a", "b", "c"]
-    model = inception_resnet_v2(3, blocks=(1, 1, 1))
+    model = inception_resnet_v2(3, blocks=(1, 1, 1), width=0.25)
     model.load_state_dict(safetensors.torch.load_file(project / "run" / "best.safetensors"))
 
 

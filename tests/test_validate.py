@@ -165,7 +165,7 @@ def patches() -> list[np.ndarray]:
 def write_small(path: Path, classes: list[str], seed: int = 0) -> Path:
     """A small network of random weights that tells images apart, with its classes and view."""
     torch.manual_seed(seed)
-    model = inception_resnet_v2(len(classes), blocks=(1, 1, 1), bn_momentum=1.0)
+    model = inception_resnet_v2(len(classes), blocks=(1, 1, 1), width=0.25, bn_momentum=1.0)
     with torch.no_grad():
         model.train()(torch.stack([torch.from_numpy(part) for part in patches()]))
         model.classif.weight *= 30
@@ -404,7 +404,7 @@ def test_options_that_do_not_go_together(options, message) -> None:
 @pytest.fixture
 def small_weights(tmp_path: Path) -> Path:
     path = tmp_path / "small.safetensors"
-    state = inception_resnet_v2(3, blocks=(1, 1, 1)).state_dict()
+    state = inception_resnet_v2(3, blocks=(1, 1, 1), width=0.25).state_dict()
     weights.write(path, state, {"blocks": "[1, 1, 1]"})
     return path
 

@@ -84,7 +84,7 @@ def test_what_write_stores_read_returns(tmp_path):
 
 
 def test_write_stores_a_model_under_timm_names(tmp_path, timm_state):
-    model = inception_resnet_v2(num_classes=10, blocks=BLOCKS)
+    model = inception_resnet_v2(num_classes=10, blocks=BLOCKS, width=0.25)
     model.load_state_dict(timm_state)
     path = tmp_path / "model.safetensors"
     weights.write(path, model.state_dict(), {})
@@ -100,14 +100,16 @@ def test_nested_state_dict_is_unwrapped(tmp_path):
 
 
 def test_model_is_built_for_the_classes_and_channels_of_a_state():
-    trained = inception_resnet_v2(num_classes=7, in_chans=1, blocks=(2, 1, 1))
+    trained = inception_resnet_v2(num_classes=7, in_chans=1, blocks=(2, 1, 1), width=0.25)
     model = weights.build_model(trained.state_dict(), "file", (2, 1, 1))
     assert same(model.state_dict(), trained.state_dict())
     assert model.eval()(torch.zeros(1, 1, 75, 75)).shape == (1, 7)
 
 
 def test_auxiliary_head_of_a_state_is_left_out():
-    state = inception_resnet_v2(num_classes=10, aux_logits=True, blocks=BLOCKS).state_dict()
+    state = inception_resnet_v2(
+        num_classes=10, aux_logits=True, blocks=BLOCKS, width=0.25
+    ).state_dict()
     assert any(name.startswith("aux.") for name in state)
     expected = {name: value for name, value in state.items() if not name.startswith("aux.")}
     assert same(weights.build_model(state, "file", BLOCKS).state_dict(), expected)
@@ -287,7 +289,7 @@ def opened(path: Path, state: State, **metadata: str) -> trained.Trained:
 
 def test_what_metadata_leaves_open_is_as_published(tmp_path, timm_state):
     path = tmp_path / "a.safetensors"
-    found = opened(path, inception_resnet_v2(1000, blocks=BLOCKS).state_dict())
+    found = opened(path, inception_resnet_v2(1000, blocks=BLOCKS, width=0.25).state_dict())
     assert found.classes == imagenet_names.synsets()
     assert found.classes[0] == "n01440764" and imagenet_names.in_words("n01440764") == "tench"
     assert (found.which, found.step) == ("as published", None)
@@ -313,7 +315,7 @@ def test_metadata_go_before_that(tmp_path, timm_state):
 
 
 def test_files_that_contradict_themselves_are_refused(monkeypatch, timm_state):
-    grey = inception_resnet_v2(2, in_chans=1, blocks=BLOCKS).state_dict()
+    grey = inception_resnet_v2(2, in_chans=1, blocks=BLOCKS, width=0.25).state_dict()
     for state, told, message in (
         (grey, {}, "is for images of 1 channels, not for RGB"),
         (timm_state, {"classes": '["a"]'}, "has 10 outputs, but names for 1"),

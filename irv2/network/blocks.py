@@ -26,13 +26,23 @@ class Conv(NamedTuple):
     stride: int = 1
     padding: int | tuple[int, int] = 0
 
+    def widened(self, width: float) -> Conv:
+        """The layer with `width` times as many outputs."""
+        return self._replace(out_channels=round(width * self.out_channels))
+
 
 class AvgPool(NamedTuple):
     """3x3 average over the positions inside the image."""
 
+    def widened(self, _width: float) -> AvgPool:
+        return self
+
 
 class MaxPool(NamedTuple):
     """3x3 maximum with stride 2."""
+
+    def widened(self, _width: float) -> MaxPool:
+        return self
 
 
 Branch = tuple[Conv | AvgPool | MaxPool, ...]
@@ -45,6 +55,11 @@ class BlockSpec(NamedTuple):
     branches: tuple[Branch, ...]
     scale: float | None = None
     relu: bool = True
+
+    def widened(self, width: float) -> BlockSpec:
+        """The block with `width` times as many channels throughout."""
+        branches = (tuple(layer.widened(width) for layer in branch) for branch in self.branches)
+        return self._replace(in_channels=round(width * self.in_channels), branches=tuple(branches))
 
 
 MIXED_5B = BlockSpec(

@@ -58,12 +58,12 @@ def _classifier(in_features: int, num_classes: int) -> nn.Module:
 class AuxHead(nn.Module):
     """TF-slim's auxiliary classifier on the 17x17 map (training only, loss weight 0.4)."""
 
-    num_features = 768
-
-    def __init__(self, in_channels: int, num_classes: int, norm: NormOptions) -> None:
+    def __init__(self, num_classes: int, norm: NormOptions, width: float) -> None:
         super().__init__()
-        self.conv_1b = ConvNormAct(in_channels, Conv(128), norm)
-        self.conv_2a = ConvNormAct(128, Conv(self.num_features, 5), norm)
+        conv_1b, conv_2a = (spec.widened(width) for spec in (Conv(128), Conv(768, 5)))
+        self.num_features = conv_2a.out_channels
+        self.conv_1b = ConvNormAct(round(width * BLOCK17.in_channels), conv_1b, norm)
+        self.conv_2a = ConvNormAct(conv_1b.out_channels, conv_2a, norm)
         self.classif = _classifier(self.num_features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,33 +83,40 @@ class InceptionResnetV2(nn.Module):
         aux_logits: bool,
         norm: NormOptions,
         blocks: tuple[int, int, int],
+        width: float,
     ) -> None:
         super().__init__()
-        self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, NUM_FEATURES
-        self.blocks = blocks
+        self.num_classes, self.in_chans, self.blocks = num_classes, in_chans, blocks
+        self.width, self.num_features = width, round(width * NUM_FEATURES)
+
+        def conv(in_channels: int, spec: Conv) -> ConvNormAct:
+            return ConvNormAct(round(width * in_channels), spec.widened(width), norm)
+
+        def block(spec: BlockSpec) -> Block:
+            return Block(spec.widened(width), norm)
 
         def repeat(spec: BlockSpec, times: int) -> Stack:
-            return Stack(*[Block(spec, norm) for _ in range(times)])
+            return Stack(*[block(spec) for _ in range(times)])
 
-        self.conv2d_1a = ConvNormAct(in_chans, Conv(32, 3, stride=2), norm)
-        self.conv2d_2a = ConvNormAct(32, Conv(32, 3), norm)
-        self.conv2d_2b = ConvNormAct(32, Conv(64, 3, padding=1), norm)
+        self.conv2d_1a = ConvNormAct(in_chans, Conv(32, 3, stride=2).widened(width), norm)
+        self.conv2d_2a = conv(32, Conv(32, 3))
+        self.conv2d_2b = conv(32, Conv(64, 3, padding=1))
         self.maxpool_3a = nn.MaxPool2d(3, stride=2)
-        self.conv2d_3b = ConvNormAct(64, Conv(80), norm)
-        self.conv2d_4a = ConvNormAct(80, Conv(192, 3), norm)
+        self.conv2d_3b = conv(64, Conv(80))
+        self.conv2d_4a = conv(80, Conv(192, 3))
         self.maxpool_5a = nn.MaxPool2d(3, stride=2)
-        self.mixed_5b = Block(MIXED_5B, norm)
+        self.mixed_5b = block(MIXED_5B)
         self.repeat = repeat(BLOCK35, blocks[0])
-        self.mixed_6a = Block(MIXED_6A, norm)
+        self.mixed_6a = block(MIXED_6A)
         self.repeat_1 = repeat(BLOCK17, blocks[1])
-        self.aux = AuxHead(BLOCK17.in_channels, num_classes, norm) if aux_logits else None
-        self.mixed_7a = Block(MIXED_7A, norm)
+        self.aux = AuxHead(num_classes, norm, width) if aux_logits else None
+        self.mixed_7a = block(MIXED_7A)
         self.repeat_2 = repeat(BLOCK8, blocks[2])
-        self.block8 = Block(BLOCK8._replace(scale=1.0, relu=False), norm)
-        self.conv2d_7b = ConvNormAct(BLOCK8.in_channels, Conv(NUM_FEATURES), norm)
+        self.block8 = block(BLOCK8._replace(scale=1.0, relu=False))
+        self.conv2d_7b = conv(BLOCK8.in_channels, Conv(NUM_FEATURES))
         self.global_pool = nn.AdaptiveAvgPool2d(1)
         self.head_drop = nn.Dropout(drop_rate)
-        self.classif = _classifier(NUM_FEATURES, num_classes)
+        self.classif = _classifier(self.num_features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """[B, in_chans, H, W] float in [-1, 1] -> logits [B, num_classes].
@@ -221,6 +228,7 @@ def inception_resnet_v2(
     bn_scale: bool = True,
     grad_checkpointing: bool = False,
     blocks: tuple[int, int, int] = BLOCKS,
+    width: float = 1.0,
 ) -> InceptionResnetV2:
     """Inception-ResNet-v2 with Xavier-uniform weights: 55,843,464 parameters for 1000 classes.
 
@@ -230,8 +238,12 @@ def inception_resnet_v2(
     bn_scale: learn batch norm's gamma; False keeps it at 1, as TF-slim does.
     grad_checkpointing: keep only each block's input and run the block again in backward.
     blocks: repeats of block35, block17 and block8; anything but (10, 20, 9) is another network.
+    width: multiplies the number of channels of every layer, as in arXiv:1704.04861; anything but 1
+    is another network. Raises ValueError if it is not a multiple of 1/16.
     """
-    norm = NormOptions(bn_momentum, bn_eps, bn_scale)
-    model = InceptionResnetV2(num_classes, in_chans, drop_rate, aux_logits, norm, tuple(blocks))
+    if width <= 0 or width * 16 % 1 != 0:  # every published number of channels is a multiple of 16
+        raise ValueError(f"width {width} is not a multiple of 1/16")
+    norm, blocks = NormOptions(bn_momentum, bn_eps, bn_scale), tuple(blocks)
+    model = InceptionResnetV2(num_classes, in_chans, drop_rate, aux_logits, norm, blocks, width)
     model.set_grad_checkpointing(grad_checkpointing)
     return model

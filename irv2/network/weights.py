@@ -16,6 +16,8 @@ from data.errors import UserError
 from data.files import write_atomically
 from irv2.network.model import BLOCKS, InceptionResnetV2, inception_resnet_v2
 
+FIRST_CHANNELS = 32  # of the first convolution at width 1
+
 
 class WeightsError(UserError):
     """Weights that cannot be read, or belong to another network."""
@@ -100,10 +102,15 @@ def build_model(
     kept = {key: value for key, value in state.items() if not key.startswith("aux.")}
     try:
         num_classes = kept["classif.weight"].shape[0]
-        in_chans = kept["conv2d_1a.conv.weight"].shape[1]
+        first_channels, in_chans = kept["conv2d_1a.conv.weight"].shape[:2]
     except (KeyError, IndexError) as error:
         raise WeightsError(f"{source}: not an Inception-ResNet-v2 (no {error} in it)") from None
-    model = inception_resnet_v2(num_classes, in_chans, blocks=blocks)
+    try:
+        model = inception_resnet_v2(
+            num_classes, in_chans, blocks=blocks, width=first_channels / FIRST_CHANNELS
+        )
+    except ValueError as error:
+        raise WeightsError(f"{source}: not an Inception-ResNet-v2 ({error})") from None
     load_into(model, kept, source)
     return model
 
