@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data import user_cache
 from data.native import native
 
 LEVELS = 256
@@ -44,6 +45,8 @@ class ToInput:
         self._scale = tuple(np.float32(1 / s) for s in std)
         self._shift = tuple(np.float32(-m / s) for m, s in zip(mean, std))
         self._constants = [tensor.to(device) for tensor in (table, means, stds)]
+        if compiled:
+            user_cache.give_inductor_its_own()
         self._transform = torch.compile(transform) if compiled else transform
 
     def __call__(self, images: Tensor, flips: Tensor, colours: Tensor | None) -> Tensor:

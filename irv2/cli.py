@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import io
+import logging
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from typing import ParamSpec
 import torch.distributed as dist
 from tqdm import tqdm
 
+from data import user_cache
 from data.errors import DataError, ImageError, UserError
 from data.names import lines_shown, shown
 from data.paths import expanded
@@ -38,6 +40,8 @@ def program(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
     @functools.wraps(main)
     def guarded(*arguments: Arguments.args, **named: Arguments.kwargs) -> int:
         let_output_pass()
+        if _place().local_rank > 0:  # what is said of a machine is said by one of its ranks
+            logging.getLogger(user_cache.__name__).setLevel(logging.ERROR)
         return exit_status(functools.partial(main, *arguments, **named))
 
     return guarded

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import label_sets, sources, stream
+from data import label_sets, sources, stream, user_cache
 from data.base import Source
 from data.errors import DataError
 from data.label_sets import LabelSet
@@ -198,7 +198,10 @@ def ready(model: nn.Module, device: torch.device, fast: bool = False) -> nn.Modu
     """Prepare the network for an evaluation; fast: fold batch norm, and compile."""
     model = fold_batch_norm(model) if fast else model
     model = model.to(device, memory_format=torch.channels_last)
-    return torch.compile(model) if fast else model
+    if not fast:
+        return model
+    user_cache.give_inductor_its_own()
+    return torch.compile(model)
 
 
 def scored(

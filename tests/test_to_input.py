@@ -3,11 +3,9 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from data import native
 from data.to_input import ToInput, apply_colour, transform
 
 RECORDED = json.loads(Path(__file__).with_name("data").joinpath("tensorflow.json").read_text())
@@ -74,13 +72,3 @@ def test_input_is_float32_in_channels_last_memory_and_the_batch_unchanged(colour
     assert result.dtype == torch.float32
     assert result.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(images, random_batch())
-
-
-def test_functions_are_compiled_also_where_nothing_can_be_kept(monkeypatch):
-    def refuse(*_: object, cache: bool = False, **__: object):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return lambda function: function
-
-    monkeypatch.setattr(native.numba, "njit", refuse)
-    assert native.native(np.add) is np.add

@@ -6,13 +6,11 @@ that trains and infers fast.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from irv2.network import user_cache
+from data import user_cache
 from irv2.network.blocks import (
     BLOCK8,
     BLOCK17,
@@ -188,9 +186,7 @@ class InceptionResnetV2(nn.Module):
         Repeats of a block share one result, so it takes a fraction of the time that the whole
         network would; the next process finds it in the user's cache.
         """
-        cache = user_cache.folder("inductor")
-        if cache is not None:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+        user_cache.give_inductor_its_own()
         # Seven kinds of blocks and as many of layers, in training and in evaluation.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for child in self.children():

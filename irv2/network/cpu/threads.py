@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from llvmlite import binding, ir
 from numba import carray, types
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 from torch import Tensor
 
-from irv2.network import user_cache
+from data.native import KeptCode
 
 _THREAD_NUMBER = "irv2_thread_number"
 _SIGNATURE = types.void(types.CPointer(types.int64))
@@ -62,13 +63,9 @@ def compiled(loop: Callable) -> int:
     if _openmp() is None:
         raise RuntimeError("PyTorch's threads were not found: ask available() first")
     options = {"nogil": True, "error_model": "numpy"}
-    folder = user_cache.folder(f"native-{_source_hash()}")
-    before = numba.config.CACHE_DIR
-    try:
-        numba.config.CACHE_DIR = str(folder or "")
-        function = numba.cfunc(_SIGNATURE, cache=folder is not None, **options)(loop)
-    finally:
-        numba.config.CACHE_DIR = before
+    function = CFunc(loop, (_SIGNATURE.args, _SIGNATURE.return_type), {}, options)
+    function._cache = KeptCode(loop, f"native-{_source_hash()}")
+    function.compile()
     _kept.append(function)
     return function.address
 
