@@ -35,15 +35,18 @@ IMPORTED = (
     "data.prepare.imagenet",
     "scipy.stats",  # at the first interval
 )
+LIBRARIES = ("torchvision", "timm", "numba", "scipy.stats", "torch.utils.tensorboard", "pytest")
 PR_SET_CHILD_SUBREAPER = 36
 
 
 class Program(subprocess.Popen):
     """A forked program, otherwise a subprocess.Popen.
 
-    args: a Python file and its arguments, or "-c", a text and its arguments. Of Popen's options
-    those of streams and text have an effect, `cwd` and `env`.
+    args: a Python file and its arguments; "-c", a text and its arguments; or "-m", a module and its
+    arguments. Of Popen's options those of streams and text have an effect, `cwd` and `env`.
     """
+
+    imported = IMPORTED
 
     def _execute_child(
         self, args, _executable, _preexec_fn, _close_fds, _pass_fds, cwd, env, _startupinfo,
@@ -51,12 +54,18 @@ class Program(subprocess.Popen):
     ):  # fmt: skip
         streams = [own if own != -1 else i for i, own in enumerate((p2cread, c2pwrite, errwrite))]
         request = {"argv": list(args), "cwd": str(cwd or Path.cwd()), "env": dict(env)}
-        self.pid = _ask(request, streams)
+        self.pid = _ask(self.imported, request, streams)
         self._child_created = True
         ours = (self.stdin, self.stdout, self.stderr)
         for own, pipe in zip((p2cread, c2pwrite, errwrite), ours):
             if pipe is not None:
                 os.close(own)
+
+
+class OtherProgram(Program):
+    """A forked program that finds libraries imported and nothing of this checkout."""
+
+    imported = LIBRARIES
 
 
 def environment() -> dict[str, str]:
@@ -69,9 +78,9 @@ def environment() -> dict[str, str]:
     return os.environ | own | {"HF_HUB_OFFLINE": "1", "HF_HOME": f"{tempfile.gettempdir()}/no-hub"}
 
 
-def _ask(request: dict, streams: list[int]) -> int:
-    """Send a request with three file descriptors to the server; returns the program's pid."""
-    channel, content = _server(os.getpid()), json.dumps(request).encode()
+def _ask(imported: tuple[str, ...], request: dict, streams: list[int]) -> int:
+    """Send a request with three file descriptors to a server; returns the program's pid."""
+    channel, content = _server(os.getpid(), imported), json.dumps(request).encode()
     try:
         socket.send_fds(channel, [len(content).to_bytes(8, "big")], streams)
         channel.sendall(content)
@@ -84,13 +93,13 @@ def _ask(request: dict, streams: list[int]) -> int:
 
 
 @functools.cache
-def _server(_own_pid: int) -> socket.socket:
-    """Start this process's server, which ends when its end of the channel is closed."""
+def _server(_own_pid: int, imported: tuple[str, ...]) -> socket.socket:
+    """Start a server of this process, which ends when its end of the channel is closed."""
     # A program's parent ends at once, so that the program becomes a child of this process.
     if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError("no PR_SET_CHILD_SUBREAPER here: exit statuses of programs would be lost")
     ours, theirs = socket.socketpair()
-    command = [sys.executable, __file__, str(theirs.fileno())]
+    command = [sys.executable, __file__, str(theirs.fileno()), *imported]
     subprocess.Popen(
         command, env=environment(), pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
     )
@@ -175,7 +184,11 @@ def become(request: dict) -> None:
         setattr(sys, name, io.TextIOWrapper(raw, errors=errors, write_through=True))
     program, *arguments = request["argv"]
     more = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    if program == "-c":
+    if program == "-m":
+        module, *arguments = arguments
+        sys.argv, sys.path[:1] = [module, *arguments], [request["cwd"], *more]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    elif program == "-c":
         text, *arguments = arguments
         sys.argv, sys.path[:1] = ["-c", *arguments], ["", *more]
         main = sys.modules["__main__"] = types.ModuleType("__main__")
@@ -187,9 +200,12 @@ def become(request: dict) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the programs' to hear, and pytest's
-    sys.path.insert(1, str(ROOT))
-    for name in IMPORTED:
+    channel, imported = socket.socket(fileno=int(sys.argv[1])), tuple(sys.argv[2:])
+    if imported == IMPORTED:
+        sys.path.insert(1, str(ROOT))
+    for name in imported:
         importlib.import_module(name)
-    warm()
-    if (request := serve(socket.socket(fileno=int(sys.argv[1])))) is not None:
+    if imported == IMPORTED:
+        warm()
+    if (request := serve(channel)) is not None:
         become(request)

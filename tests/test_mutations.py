@@ -12,13 +12,13 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from fork_server import OtherProgram
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = {".git", ".venv", "runs", "datasets"}  # of a copy that was made without git
@@ -110,17 +110,22 @@ def ran(
     checkout: Path, names: Iterable[str], timeout_s: float = TIMEOUT_S
 ) -> subprocess.CompletedProcess[str]:
     """Run tests in another checkout, to which nothing of this one leaks, nor back."""
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command = [sys.executable, "-m", "pytest", *options, f"--basetemp={checkout}-tmp"]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={checkout}-tmp"]
     ours = {name: value for name, value in os.environ.items() if not name.startswith("PYT")}
-    return subprocess.run(
-        [*command, *places(names)],
+    with OtherProgram(
+        ["-m", "pytest", *options, *places(names)],
         cwd=checkout,
         env=ours | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": f"{checkout}-cache"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout_s,
-    )
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.mark.mutation
