@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
 """Evaluate runs or published weights: exact top-1 and top-5, every image counted once.
 
-  python validate.py --run runs/quickstart
+  python validate.py --run runs/quickstart [--report DIR]
   python validate.py --weights timm:inception_resnet_v2.tf_in1k --data IMAGENET/val
   torchrun --nproc-per-node=8 -- validate.py --run runs/irv2_rmsprop --json result.json
-  python validate.py --run runs/quickstart --report runs/quickstart/report
   python validate.py --weights A.safetensors B.safetensors --data DIR --compare --ensemble
 
 Runs know how their images are to be preprocessed; other weights get 299 px, crop 0.8975, bicubic,
@@ -37,7 +36,7 @@ def validate(options: argparse.Namespace, world: World) -> None:
     """Evaluate networks: weights -> images -> counts -> report."""
     # Check all that could be refused before reading the first image
     references = reference.read(options.reference)
-    files = LabelFiles(options.class_index, options.real, options.subset, options.exclude)
+    files = LabelFiles(*(getattr(options, name) for name in LabelFiles._fields))
     evaluations = [
         evaluation.prepare(network, stated(options), files, options.protocol, options.allow_resized)
         for network in open_networks(options, world)
@@ -133,6 +132,7 @@ def parse_arguments() -> argparse.Namespace:
     add.add_argument(
         "--data", type=cli.location, metavar="DIR", help="images; default: the run's data.val"
     )
+    add.add_argument("--labels", type=cli.path, metavar="FILE", help="classes, if DIR has none")
     add.add_argument(
         "--allow-resized", action="store_true", help="evaluate shards of scaled-down images, too"
     )

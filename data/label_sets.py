@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,12 +15,9 @@ from torch import Tensor
 from data.base import Source
 from data.errors import DataError
 from data.folders import image_extensions
+from data.ilsvrc import SYNSET, VALIDATION_IMAGE, validation_name
 from data.names import in_nfc
 from data.sources import check_same_classes
-
-# ImageNet's class folders, and its validation images, which lists name by number.
-SYNSET = re.compile(r"n\d{8}")
-VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
 @dataclass(frozen=True)
@@ -204,7 +200,7 @@ def _listed(labels: LabelSet, source: Source, path: Path) -> np.ndarray:
         word = line.split()[0]
         tried = [*_names(line), *_names(word)]
         if word.isdecimal():
-            tried.append(f"ILSVRC2012_val_{int(word):08d}")
+            tried.append(validation_name(int(word)))
         place = next((places[key] for key in tried if len(places.get(key, ())) == 1), None)
         if place is None:
             unknown.append(line)
@@ -219,10 +215,13 @@ def _listed(labels: LabelSet, source: Source, path: Path) -> np.ndarray:
 
 
 def _names(path: str) -> list[str]:
-    """List what an image may be called: with or without its folder, with or without its suffix."""
+    """List what an image may be called: with or without its folder, with or without its suffix;
+    one of ImageNet's validation images by its number, too."""
     folder, name = PurePath(path).parent.name, PurePath(path).name
     stem, suffix = os.path.splitext(name)
     names = [name, stem] if suffix.lower() in image_extensions() else [name]
+    if (match := VALIDATION_IMAGE.search(name)) and match[0] not in names:
+        names.append(match[0])  # in shards, and from Hugging Face, more stands around it
     return [f"{folder}/{n}" for n in names] + names if folder else names
 
 

@@ -82,9 +82,9 @@ def _no_classes(root: str) -> str:
         )
     if any(entry.name.startswith("ILSVRC2012_val_") for entry in os.scandir(root)):
         return (
-            "holds ImageNet's validation images as their archive has them, without class folders; "
-            "these are made from the archives by: "
-            "python scripts/prepare_imagenet.py --archives DIR --out DIR --only val"
+            "holds ImageNet's validation images without class folders; validate.py --labels FILE "
+            "evaluates them as they lie, and class folders are made by: python "
+            f"scripts/prepare_imagenet.py --from {root} --labels FILE --link --out DIR --only val"
         )
     if any(entry.name.lower().endswith(image_extensions()) for entry in os.scandir(root)):
         parent, name = os.path.split(os.path.abspath(root))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from data import label_sets, sources, stream, user_cache
 from data.base import Source
 from data.errors import DataError
+from data.label_files import LabelledFolder
 from data.label_sets import LabelSet
 from data.loader import Batch
 from data.names import are_same
@@ -44,6 +45,7 @@ MANY_IMAGES = 1000  # of which the 95 % interval is 6 % wide at most, and is not
 class LabelFiles(NamedTuple):
     """Files that select images or give right answers where class folders do not."""
 
+    labels: Path | None = None
     class_index: Path | None = None
     real: Path | None = None
     subset: Path | None = None
@@ -119,7 +121,10 @@ def prepare(
     if images is None:
         raise DataError("--data DIR is needed: these weights do not say what to look at")
     is_own = "val" not in stated  # else the run's cache is for other images
-    source = _open(images, data if is_own else data.model_copy(update={"cache_dir": None}))
+    if files.labels is not None:
+        source = LabelledFolder(images, files.labels)
+    else:
+        source = _open(images, data if is_own else data.model_copy(update={"cache_dir": None}))
     if not (allow_resized or (is_own and data.allow_resized)):
         sources.refuse_resized(source, images, "--allow-resized")
 

@@ -1,19 +1,26 @@
 #!/usr/bin/env python3
-"""Make ImageNet (ILSVRC2012) ready from its original archives.
+"""Make ImageNet (ILSVRC2012) ready from whatever form you have it in.
 
-  python scripts/prepare_imagenet.py --archives DIR --out datasets/imagenet
-  python scripts/prepare_imagenet.py --archives DIR --out datasets/imagenet --only val
-  python scripts/prepare_imagenet.py --archives DIR --out datasets/imagenet_shards --shards
+  python scripts/prepare_imagenet.py --from PATH --out datasets/imagenet
+  python scripts/prepare_imagenet.py --from PATH --out datasets/imagenet --only val
+  python scripts/prepare_imagenet.py --from PATH --out datasets/imagenet_shards --shards
 
-DIR holds ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, from
-https://image-net.org/challenges/LSVRC/2012/2012-downloads.php after registration. The images
-become OUT/train/<synset>/<name>.JPEG and OUT/val/<synset>/<name>.JPEG, byte for byte as in the
-archives, which are read in place: nothing is unpacked twice.
+PATH is one of these, and the program says which:
+
+  a folder with the three original archives, ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar
+    and ILSVRC2012_img_val.tar
+  Kaggle's imagenet-object-localization-challenge.zip, the tar in it, or the tree that either
+    unpacks to; labels of the validation images come from LOC_val_solution.csv in or beside it
+  a folder of validation images, with --labels FILE and --only val
+
+The images become OUT/train/<synset>/<name>.JPEG and OUT/val/<synset>/<name>.JPEG, byte for byte as
+they are there, the same whatever the form. Archives are read in place: nothing is unpacked twice.
+With --link, images that are files already are linked, not copied.
 
 The same command continues after an interruption: classes that are whole are kept, those that were
 being written are written again. OUT/train and OUT/val have these names once they are complete;
 until then they are called train.partial and val.partial. On a complete OUT the command compares
-every file's name and size with the archives.
+every file's name and size with what PATH holds.
 
 With --shards, OUT/train and OUT/val are tar shards with an index, as scripts/make_shards.py writes.
 
@@ -36,26 +43,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.errors import DataError, enumeration
 from data.files import write_atomically
-from data.prepare import checksums, shard_writer
-from data.prepare.folder_writer import partial_of, present_folder, write_folder
-from data.prepare.imagenet import (
-    BLACKLIST,
-    ILSVRC2012,
-    Archive,
-    ArchiveSource,
-    Devkit,
-    Expected,
-    read_devkit,
-    train_source,
-    val_source,
+from data.ilsvrc import BLACKLIST, ILSVRC2012, Expected
+from data.prepare import checksums, forms, shard_writer
+from data.prepare.folder_writer import (
+    copy_image,
+    link_image,
+    partial_of,
+    present_folder,
+    write_folder,
 )
-from data.prepare.progress import byte_bar
+from data.prepare.forms import Asked, Form
+from data.prepare.listed import FileSource, ListedSource
 from data.shards.index import INDEX, PLAN
 from data.workers import usable_cores
 from irv2 import cli
 from irv2.cli import positive
 
-DOWNLOADS = "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php"
 STATE = ".prepare_imagenet.json"  # archives whose md5 was right
 OVERHEAD = 1.02  # of files' half-filled last blocks, or of shards' labels and descriptions
 THREADS = 8  # that write class folders
@@ -66,6 +69,7 @@ class ClassFolders:
     """A folder for each class, a file for each image."""
 
     workers: int  # threads
+    is_linked: bool  # links in place of copies
 
     def check(self, folder: Path, classes: Sequence[str]) -> None:
         """Raise DataError if a folder holds anything else."""
@@ -73,14 +77,18 @@ class ClassFolders:
 
     def bytes_missing(self, folder: Path, archive_bytes: int, classes: int) -> float:
         """Estimate how much is still to be written."""
+        if self.is_linked:
+            return 0.0
         present = folder if folder.exists() else partial_of(folder)
         names = os.listdir(present) if present.is_dir() else []
         done = sum("." not in name for name in names)
         return OVERHEAD * archive_bytes * max(0, 1 - done / classes)
 
-    def write(self, source: ArchiveSource, folder: Path) -> None:
+    def write(self, source: ListedSource, folder: Path) -> None:
         """Write what is missing. Raises DataError."""
-        write_folder(source, folder, self.workers)
+        if self.is_linked and not isinstance(source, FileSource):
+            raise DataError(f"{source.root}: holds no files to link to; leave out --link")
+        write_folder(source, folder, self.workers, link_image if self.is_linked else copy_image)
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,12 @@ class Shards:
             return 0.0  # finished, or of a size that is unknown beforehand
         return OVERHEAD * archive_bytes - sum(p.stat().st_size for p in folder.glob("*.tar"))
 
-    def write(self, source: ArchiveSource, folder: Path) -> None:
+    def write(self, source: ListedSource, folder: Path) -> None:
+        if source.is_sequential:
+            raise DataError(
+                f"{source.root}: can only be read from beginning to end: make folders of it, "
+                "without --shards, then shards of these with scripts/make_shards.py"
+            )
         is_train = folder.name == "train"  # evaluation wants the originals
         options = shard_writer.Options(
             folder.name, self.images_per_shard, self.shorter_side if is_train else None
@@ -117,7 +130,7 @@ Layout = ClassFolders | Shards
 
 
 def prepare(
-    archives: Path,
+    form: Form,
     out: Path,
     splits: Sequence[str],
     layout: Layout,
@@ -125,66 +138,32 @@ def prepare(
     is_md5_checked: bool,
 ) -> None:
     """Check everything, then write what is missing. Raises DataError or OSError."""
-    check_beforehand(archives, out, splits, layout, expected)
+    check_beforehand(form, out, splits, layout, expected)
     with checksums.remembered(out / STATE) as state:
-
-        def check_checksum(archive: Archive) -> None:
-            if is_md5_checked:
-                checksums.check_md5(archives / archive.name, archive.md5, state)
-
-        check_checksum(expected.devkit)
-        devkit = read_devkit(archives / expected.devkit.name, expected)
         for split in splits:
-            layout.check(out / split, devkit.synsets)
-        for split in splits:
-            check_checksum(getattr(expected, split))
-        sources = {
-            split: open_split(split, archives, devkit, expected, layout.workers) for split in splits
-        }
+            layout.check(out / split, expected.synsets())
+        for path, archive in form.archives if is_md5_checked else ():
+            checksums.check_md5(path, archive.md5, state)
+        sources = {split: form.open(split) for split in splits}
         for split, source in sources.items():
             layout.write(source, out / split)
             print(f"{out / split}: {len(source):,} images of {len(source.classes):,} classes")
-        if "val" in splits and devkit.blacklist is not None:
-            write_atomically(out / BLACKLIST, lambda file: file.write(devkit.blacklist))
-
-
-def open_split(
-    split: str, archives: Path, devkit: Devkit, expected: Expected, workers: int
-) -> ArchiveSource:
-    """Open the images of "train" or "val" in their archive."""
-    if split == "val":
-        return val_source(archives / expected.val.name, devkit)
-    path = archives / expected.train.name
-    with byte_bar(f"listing {path.name}", path.stat().st_size) as bar:
-        return train_source(path, devkit, expected, workers, bar.update)
+        for name, content in form.notes().items():
+            write_atomically(out / name, lambda file, content=content: file.write(content))
 
 
 # ---------------------------------------------------------------------------------- beforehand
 
 
 def check_beforehand(
-    archives: Path, out: Path, splits: Sequence[str], layout: Layout, expected: Expected
+    form: Form, out: Path, splits: Sequence[str], layout: Layout, expected: Expected
 ) -> None:
     """Raise DataError with all faults that can be seen before anything is written."""
-    needed = [expected.devkit, *(getattr(expected, split) for split in splits)]
-    faults = [fault for archive in needed if (fault := archive_fault(archives, archive))]
-    if faults:
-        faults.append(f"(The archives come from {DOWNLOADS}, after registration.)")
-    if fault := content_fault(out) or space_fault(archives, out, splits, layout, expected):
+    faults = list(form.faults)
+    if fault := content_fault(out) or space_fault(out, splits, layout, expected):
         faults.append(fault)
     if faults:
         raise DataError("\n  ".join(["cannot begin:", *faults]))
-
-
-def archive_fault(archives: Path, archive: Archive) -> str:
-    """Describe what is wrong with an archive at first sight; empty if nothing is."""
-    path = archives / archive.name
-    if not path.is_file():
-        return f"{path}: not there"
-    size = path.stat().st_size
-    if archive.size not in (None, size):
-        return f"{path}: {size:,} bytes, not {archive.size:,}; download it anew"
-    return ""
 
 
 def content_fault(out: Path) -> str:
@@ -201,16 +180,12 @@ def content_fault(out: Path) -> str:
     return ""
 
 
-def space_fault(
-    archives: Path, out: Path, splits: Sequence[str], layout: Layout, expected: Expected
-) -> str:
+def space_fault(out: Path, splits: Sequence[str], layout: Layout, expected: Expected) -> str:
     """Describe a disk without room for what is not written yet; empty if it has enough."""
-    needed = 0.0
-    for split in splits:
-        archive = archives / getattr(expected, split).name
-        if archive.exists():
-            size = archive.stat().st_size
-            needed += layout.bytes_missing(out / split, size, expected.classes)
+    needed = sum(  # the images are those of the archives, whatever the form
+        layout.bytes_missing(out / split, getattr(expected, split).size or 0, expected.classes)
+        for split in splits
+    )
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free >= needed:
@@ -226,10 +201,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--archives", type=cli.path, required=True, metavar="DIR", help="folder of the archives")
+    add("--from", dest="path", type=cli.path, required=True, metavar="PATH", help="see above")
     add("--out", type=cli.path, required=True, help="folder to make or to complete")
-    add("--only", choices=["train", "val"], help="this split; needs no archive of the other")
+    add("--only", choices=["train", "val"], help="this split; the other need not be there")
+    add(
+        "--labels",
+        type=cli.path,
+        metavar="FILE",
+        help="classes of the validation images, as validate.py takes them",
+    )
     add("--skip-md5", action="store_true", help="use the archives without reading them through")
+    add("--link", action="store_true", help="link to files in place of copying them")
     add("--shards", action="store_true", help="write tar shards in place of class folders")
     add(
         "--images-per-shard",
@@ -253,6 +235,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if not given.shards and (given.images_per_shard or given.shorter_side):
         parser.error("--images-per-shard and --shorter-side go with --shards")
+    if given.shards and given.link:
+        parser.error("--link is for folders, not for --shards")
     return given
 
 
@@ -267,10 +251,12 @@ def main(arguments: Sequence[str] | None = None, expected: Expected = ILSVRC2012
             given.shorter_side,
         )
     else:
-        layout = ClassFolders(given.workers or THREADS)
-    splits = [given.only] if given.only else ["train", "val"]
+        layout = ClassFolders(given.workers or THREADS, given.link)
+    splits = (given.only,) if given.only else ("train", "val")
     try:
-        prepare(given.archives, given.out, splits, layout, expected, not given.skip_md5)
+        form = forms.recognise(Asked(given.path, splits, given.labels, expected, layout.workers))
+        print(f"{given.path}: {form.words}")
+        prepare(form, given.out, splits, layout, expected, not given.skip_md5)
     except KeyboardInterrupt:
         cli.remark("prepare_imagenet.py: stopped; the same command goes on from here")
         raise

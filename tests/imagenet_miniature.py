@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.io import savemat
 from tars import Entry, tar
 
-from data.prepare.imagenet import ILSVRC2012, Archive, Expected
+from data.ilsvrc import ILSVRC2012, Archive, Expected
 
 IDS = {1: "n02119789", 2: "n02100735", 3: "n02105855", 4: "n01440764"}
 HIGH_LEVEL = {
@@ -32,6 +32,7 @@ NUMBERS = {  # of the training images, in the archive's order
     "n02105855": [2933, 30],
 }
 VAL_IDS = [3, 1, 2, 4, 4, 2, 1, 3]
+ROLES = ("devkit", "train", "val")
 BLACKLIST = b"2\n5\n"
 
 
@@ -114,7 +115,19 @@ def write_archives(
         name = getattr(ILSVRC2012, role).name
         (folder / name).write_bytes(content)
         archives[role] = Archive(name, hashlib.md5(content).hexdigest(), len(content))
-    return Expected(**archives, classes=len(IDS), train_images=14, val_images=len(VAL_IDS))
+    return expected(**archives)
+
+
+def expected(**archives: Archive) -> Expected:
+    """What the miniature holds; of archives that are not given only the name."""
+    unknown = {role: getattr(ILSVRC2012, role)._replace(size=None) for role in ROLES}
+    return Expected(
+        **(unknown | archives),
+        classes=len(IDS),
+        train_images=14,
+        val_images=len(VAL_IDS),
+        synsets=lambda: sorted(NUMBERS),
+    )
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -16,14 +16,10 @@ from tars import special, tar
 from torchvision.datasets import ImageFolder
 
 from data.errors import DataError, ImageError
-from data.prepare.imagenet import (
-    ArchiveSource,
-    Listing,
-    list_members,
-    read_devkit,
-    train_source,
-    val_source,
-)
+from data.ilsvrc import read_devkit
+from data.prepare.imagenet import train_source, val_source
+from data.prepare.listed import ArchiveSource, Listing
+from data.prepare.members import list_members
 
 CLASSES = sorted(miniature.NUMBERS)
 

@@ -196,6 +196,18 @@ def test_lists_name_images_by_number_or_file(validation, tmp_path, lines):
         label_sets.only(labels, validation, tmp_path / "list")
 
 
+def test_lists_name_images_by_number_whatever_stands_around_it(tmp_path):
+    content = {
+        SYNSETS[0]: ["ILSVRC2012_val_00000006_n00000001.JPEG", "0-ILSVRC2012_val_00000002.jpg"],
+        SYNSETS[1]: ["ILSVRC2012_val_00000001.webp", "ILSVRC2012_val_00000004_n00000002.JPEG"],
+        SYNSETS[2]: ["x.JPEG"],
+    }
+    source = folders(tmp_path / "val", content)
+    (tmp_path / "list").write_text("1\n2\nILSVRC2012_val_00000004.JPEG\nILSVRC2012_val_00000006\n")
+    left = label_sets.without(plain(source), source, tmp_path / "list")
+    assert [Path(source.name(index)).name for index in left.indices] == ["x.JPEG"]
+
+
 def test_where_folders_hold_files_of_the_same_name_lists_need_the_folder(tmp_path):
     source = folders(tmp_path / "x", {name: ["0.png", "1.png"] for name in "abc"})
     labels = label_sets.from_folders(source, "x", ["a", "b", "c"], 3, "net")

@@ -21,8 +21,8 @@ from imagenet_miniature import tree, write_archives
 from programs import run as run_program
 from shard_makers import flip
 
+from data.ilsvrc import BLACKLIST, ILSVRC2012, Expected
 from data.prepare import checksums, folder_writer
-from data.prepare.imagenet import BLACKLIST, ILSVRC2012, Expected
 from data.prepare.progress import byte_bar
 from data.shards.local import ShardSource
 from data.sources import open_source
@@ -69,7 +69,7 @@ class Preparation:
         self.expected: Expected = write_archives(self.archives)
 
     def arguments(self, *more: str) -> list[str]:
-        return ["--archives", str(self.archives), "--out", str(self.out), "--workers", "2", *more]
+        return ["--from", str(self.archives), "--out", str(self.out), "--workers", "2", *more]
 
     def run(self, *more: str) -> int:
         return prepare_imagenet.main(self.arguments(*more), self.expected)
@@ -309,7 +309,7 @@ def test_all_that_is_missing_is_told_at_once(tmp_path):
     (tmp_path / "archives" / ILSVRC2012.train.name).write_bytes(b"a piece")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    places = ("--archives", tmp_path / "archives", "--out", tmp_path / "out")
+    places = ("--from", tmp_path / "archives", "--out", tmp_path / "out")
     result = run_program("scripts/prepare_imagenet.py", *places)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr

@@ -488,6 +488,25 @@ def test_a_list_decides_which_images_are_shown(photographs, small, tmp_path) -> 
         assert (answers, numbers) == ([source.read(i)[1] for i in expected], expected)
 
 
+def test_images_in_one_folder_are_evaluated_by_a_file_of_labels(
+    photographs, small, tmp_path
+) -> None:
+    (tmp_path / "flat").mkdir()
+    lines = []
+    for path in photographs.glob("*/*.jpg"):
+        shutil.copy(path, tmp_path / "flat")
+        lines.append(f"{path.name} {path.parent.name}\n")
+    (tmp_path / "labels").write_text("".join(lines))
+    of_folders, _ = validated(tmp_path, "--weights", small[1], "--data", photographs)
+    arguments = ("--data", tmp_path / "flat", "--labels", tmp_path / "labels")
+    found, told = validated(tmp_path, "--weights", small[1], *arguments)
+    same = ("images", "top1_correct", "top5_correct", "loss", "mean_per_class", "classes")
+    assert {key: found.get(key) for key in same} == {key: of_folders.get(key) for key in same}
+    assert f"labels   of each image, by name; --labels {tmp_path / 'labels'}; 8 folders" in told
+    status, _, error = call(validate, "--weights", small[1], "--data", tmp_path / "flat")
+    assert status == 1 and "holds no class folders" in error
+
+
 def test_each_rate_is_held_against_its_own_interval() -> None:
     rank = np.repeat([0, 3, 9], [60, 30, 10])  # 60 % and 90 %: 50.2 to 69.1 and 82.6 to 94.5
     nothing = np.zeros((100, 5))

@@ -10,41 +10,68 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from data.errors import DataError, enumeration
-from data.prepare.imagenet import ArchiveSource
+from data.files import write_atomically
+from data.prepare.listed import UNKNOWN, FileSource, ListedSource
 from data.prepare.progress import byte_bar
 
 PARTIAL = ".partial"
+NOTE = ".written"  # how many images of a sequential source are on the disk
+FLUSH_IMAGES = 8192  # of a sequential source, some 900 MB
+READ_AHEAD = 64  # images of it that wait to be written
 FLUSH_BYTES = 1 << 30  # classes are flushed and renamed together once they have so many
 MAX_LISTED = 20  # faults in an error message
 
+Put = Callable[[ListedSource, int, Path], object]  # makes the file of an image
 
-def write_folder(source: ArchiveSource, folder: Path, workers: int) -> None:
+
+def copy_image(source: ListedSource, index: int, path: Path) -> None:
+    """Write an image to a file."""
+    path.write_bytes(source.read(index)[0])
+
+
+def link_image(source: FileSource, index: int, path: Path) -> None:
+    """Link to an image's file: a hard link, or a symbolic one where that is refused."""
+    file = os.path.realpath(source.path(index))
+    try:
+        os.link(file, path)
+    except OSError:  # another file system, or one without links
+        path.symlink_to(file)
+
+
+def write_folder(source: ListedSource, folder: Path, workers: int, put: Put = copy_image) -> None:
     """Write what is missing of `folder`, with `workers` threads and a progress bar.
 
-    Classes that are whole are kept. Raises DataError, before anything is written, if there is
-    anything in the folder that is not of the source.
+    Classes that are whole are kept; of a sequential source, whose classes come whole only at its
+    end, the images up to a note. `put` makes an image's file. Raises DataError, before anything is
+    written, if there is anything in the folder that is not of the source.
     """
-    partial, present = partial_of(folder), present_folder(folder, source.classes)
+    unfinished, present = partial_of(folder), present_folder(folder, source.classes)
     done = [i for i, name in enumerate(source.classes) if (present / name).exists()]
     _compare(source, present, done, workers)
     todo = sorted(set(range(len(source.classes))) - set(done))
     if not todo and present == folder:
         return
     if present == folder:  # a class has been removed since
-        folder.rename(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    for leftover in partial.glob(f"*{PARTIAL}"):
-        shutil.rmtree(leftover)
-    _write_classes(source, partial, todo, workers)
-    _compare(source, partial, range(len(source.classes)), workers)
-    partial.rename(folder)
+        folder.rename(unfinished)
+    unfinished.mkdir(parents=True, exist_ok=True)
+    if source.is_sequential:
+        _write_in_order(source, unfinished, todo, workers)
+    else:
+        for leftover in unfinished.glob(f"*{PARTIAL}"):
+            shutil.rmtree(leftover)
+        _write_classes(source, unfinished, todo, workers, put)
+    _compare(source, unfinished, range(len(source.classes)), workers)
+    (unfinished / NOTE).unlink(missing_ok=True)
+    unfinished.rename(folder)
     os.sync()
 
 
@@ -55,12 +82,14 @@ def partial_of(folder: Path) -> Path:
 
 def present_folder(folder: Path, classes: Sequence[str]) -> Path:
     """Return the folder as it is called now. Raises DataError if it holds anything else."""
-    partial = partial_of(folder)
-    if folder.exists() and partial.exists():
-        raise DataError(f"{folder} and {partial}: both there; remove the one that you do not need")
-    present = folder if folder.exists() else partial
+    unfinished = partial_of(folder)
+    if folder.exists() and unfinished.exists():
+        raise DataError(
+            f"{folder} and {unfinished}: both there; remove the one that you do not need"
+        )
+    present = folder if folder.exists() else unfinished
     names = set(os.listdir(present)) if present.exists() else set()
-    strangers = sorted(names - set(classes) - {f"{name}{PARTIAL}" for name in classes})
+    strangers = sorted(names - {NOTE, *classes, *(f"{name}{PARTIAL}" for name in classes)})
     if strangers:
         raise DataError(
             f"{present}: holds other things ({enumeration(strangers)}); name another folder"
@@ -69,7 +98,7 @@ def present_folder(folder: Path, classes: Sequence[str]) -> Path:
 
 
 def _write_classes(
-    source: ArchiveSource, folder: Path, labels: Sequence[int], workers: int
+    source: ListedSource, folder: Path, labels: Sequence[int], workers: int, put: Put
 ) -> None:
     """Write, flush and rename the folders of classes, several at a time."""
     stop = threading.Event()
@@ -77,7 +106,8 @@ def _write_classes(
     bar = byte_bar(folder.stem, total)
     with bar, ThreadPoolExecutor(workers) as pool:
         try:
-            tasks = [pool.submit(_write_class, source, label, folder, stop) for label in labels]
+            write = partial(_write_class, source, folder=folder, stop=stop, put=put)
+            tasks = [pool.submit(write, label) for label in labels]
             unflushed: dict[int, int] = {}  # label -> bytes
             for task in as_completed(tasks):
                 label = task.result()
@@ -92,7 +122,9 @@ def _write_classes(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _write_class(source: ArchiveSource, label: int, folder: Path, stop: threading.Event) -> int:
+def _write_class(
+    source: ListedSource, label: int, folder: Path, stop: threading.Event, put: Put
+) -> int:
     """Write a class under its temporary name, until told to stop; returns its label."""
     target = folder / f"{source.classes[label]}{PARTIAL}"
     target.mkdir()
@@ -100,18 +132,58 @@ def _write_class(source: ArchiveSource, label: int, folder: Path, stop: threadin
     for index in sorted(source.images_of(label), key=source.offsets.__getitem__):
         if stop.is_set():
             break
-        (target / source.file_name(index)).write_bytes(source.read(index)[0])
+        put(source, index, target / source.file_name(index))
     return label
 
 
-def _flush_and_rename(source: ArchiveSource, labels: Sequence[int], folder: Path) -> None:
+def _flush_and_rename(source: ListedSource, labels: Sequence[int], folder: Path) -> None:
     os.sync()
     for label in labels:
         name = source.classes[label]
         (folder / f"{name}{PARTIAL}").rename(folder / name)
 
 
-def _bytes_of(source: ArchiveSource, label: int) -> int:
+def _write_in_order(
+    source: ListedSource, folder: Path, labels: Sequence[int], workers: int
+) -> None:
+    """Write the images of classes as they lie, then rename the folders of all of these classes.
+
+    A note in the folder counts those that are on the disk, and those alone are not written again.
+    """
+    images = np.concatenate([source.images_of(label) for label in labels])
+    order = images[np.argsort(source.offsets[images], kind="stable")].tolist()
+    targets = {label: folder / f"{source.classes[label]}{PARTIAL}" for label in labels}
+    for target in targets.values():
+        target.mkdir(exist_ok=True)
+    note = folder / NOTE
+    start = written(folder)
+    bar = tqdm(desc=folder.stem, total=len(order), initial=start, unit="image", disable=None)
+    with bar, ThreadPoolExecutor(workers) as pool:
+        for begin in range(start, len(order), FLUSH_IMAGES):
+            part = order[begin : begin + FLUSH_IMAGES]
+            for first in range(0, len(part), READ_AHEAD):
+                some = part[first : first + READ_AHEAD]
+                contents = [source.read(index) for index in some]
+                paths = [
+                    targets[label] / source.file_name(i) for i, (_, label) in zip(some, contents)
+                ]
+                list(pool.map(Path.write_bytes, paths, (content for content, _ in contents)))
+                bar.update(len(some))
+            os.sync()
+            count = str(begin + len(part)).encode()
+            write_atomically(note, lambda file, count=count: file.write(count))
+    _flush_and_rename(source, labels, folder)
+
+
+def written(folder: Path) -> int:
+    """Count the images of a sequential source that an unfinished folder has for certain."""
+    try:
+        return int((folder / NOTE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def _bytes_of(source: ListedSource, label: int) -> int:
     images = source.images_of(label)
     return int(source.sizes[images.start : images.stop].sum())
 
@@ -119,7 +191,7 @@ def _bytes_of(source: ArchiveSource, label: int) -> int:
 # ---------------------------------------------------------------------------------- comparing
 
 
-def _compare(source: ArchiveSource, folder: Path, labels: Sequence[int], workers: int) -> None:
+def _compare(source: ListedSource, folder: Path, labels: Sequence[int], workers: int) -> None:
     """Raise DataError unless the folders of classes hold exactly their images, by name and size."""
     with ThreadPoolExecutor(workers) as pool:
         faults = pool.map(lambda label: _faults(source, folder, label), labels)
@@ -142,17 +214,19 @@ def _compare(source: ArchiveSource, folder: Path, labels: Sequence[int], workers
         )
 
 
-def _faults(source: ArchiveSource, folder: Path, label: int) -> str:
+def _faults(source: ListedSource, folder: Path, label: int) -> str:
     """Say how a class's folder differs from the archive; empty if it does not."""
     name = source.classes[label]
     images = source.images_of(label)
     wanted = {source.file_name(i): int(source.sizes[i]) for i in images}
     with os.scandir(folder / name) as entries:
-        present = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
+        present = {entry.name: _size(entry) for entry in entries}
     differences = {
         "missing": wanted.keys() - present.keys(),
         "of another size": {
-            file for file in wanted if present.get(file, wanted[file]) != wanted[file]
+            file
+            for file, size in wanted.items()
+            if size != UNKNOWN and present.get(file, size) != size
         },
         "extra": present.keys() - wanted.keys(),
     }
@@ -162,3 +236,11 @@ def _faults(source: ArchiveSource, folder: Path, label: int) -> str:
         if files
     ]
     return f"{name}: {len(wanted):,} images expected, {', '.join(parts)}" if parts else ""
+
+
+def _size(entry: os.DirEntry) -> int:
+    """Size of a file, or of what it links to; -1 of a link to nothing."""
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:
+        return -1

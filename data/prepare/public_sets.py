@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import io
 import math
-import os
 import re
 import tarfile
 import tempfile
@@ -25,6 +24,7 @@ from PIL import Image
 from torchvision.datasets.utils import check_integrity, download_url
 
 from data.errors import DataError
+from data.prepare.members import is_harmless, refuse
 from data.sources import FolderSource
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -42,7 +42,6 @@ FASHION_CLASSES = (  # in the order of the archives' labels
 )
 DIGITS_HELD_OUT = 360
 CIFAR_SIDE = 32  # px
-MAX_MEMBER = 100 << 20  # bytes of one file in an archive; the largest of those read here has 31 MB
 
 
 class Entry(NamedTuple):
@@ -260,19 +259,11 @@ def tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
         with gzip.open(path) as stream:
             with tarfile.open(fileobj=stream, mode="r|") as tar:
                 for member in tar:
-                    if not _is_harmless(member):
-                        raise DataError(
-                            f"{path}: refused, it holds {member.name[:100]!r}: a link, a device, "
-                            "too large a file, or a path that leads out of the target folder"
-                        )
+                    if not is_harmless(member):
+                        raise refuse(path, member.name)
                     if member.isfile():
                         yield member.name, tar.extractfile(member).read()
             while stream.read(1 << 20):  # to gzip's own checksum, behind the tar's end
                 pass
     except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
         raise DataError(f"{path}: not a whole .tar.gz archive ({error})") from None
-
-
-def _is_harmless(member: tarfile.TarInfo) -> bool:
-    is_below = not os.path.isabs(member.name) and ".." not in member.name.split("/")
-    return is_below and (member.isdir() or (member.isfile() and member.size <= MAX_MEMBER))

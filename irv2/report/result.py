@@ -75,6 +75,8 @@ def _labels(result: Result) -> str:
         "class index": "class folders, among whose classes alone it chooses",
         "real": "ReaL, any of several",
     }
+    if "labels" in result.selection:
+        kinds["folders"] = "of each image, by name"
     files = [f"--{option.replace('_', '-')} {path}" for option, path in result.selection.items()]
     paired = [result.paired] if result.paired else []
     return "; ".join([kinds[result.labels], *files, *paired])

@@ -1,0 +1,275 @@
+"""The forms in which people have ImageNet, and which of them a path is."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import BinaryIO
+
+from data import label_files
+from data.errors import DataError
+from data.ilsvrc import (
+    BLACKLIST,
+    ILSVRC2012,
+    LABELS,
+    SYNSET,
+    VALIDATION_IMAGE,
+    Archive,
+    Expected,
+    read_devkit,
+)
+from data.prepare.imagenet import PATHS, sort_images, split_of, train_source, val_source
+from data.prepare.listed import FileSource, ListedSource, Listing, StreamSource, ZipSource
+from data.prepare.members import MAX_MEMBER, Member, Packed, files_in_tar, files_in_zip, refuse
+from data.prepare.progress import byte_bar
+
+DOWNLOADS = "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php"
+KAGGLE = "imagenet-object-localization-challenge.zip"
+SOLUTION = "LOC_val_solution.csv"
+TARS = (".tar", ".tar.gz", ".tgz")
+KNOWN = (
+    f"the three original archives (from {DOWNLOADS})",
+    f"Kaggle's {KAGGLE}, the tar in it, or its tree",
+    "a folder of validation images, with --labels FILE",
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be prepared, and from where."""
+
+    path: Path
+    splits: Sequence[str]  # of "train" and "val"
+    labels: Path | None  # of the validation images, where the form does not say them itself
+    expected: Expected
+    workers: int  # threads
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form in which ImageNet was found."""
+
+    words: str
+    splits: Sequence[str]  # that it has
+    open: Callable[[str], ListedSource]  # the images of a split; raises DataError
+    faults: Sequence[str] = ()  # that can be seen at first sight
+    archives: Sequence[tuple[Path, Archive]] = ()  # files that are compared with their md5
+    notes: Callable[[], Mapping[str, bytes]] = dict  # further files for the result, by name
+
+
+def recognise(asked: Asked) -> Form:
+    """Find out what a path holds. Raises DataError if it is none of the known forms."""
+    if not asked.path.exists():
+        raise DataError(f"{asked.path}: not there")
+    forms = (make(asked) for make in (_originals, _zip, _tar, _tree))
+    form = next(filter(None, forms), None)
+    if form is None:
+        known = "".join(f"\n  {words}" for words in KNOWN)
+        raise DataError(f"{asked.path}: not a form of ImageNet that is known; these are:{known}")
+    for split in asked.splits:
+        if split not in form.splits:
+            rest = " and ".join(form.splits)
+            raise DataError(f"{asked.path}: {form.words} without {split} images; --only {rest}")
+    return form
+
+
+# ---------------------------------------------------------------------------------- archives
+
+
+def _originals(asked: Asked) -> Form | None:
+    """The three archives as image-net.org has them."""
+    expected, folder = asked.expected, asked.path
+    archives = {role: getattr(expected, role) for role in ("devkit", "train", "val")}
+    if not any((folder / archive.name).is_file() for archive in archives.values()):
+        return None
+    needed = [archives[role] for role in ("devkit", *asked.splits)]
+    faults = [fault for archive in needed if (fault := _fault(folder / archive.name, archive))]
+    if faults:
+        faults.append(f"(The archives come from {DOWNLOADS}, after registration.)")
+    devkit = cache(partial(read_devkit, folder / expected.devkit.name, expected))
+
+    def open_split(split: str) -> ListedSource:
+        path = folder / archives[split].name
+        if split == "val":
+            return val_source(path, devkit())
+        with byte_bar(f"listing {path.name}", path.stat().st_size) as bar:
+            return train_source(path, devkit(), expected, asked.workers, bar.update)
+
+    def notes() -> dict[str, bytes]:
+        blacklist = devkit().blacklist if "val" in asked.splits else None
+        return {} if blacklist is None else {BLACKLIST: blacklist}
+
+    return Form(
+        "the original archives",
+        ("train", "val"),
+        open_split,
+        faults,
+        [(folder / archive.name, archive) for archive in needed],
+        notes,
+    )
+
+
+def _fault(path: Path, archive: Archive) -> str:
+    """Describe what is wrong with an archive at first sight; empty if nothing is."""
+    if not path.is_file():
+        return f"{path}: not there"
+    size = path.stat().st_size
+    if archive.size not in (None, size):
+        return f"{path}: {size:,} bytes, not {archive.size:,}; download it anew"
+    return ""
+
+
+def _zip(asked: Asked) -> Form | None:
+    """Kaggle's download, as it is."""
+    path = asked.path / KAGGLE if asked.path.is_dir() else asked.path
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return None
+    images: dict[str, list[Packed]] = {split: [] for split in PATHS}
+    others = set()
+    for packed in files_in_zip(path):
+        split = split_of(packed.member)
+        if split is None:
+            others.add(packed.member.name)
+        elif packed.member.size > MAX_MEMBER:
+            raise refuse(path, packed.member.name)
+        else:
+            images[split].append(packed)
+    solution = None
+    if SOLUTION in others:
+        with zipfile.ZipFile(path) as archive, archive.open(SOLUTION) as file:
+            solution = label_files.parse(file.read(label_files.MAX_FILE), path / SOLUTION)
+    inner = next((name for name in sorted(others) if name.endswith(TARS)), None)
+    if inner is not None:
+        words = f"Kaggle's zip with {inner} in it"
+        return _streamed(asked, words, path, lambda: zipfile.ZipFile(path).open(inner), solution)
+
+    def open_split(split: str) -> ListedSource:
+        members = (packed.member for packed in images[split])
+        listings = _sorted(asked, split, members, path, solution)
+        return ZipSource(path, list(asked.expected.synsets()), listings, images[split])
+
+    return Form("Kaggle's zip", [split for split in images if images[split]], open_split)
+
+
+def _tar(asked: Asked) -> Form | None:
+    """The archive that Kaggle's zip may hold."""
+    path = asked.path
+    if path.is_dir():
+        path = next(path.glob("imagenet_object_localization*.tar.gz"), path)
+    if not path.is_file() or not path.name.endswith(TARS):
+        return None
+    return _streamed(asked, "Kaggle's tar", path, partial(open, path, "rb"))
+
+
+def _streamed(
+    asked: Asked,
+    words: str,
+    path: Path,
+    open_file: Callable[[], BinaryIO],
+    solution: Mapping[str, str] | None = None,
+) -> Form:
+    """A tar archive that is read from beginning to end: once to list it, once to unpack it."""
+
+    def open_stream() -> BinaryIO:
+        file = open_file()
+        is_packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        return gzip.open(file) if is_packed else file
+
+    @cache
+    def images() -> dict[str, list[Member]]:
+        found: dict[str, list[Member]] = {split: [] for split in PATHS}
+        try:
+            with open_stream() as stream:
+                for member in files_in_tar(stream, path):
+                    if split := split_of(member):
+                        found[split].append(member)
+                while stream.read(1 << 20):  # to gzip's own checksum, behind the tar's end
+                    pass
+        except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
+            raise DataError(f"{path}: not a whole archive ({error}); download it anew") from None
+        return found
+
+    def open_split(split: str) -> ListedSource:
+        listings = _sorted(asked, split, images()[split], path, solution)
+        return StreamSource(path, list(asked.expected.synsets()), listings, open_stream)
+
+    return Form(words, list(PATHS), open_split)
+
+
+# ---------------------------------------------------------------------------------- folders
+
+
+def _tree(asked: Asked) -> Form | None:
+    """Kaggle's tree as it unpacks: class folders to train on, one folder of validation images."""
+    for below in (".", "CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC"):
+        base = asked.path / below
+        train, val = base / "train", base / "val"
+        splits = [
+            *(["train"] if _some(train, SYNSET.fullmatch) else []),
+            *(["val"] if _some(val, VALIDATION_IMAGE.match) else []),
+        ]
+        if splits:
+            return _files(asked, "Kaggle's tree", splits, base, val)
+    if _some(asked.path, VALIDATION_IMAGE.match):
+        return _files(asked, "validation images in one folder", ["val"], asked.path, asked.path)
+    return None
+
+
+def _some(folder: Path, is_wanted: Callable[[str], object]) -> bool:
+    return folder.is_dir() and any(is_wanted(entry.name) for entry in os.scandir(folder))
+
+
+def _files(asked: Asked, words: str, splits: Sequence[str], base: Path, val: Path) -> Form:
+    def open_split(split: str) -> ListedSource:
+        is_val = split == "val"
+        folder = val if is_val else base / "train"
+        folders = [folder] if is_val else sorted(filter(Path.is_dir, folder.iterdir()))
+        members = (member for each in folders for member in _members(each, split))
+        listings = _sorted(asked, split, members, folder)
+        return FileSource(folder, list(asked.expected.synsets()), listings, is_val)
+
+    return Form(words, splits, open_split)
+
+
+def _members(folder: Path, split: str) -> Iterator[Member]:
+    """Yield the files of a folder, named as in Kaggle's tree."""
+    prefix = "val" if split == "val" else f"train/{folder.name}"
+    for entry in os.scandir(folder):
+        if entry.is_file():
+            yield Member(f"{prefix}/{entry.name}", 0, entry.stat().st_size)
+
+
+# ---------------------------------------------------------------------------------- labels
+
+
+def _sorted(
+    asked: Asked,
+    split: str,
+    members: Iterable[Member],
+    where: Path,
+    labels: Mapping[str, str] | None = None,
+) -> list[Listing]:
+    """Sort the images of a split into their classes; `labels`: those that the form itself has."""
+    if split == "val" and (labels is None or asked.labels is not None):
+        labels = label_files.read(asked.labels or _labels_near(asked.path))
+    return sort_images(split, members, labels or {}, asked.expected, where)
+
+
+def _labels_near(path: Path) -> Path:
+    """Find labels of the validation images beside a path or above it. Raises DataError."""
+    names = (SOLUTION, "meta.bin", ILSVRC2012.devkit.name, LABELS)
+    for found in (folder / name for folder in [path, *path.parents][:4] for name in names):
+        if found.is_file():
+            print(f"labels of the validation images: {found}")
+            return found
+    raise DataError(
+        f"{path}: no labels of the validation images there ({', '.join(names)}); --labels FILE"
+    )

@@ -1,0 +1,285 @@
+"""Every form in which people have ImageNet gives the same tree; what is wrong with one is named."""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+import zipfile
+from pathlib import Path
+
+import imagenet_forms as forms
+import numpy as np
+import pytest
+from imagenet_forms import DATA, FORMS, write_files, zipped
+from imagenet_miniature import IDS, VAL_IDS, expected, train_images, tree, val_images
+from scipy.io import savemat
+from shard_makers import flip
+from tars import special, tar
+
+from data import label_files
+from data.errors import DataError
+from data.ilsvrc import BLACKLIST
+from data.label_files import LabelledFolder
+from data.prepare import folder_writer
+from data.sources import open_source
+from scripts import prepare_imagenet
+from scripts.prepare_imagenet import STATE
+
+
+@pytest.fixture(autouse=True)
+def no_flush(monkeypatch):
+    """Not to wait for all that this machine has to write."""
+    monkeypatch.setattr(os, "sync", lambda: None)
+
+
+def whole() -> dict[str, bytes]:
+    """The tree that every form should become."""
+    files = {
+        f"train/{synset}/{name}": content
+        for synset, images in train_images().items()
+        for name, content in images
+    }
+    for name, content in val_images():
+        files[f"val/{IDS[VAL_IDS[int(name[-13:-5]) - 1]]}/{name}"] = content
+    return files
+
+
+def images(out: Path) -> dict[str, bytes]:
+    return {name: file for name, file in tree(out).items() if name not in (STATE, BLACKLIST)}
+
+
+def prepare(path: Path, out: Path, *more: str) -> int:
+    arguments = ["--from", path, "--out", out, "--workers", "2", "--skip-md5", *more]
+    return prepare_imagenet.main(list(map(str, arguments)), expected())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_tree(form, tmp_path, capsys):
+    path = FORMS[form](tmp_path / "given")
+    assert prepare(path, tmp_path / "out") == 0, capsys.readouterr().err
+    told = capsys.readouterr().out
+    assert told.startswith(f"{path}: {form.partition(',')[0]}\n")
+    assert f"{tmp_path / 'out'}/val: 8 images of 4 classes" in told
+    assert images(tmp_path / "out") == whole()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*/*")}
+    assert prepare(path, tmp_path / "out") == 0
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*/*")} == before
+
+
+@pytest.mark.parametrize("form", ["Kaggle's zip", "Kaggle's tree"])
+def test_every_form_becomes_shards(form, tmp_path, capsys):
+    path = FORMS[form](tmp_path / "given")
+    assert prepare(path, tmp_path / "out", "--shards", "--images-per-shard", "5") == 0
+    write_files(tmp_path / "folders", whole())
+    for split in ("train", "val"):
+        shards, files = (open_source(str(tmp_path / out / split)) for out in ("out", "folders"))
+        assert shards.classes == files.classes
+        assert [shards.read(i) for i in range(len(shards))] == [
+            files.read(i) for i in range(len(files))
+        ]
+
+
+def test_files_are_linked_where_that_is_asked(tmp_path, capsys, monkeypatch):
+    path = forms.write_kaggle_tree(tmp_path / "given")
+    assert prepare(path, tmp_path / "out", "--link") == 0
+    assert images(tmp_path / "out") == whole()
+    file = path / DATA / "val" / "ILSVRC2012_val_00000001.JPEG"
+    assert file.stat().st_nlink == 2
+
+    def refuse(*_arguments):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert prepare(path, tmp_path / "symbolic", "--link") == 0
+    assert images(tmp_path / "symbolic") == whole()
+    link = tmp_path / "symbolic" / "val" / "n02105855" / file.name
+    assert link.readlink() == file
+    file.unlink()
+    (link.parent / "ILSVRC2012_val_00000008.JPEG").unlink()
+    assert prepare(path, tmp_path / "symbolic", "--link") == 1
+    archives = forms.write_archives_alone(tmp_path / "archives")
+    assert prepare(archives, tmp_path / "none", "--link") == 1
+    assert "holds no files to link to" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["as archived", "as Hugging Face names them"])
+def test_a_folder_of_validation_images_is_sorted_by_each_kind_of_label_file(
+    tmp_path, added, capsys
+):
+    val = forms.write_flat(tmp_path / "val", added)
+    wanted = {name: file for name, file in whole().items() if name.startswith("val/")}
+    for kind, path in forms.write_label_files(tmp_path / "labels").items():
+        out = tmp_path / f"out of {kind}"
+        assert prepare(val, out, "--labels", path, "--only", "val", "--link") == 0, kind
+        assert images(out) == wanted
+        source, folder = LabelledFolder(val, path), open_source(str(out / "val"))
+        assert source.classes == folder.classes and source.starts == folder.starts
+        assert [source.read(i) for i in range(8)] == [folder.read(i) for i in range(8)]
+
+
+WRONG_LABELS = {
+    "no class for an image": (
+        b"ILSVRC2012_val_00000001 n02105855\n",
+        "7 of its 8 images are not in",
+    ),
+    "two classes": (b"a.JPEG n02105855\na.JPEG n01440764\n", "a.JPEG is of two classes"),
+    "names alone": (b"ILSVRC2012_val_00000001\n", "expected lines of name and class"),
+    "ids without what they mean": (b"3\n1\n", "put that beside it"),
+    "nothing": (b"\n", "is empty"),
+    "no text": (b"\xff\xfe\xfd", "not a text file"),
+    "a pickle": (b"\x80\x04cos\nsystem\n\0", "not a file of labels"),
+    "boxes of two classes": (
+        b"ImageId,PredictionString\nILSVRC2012_val_00000001,n02105855 1 1 2 2 n01440764 1 1 2 2 \n",
+        "2 classes, expected one",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_LABELS)
+def test_a_file_of_labels_that_says_too_little_is_refused(kind, tmp_path):
+    content, words = WRONG_LABELS[kind]
+    (tmp_path / "labels").write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(words)):
+        LabelledFolder(forms.write_flat(tmp_path / "val"), tmp_path / "labels")
+
+
+def test_a_name_that_carries_another_class_is_refused(tmp_path, capsys):
+    val = forms.write_flat(tmp_path / "val", added=True)
+    path = val / "ILSVRC2012_val_00000001_n02105855.JPEG"
+    path.rename(val / "ILSVRC2012_val_00000001_n01440764.JPEG")
+    (labels := tmp_path / "labels.csv").write_bytes(forms.solution())
+    with pytest.raises(DataError, match="1 of its 8 images are of other classes in"):
+        LabelledFolder(val, labels)
+    assert prepare(val, tmp_path / "out", "--only", "val", "--labels", labels) == 1
+    assert "of no class or another: n02105855" in capsys.readouterr().err
+
+
+def test_labels_of_images_that_are_not_there_are_a_remark(tmp_path):
+    val = forms.write_flat(tmp_path / "val")
+    (val / "ILSVRC2012_val_00000001.JPEG").unlink()
+    (labels := tmp_path / "labels.csv").write_bytes(forms.solution())
+    source = LabelledFolder(val, labels)
+    assert len(source) == 7 and source.classes == sorted(IDS.values())
+    assert source.remarks == [f"{val}: 1 of the 8 images in {labels} are not there"]
+
+
+def test_ids_are_read_with_the_meta_of_a_later_devkit(tmp_path):
+    fields = ("ILSVRC2015_CLSLOC_ID", "WNID", "name", "description", "num_train_images")
+    synsets = np.zeros((4, 1), [(field, object) for field in fields])
+    for row, (number, name) in enumerate(IDS.items()):
+        synsets[row, 0] = (number, name, "thing", "what it is", 3)
+    savemat(tmp_path / "meta_clsloc.mat", {"synsets": synsets})
+    path = tmp_path / "ILSVRC2015_clsloc_validation_ground_truth.txt"
+    path.write_text("".join(f"{number}\n" for number in VAL_IDS))
+    assert list(label_files.read(path).values()) == forms.VAL_SYNSETS
+
+
+# ---------------------------------------------------------------------------------- refusals
+
+
+def refusal(path: Path, folder: Path, capsys, *more: str) -> str:
+    """The message of a run that is refused with no image written."""
+    assert prepare(path, folder / "out", *more) == 1
+    assert images(folder / "out") == {}
+    return capsys.readouterr().err
+
+
+def test_what_is_no_form_of_imagenet_is_told_the_forms(tmp_path, capsys):
+    (tmp_path / "cats").mkdir()
+    told = refusal(tmp_path, tmp_path, capsys)
+    assert "not a form of ImageNet that is known" in told and "Kaggle's" in told
+    assert "not there" in refusal(tmp_path / "nowhere", tmp_path, capsys)
+    val = forms.write_flat(tmp_path / "val")
+    assert "without train images; --only val" in refusal(val, tmp_path, capsys)
+    assert "no labels of the validation images" in refusal(val, tmp_path, capsys, "--only", "val")
+    tar = forms.write_kaggle_tar(tmp_path / "tar")
+    assert "beginning to end" in refusal(tar, tmp_path, capsys, "--shards")
+
+
+HOSTILE = ["../n01440764_1.JPEG", "/tmp/train/n01440764/n01440764_1.JPEG", "a/../../x"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_member_that_leads_out_is_refused_in_every_archive(name, tmp_path, capsys):
+    files = forms.kaggle_tree() | forms.kaggle_beside() | {name: b"x"}
+    for kind, content in (("zip", zipped(files)), ("tar.gz", tar(files.items(), "w:gz"))):
+        (tmp_path / f"a.{kind}").write_bytes(content)
+        assert "refused, it holds" in refusal(tmp_path / f"a.{kind}", tmp_path, capsys)
+
+
+def test_links_in_an_archive_are_refused_in_every_archive(tmp_path, capsys):
+    name = f"{DATA}/train/n01440764/n01440764_1.JPEG"
+    link = zipfile.ZipInfo(name)
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    (tmp_path / "a.tar").write_bytes(tar([special(name, tarfile.SYMTYPE)]))
+    for kind in ("zip", "tar"):
+        assert "refused, it holds" in refusal(tmp_path / f"a.{kind}", tmp_path, capsys)
+
+
+@pytest.mark.parametrize("form", ["Kaggle's zip", "Kaggle's tar", "Kaggle's tree"])
+def test_images_that_are_missing_are_counted_by_class_in_every_form(
+    form, tmp_path, capsys, monkeypatch
+):
+    files = forms.kaggle_tree()
+    for name in ("train/n01440764/n01440764_1.JPEG", "val/ILSVRC2012_val_00000001.JPEG"):
+        del files[f"{DATA}/{name}"]
+    monkeypatch.setattr(forms, "kaggle_tree", lambda: files)
+    path = FORMS[form](tmp_path / "given")
+    assert "13 images, 14 expected" in refusal(path, tmp_path, capsys, "--only", "train")
+    told = refusal(path, tmp_path, capsys, "--only", "val")
+    assert "7 images, 8 expected\n  n02105855: 1 images, 2 expected" in told
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.999])
+def test_a_cut_off_archive_of_kaggles_is_named(share, tmp_path, capsys):
+    path = forms.write_kaggle_tar(tmp_path) / forms.INNER
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert f"{path}: not a whole archive" in refusal(path, tmp_path, capsys)
+
+
+def test_damaged_bytes_in_a_zip_are_no_image(tmp_path, capsys):
+    path = forms.write_kaggle_zip(tmp_path) / "imagenet-object-localization-challenge.zip"
+    with zipfile.ZipFile(path) as archive:
+        name = "n02100735_9.JPEG"
+        place = next(i.header_offset for i in archive.infolist() if i.filename.endswith(name))
+    flip(path, place + 200)
+    assert prepare(path, tmp_path / "out", "--only", "train") == 1
+    assert f"{name}: does not match its checksum" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- interruption
+
+
+def test_a_stream_is_gone_on_with_where_it_was_on_the_disk(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(folder_writer, "FLUSH_IMAGES", 4)
+    monkeypatch.setattr(folder_writer, "READ_AHEAD", 2)
+    path, written = forms.write_kaggle_tar(tmp_path), []
+    write = Path.write_bytes
+
+    def full(to: Path, content: bytes) -> int:
+        if len(written) == 10:
+            raise OSError(28, "No space left on device", str(to))
+        written.append(to)
+        return write(to, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert prepare(path, tmp_path / "out", "--only", "train") == 1
+    assert folder_writer.written(tmp_path / "out" / "train.partial") == 8
+    first = written[:8]
+    written.clear()
+
+    def noted(to: Path, content: bytes) -> int:
+        written.append(to)
+        return write(to, content)
+
+    monkeypatch.setattr(Path, "write_bytes", noted)
+    assert prepare(path, tmp_path / "out") == 0
+    assert not set(first) & set(written) and len(written) == 14 - 8 + 8
+    assert images(tmp_path / "out") == whole()
+    assert sorted(os.listdir(tmp_path / "out" / "train")) == sorted(IDS.values())
