@@ -1,12 +1,67 @@
-"""Files that are whole whenever they are seen, also after a crash or a power cut."""
+"""Files that are whole whenever they are seen, and opening what others may have put there.
+
+Nothing here waits for a pipe, reads a device, or follows a link to a file that it would change.
+"""
 
 from __future__ import annotations
 
 import os
+import secrets
+import stat
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from errno import EFBIG, EINVAL, ELOOP
 from pathlib import Path
 from typing import Any, BinaryIO
+
+
+class NotAFileError(OSError):
+    """A pipe, a device or a socket under the name of a file."""
+
+
+# ---------------------------------------------------------------------------------- reading
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading. Raises OSError that names it, for a pipe or a device, too."""
+    return open(path, "rb", opener=_opener)
+
+
+def read_regular(path: str | Path, limit: int = sys.maxsize) -> bytes:
+    """Read a file of at most `limit` bytes. Raises OSError that names it, as `open_regular`."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise OSError(EFBIG, f"over {limit:,} bytes", str(path))
+        return file.read()
+
+
+def _opener(path: str | Path, flags: int) -> int:
+    """Open what `open` asks for, without waiting. Raises OSError unless it is a regular file."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    kind = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # of a folder `open` says it by itself
+        os.close(descriptor)
+        raise NotAFileError(EINVAL, "not a regular file", str(path))
+    return descriptor
+
+
+# ---------------------------------------------------------------------------------- writing
+
+
+def open_own(path: str | Path, mode: str) -> BinaryIO:
+    """Open a file that is this program's, unbuffered: "ab" to add to it, "rb+" as it is.
+
+    It is made if it is not there. Raises OSError that names it, also for a link, which may lead to
+    a file of somebody else's.
+    """
+    flags = os.O_CREAT | os.O_NOFOLLOW
+    try:
+        return open(path, mode, 0, opener=lambda name, others: _opener(name, others | flags))
+    except OSError as error:
+        if error.errno == ELOOP:
+            raise OSError(ELOOP, "is a symbolic link; remove it", str(path)) from None
+        raise
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -14,7 +69,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
     Raises OSError that names the file.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         write_through(temporary, write)
         os.replace(temporary, path)
@@ -27,9 +82,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         raise
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `write_atomically` left when it was killed, from a folder that nobody uses."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
 def write_through(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file and have its content reach the disk."""
-    with open(path, "wb") as file:
+    """Write a new file and have its content reach the disk."""
+    with open(path, "xb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())

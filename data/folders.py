@@ -4,40 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from functools import cache
+from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
 
-from PIL import Image, ImageFile, features
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from data.errors import DataError, enumeration
+from data.image_formats import image_extensions
 from data.names import same_but_for_case, shown
 
-# Formats of which Pillow knows the head alone, or which Ghostscript would have to draw.
-NOT_DECODED = {"MPEG", "EPS", "IPTC"}
-OPTIONAL = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}  # format -> Pillow's feature
 LEFT_BY_PROGRAMS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"}
 MOST_NAMED = 5  # endings
 MOST_PAIRS = 3  # names that differ only in case
-
-
-@cache
-def image_extensions() -> tuple[str, ...]:
-    """Endings of files that Pillow, as it is installed, decodes; ImageFolder's among them."""
-    Image.init()
-    decoded = {
-        extension
-        for extension, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN and kind not in NOT_DECODED and not _is_stub(kind)
-        if kind not in OPTIONAL or features.check(OPTIONAL[kind])
-    }
-    return tuple(sorted(decoded | {".mpo", *IMG_EXTENSIONS}))  # MPO: JPEGs with more behind them
-
-
-def _is_stub(kind: str) -> bool:
-    """True for a format that Pillow only knows by name."""
-    opener = Image.OPEN[kind][0]
-    return isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
 
 
 class Found(NamedTuple):
@@ -54,7 +30,7 @@ def search(top: str) -> Found:
     """
     extensions = image_extensions()
     images, others = [], Counter()
-    for folder, _, files in sorted(os.walk(top, onerror=_refuse, followlinks=True)):
+    for folder, files in sorted(_walk(top)):
         below = os.path.relpath(folder, top)
         here = [file for file in sorted(files) if file.lower().endswith(extensions)]
         images += here if below == os.curdir else [os.path.join(below, file) for file in here]
@@ -63,6 +39,24 @@ def search(top: str) -> Found:
     if not images:
         raise DataError(f"{top}: no images in it" + (f", only {kinds(others)}" if others else ""))
     return Found(images, others)
+
+
+def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder with its files, once, whatever links lead to it.
+
+    Raises DataError for a folder that cannot be listed, and for a link to one that it lies in.
+    """
+    first: dict[tuple[int, int], str] = {}
+    for folder, below, files in os.walk(top, onerror=_refuse, followlinks=True):
+        status = os.stat(folder)
+        seen = first.setdefault((status.st_dev, status.st_ino), folder)
+        if seen is folder:
+            below.sort()  # of several names of one folder, the first
+            yield folder, files
+        elif folder.startswith(os.path.join(seen, "")):
+            raise DataError(f"{folder}: a link that leads back to {seen}; remove it")
+        else:
+            below.clear()
 
 
 def images_below(top: str) -> list[str]:

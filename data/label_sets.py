@@ -14,8 +14,8 @@ from torch import Tensor
 
 from data.base import Source
 from data.errors import DataError
-from data.folders import image_extensions
 from data.ilsvrc import SYNSET, VALIDATION_IMAGE, validation_name
+from data.image_formats import image_extensions
 from data.names import in_nfc
 from data.sources import check_same_classes
 

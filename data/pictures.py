@@ -12,10 +12,11 @@ from queue import Queue
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from data.errors import DataError
+from data.files import read_regular
 from data.folders import images_below
+from data.image_formats import MAX_BYTES, begins_an_image
 from data.transforms import DecodeError, EvalView, decode, shown
 from data.workers import default_workers
 
@@ -104,9 +105,7 @@ def _begins_with_a_name(head: bytes) -> bool:
 
 def _is_image(head: bytes) -> bool:
     """True for the beginning of a file that Pillow would try to decode, and that is no text."""
-    Image.init()
-    accepted = (accept is not None and accept(head[:16]) for _, accept in Image.OPEN.values())
-    return _has_controls(head[:64]) and any(accepted)
+    return _has_controls(head[:64]) and begins_an_image(head)
 
 
 def _below(name: str) -> Iterator[Unseen]:
@@ -137,8 +136,7 @@ def see(picture: Unseen, view: EvalView) -> Picture:
 def _content(picture: str | Encoded) -> bytes:
     if isinstance(picture, Encoded):
         return picture.content
-    with open(picture, "rb") as file:
-        return file.read()
+    return read_regular(picture, MAX_BYTES)
 
 
 @contextmanager

@@ -13,7 +13,9 @@ from PIL import Image
 
 from data.base import Source
 from data.errors import DataError, enumeration, unreadable
-from data.folders import Remarks, image_extensions, search
+from data.files import read_regular
+from data.folders import Remarks, search
+from data.image_formats import MAX_BYTES, image_extensions
 from data.levels import refuse_splits
 from data.names import in_nfc
 from data.shards.index import INDEX, PLAN
@@ -60,8 +62,7 @@ class FolderSource(Source):
     def read(self, index: int) -> tuple[bytes, int]:
         path = self.name(index)
         try:
-            with open(path, "rb") as file:
-                return file.read(), self.label(index)
+            return read_regular(path, MAX_BYTES), self.label(index)
         except OSError as error:
             raise unreadable(path, error) from None
 

@@ -7,7 +7,6 @@ alone.
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from data.image_formats import open_image
 from data.resample import Box, resize
 from data.stream import VIEW
 from data.to_input import Colour
@@ -74,7 +74,7 @@ def _decode_any(encoded: bytes) -> Image.Image:
     """Decode whatever PIL reads."""
     with warnings.catch_warnings():  # PIL would warn of a file's oddities anew in every epoch
         warnings.simplefilter("ignore")
-        image = Image.open(io.BytesIO(encoded))
+        image = open_image(encoded)
         _check_size(*image.size)
         return _to_rgb(image)
 

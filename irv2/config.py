@@ -65,7 +65,9 @@ PositiveChannels = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_leng
 
 
 class Run(Section):
-    name: Text | None = machine(None, description="name of the run; null: the YAML file's name")
+    name: Text | None = machine(
+        None, description="name of the run, that of one folder; null: the YAML file's name"
+    )
     dir: Location | None = machine(None, description="run directory; null: runs/<run.name>")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of everything random")
     device: Literal["auto", "cpu", "cuda"] = machine(
@@ -74,6 +76,13 @@ class Run(Section):
     timeout_s: Annotated[float, Field(gt=0, le=1e6)] = machine(
         600.0, description="seconds after which a rank or loader that does not answer ends the run"
     )
+
+    @field_validator("name")
+    @classmethod
+    def _is_one_component(cls, value: str | None) -> str | None:
+        if value in (".", "..") or not {"/", "\0"}.isdisjoint(value or ""):
+            raise ValueError("must be the name of a folder, without /; run.dir takes a path")
+        return value
 
 
 class Model(Section):

@@ -168,8 +168,17 @@ def test_a_read_error_of_the_moment_is_not_taken_for_damage(tmp_path, monkeypatc
     def fail(_path: Path) -> bytes:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(checkpoint, "read_regular", fail)
     with pytest.raises(OSError, match="Input/output"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "SHA256SUMS", "model.safetensors"])
+def test_a_pipe_in_a_checkpoint_is_damage(tmp_path, name):
+    (path,) = save(tmp_path, 1)
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read \\(not a regular file\\)"):
         checkpoint.load(path)
 
 

@@ -43,7 +43,7 @@ SECTIONS = list(config.Config.model_fields)
 
 # Values, as written in YAML, just outside of what a key may be.
 OUT_OF_RANGE = {
-    "run.name": ['""'],
+    "run.name": ['""', "..", "../../x", "/tmp/x", "a/b", '"a\\0b"'],
     "run.dir": ['""'],
     "run.seed": ["-1", "9223372036854775808"],
     "run.device": ["gpu", "CUDA", '"cuda:0"'],

@@ -14,7 +14,7 @@ import pytest
 
 from data.errors import DataError
 from data.shards import disk_cache
-from data.shards.disk_cache import SECTOR, DiskCache
+from data.shards.disk_cache import SECTOR, CacheError, DiskCache
 
 OURS, THEIRS = "0" * 16, "f" * 16
 FOLDERS, ROOM = 4, 4  # sectors of each folder
@@ -174,3 +174,36 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         cache.put(3, content(3))
     assert [path.name for path in (tmp_path / "03").iterdir()] == [".tally"]
+
+
+# ------------------------------------------------------------------------- what others put there
+
+
+def test_links_that_were_planted_change_nothing_elsewhere(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    cache, root = cache_in(tmp_path / "cache"), tmp_path / "cache"
+    (root / "03" / ".new").symlink_to(victim)
+    (root / "03" / f"{OURS}-7").symlink_to(victim)
+    cache.put(7, content(7))
+    assert cache.get(7) == content(7)
+    (root / "02" / ".tally").unlink()
+    (root / "02" / ".tally").symlink_to(victim)
+    with pytest.raises(OSError, match="is a symbolic link"):
+        cache.put(6, content(6))
+    with pytest.raises(CacheError, match="is a symbolic link"):
+        cache_in(root)
+    assert victim.read_bytes() == b"precious"
+
+
+def test_a_folder_of_the_cache_that_leads_elsewhere_is_refused(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "00").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(CacheError, match="00 is a symbolic link"):
+        cache_in(tmp_path / "cache")
+
+
+def test_a_content_that_is_a_pipe_is_as_good_as_none(tmp_path):
+    cache = cache_in(tmp_path)
+    os.mkfifo(cache._path(7))
+    assert cache.get(7) is None

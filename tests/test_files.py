@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all, and only regular ones are opened."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.files import write_atomically
+from data.files import open_own, read_regular, remove_leftovers, write_atomically
 
 
 def names(directory: Path) -> list[str]:
@@ -83,3 +83,58 @@ def test_a_full_disk_is_told_by_the_name_of_the_file(old):
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(old))
     with pytest.raises(NotADirectoryError, match=f"{old}/below'"):
         write_atomically(old / "below", write)
+
+
+# ------------------------------------------------------------------------- what others put there
+
+
+@pytest.fixture(params=["pipe", "link to a device", "link to a pipe"])
+def trap(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Something under a file's name of which a reader would see no end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link to a device").symlink_to("/dev/zero")
+    (tmp_path / "link to a pipe").symlink_to(tmp_path / "pipe")
+    return tmp_path / request.param
+
+
+def test_neither_a_pipe_nor_a_device_is_read(trap):
+    with pytest.raises(OSError, match="not a regular file") as caught:
+        read_regular(trap)
+    assert caught.value.filename == str(trap)
+    with pytest.raises(IsADirectoryError):
+        read_regular(trap.parent)
+
+
+def test_a_file_is_read_through_a_link_up_to_the_size_that_is_allowed(old):
+    link = old.with_name("link")
+    link.symlink_to(old)
+    assert read_regular(link, 3) == b"old"
+    with pytest.raises(OSError, match="over 2 bytes"):
+        read_regular(link, 2)
+
+
+def test_a_file_of_the_programs_own_is_made_and_added_to(tmp_path):
+    for content in (b"a", b"b"):
+        with open_own(tmp_path / "own", "ab") as file:
+            file.write(content)
+    with open_own(tmp_path / "own", "rb+") as file:
+        assert file.read() == b"ab"
+
+
+@pytest.mark.parametrize("mode", ["ab", "rb+"])
+def test_what_is_planted_under_the_name_of_an_own_file_is_not_opened(old, mode):
+    link, pipe = old.with_name("link"), old.with_name("pipe")
+    link.symlink_to(old)
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="is a symbolic link; remove it"):
+        open_own(link, mode)
+    with pytest.raises(OSError, match=r"not a regular file|No such device"):
+        open_own(pipe, mode)
+    assert old.read_bytes() == b"old"
+
+
+def test_leftovers_of_killed_writers_are_removed_and_not_what_they_link_to(old):
+    (old.parent / ".config.yaml.tmp").symlink_to(old)
+    (old.parent / ".0123.tmp").touch()
+    remove_leftovers(old.parent)
+    assert names(old.parent) == ["file"] and old.read_bytes() == b"old"

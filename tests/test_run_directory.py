@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,6 +31,15 @@ from scripts import inspect_checkpoint
 
 CONFIG = build({"data": {"train": "a", "val": "b"}}).model_dump()
 EXPERIMENT = resume.Experiment(CONFIG, ["cat", "dog"], images_per_epoch=100)
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Iterator[Path]:
+    """A file that links lead to, and that no run may change."""
+    path = tmp_path / "victim"
+    path.write_text("precious")
+    yield path
+    assert path.read_text() == "precious"
 
 
 def new_state(step: int = 0) -> TrainState:
@@ -282,3 +292,51 @@ def test_best_weights_without_room_wait_as_they_were(tmp_path, monkeypatch):
     saved, told = weights.read(str(tmp_path / "best.safetensors"))
     assert {name: value.tolist() for name, value in saved.items()} == {"weight": [1.0, 1.0]}
     assert json.loads(told["classes"]) == ["cat", "dog"]
+
+
+# ------------------------------------------------------------------------- links that were planted
+
+
+def test_a_lock_that_is_a_link_is_refused_by_name(tmp_path, victim):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").symlink_to(victim)
+    with pytest.raises(OSError, match=r"is a symbolic link; remove it: '.*/run/\.lock'"):
+        directory.lock(run)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "ledger", "tensorboard"])
+def test_a_folder_of_a_run_that_leads_elsewhere_is_refused(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(CheckpointError, match=f"run/{name}: a symbolic link"):
+        directory.lock(tmp_path / "run")
+
+
+def test_a_run_directory_may_be_ones_own_link_and_not_another_users(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "scratch", target_is_directory=True)
+    directory.lock(tmp_path / "run").close()
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a link away: another user's is NOT tried")
+    os.chown(tmp_path / "run", 12345, -1, follow_symlinks=False)
+    with pytest.raises(CheckpointError, match="another user"):
+        directory.lock(tmp_path / "run")
+
+
+def test_what_a_run_writes_follows_no_link(tmp_path, victim):
+    run, store = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    store.mkdir(parents=True)
+    for name in (".config.yaml.tmp", ".best.safetensors.tmp", "config.yaml", "log.jsonl"):
+        (run / name).symlink_to(victim)
+    (store / ".step-000000004.new").symlink_to(tmp_path, target_is_directory=True)
+    directory.lock(run).close()
+    directory.write_config(run, CONFIG)
+    save(run, 4)
+    said = []
+    lines = jsonl.JsonLines(run / "bad.jsonl", 4, said.append)
+    (run / "bad.jsonl").symlink_to(victim)
+    lines.append({"step": 4})
+    assert "is a symbolic link" in said[0]
+    assert [path.name for path in directory.checkpoints(run)] == ["step-000000004"]
+    assert not list(run.glob(".*.tmp")) and not (run / "config.yaml").is_symlink()

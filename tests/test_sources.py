@@ -15,10 +15,11 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data import folders, levels, loader, names, sources
+from data import levels, loader, names, sources
 from data.base import Source
 from data.errors import DataError, ImageError, StorageError
-from data.folders import Found
+from data.folders import Found, search
+from data.image_formats import image_extensions
 from data.sources import (
     FolderSource,
     SyntheticSource,
@@ -93,7 +94,7 @@ def test_whatever_pillow_decodes_is_an_image(tmp_path, extension):
 
 
 def test_what_pillow_knows_by_its_name_alone_is_no_image():
-    extensions = folders.image_extensions()
+    extensions = image_extensions()
     assert set(IMG_EXTENSIONS) | {".mpo"} <= set(extensions)
     assert not {".h5", ".grib", ".wmf", ".mpg", ".eps", ".ps", ".pdf", ".txt"} & set(extensions)
 
@@ -307,6 +308,35 @@ def test_what_the_system_has_run_out_of_is_no_fault_of_an_image(folder, monkeypa
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(StorageError, match="the system's limit"):
         source.read(0)
+
+
+def test_a_folder_that_several_links_lead_to_is_taken_once(tmp_path):
+    real = tmp_path / "a" / "real"
+    real.mkdir(parents=True)
+    (real / "0.png").touch()
+    for name in ("again", "zebra"):
+        (tmp_path / "a" / name).symlink_to(real, target_is_directory=True)
+    assert search(str(tmp_path / "a") + "/").images == ["again/0.png"]
+
+
+@pytest.mark.parametrize("target", ["a", "a/more", "."])
+def test_a_link_that_leads_back_is_an_error(tmp_path, target):
+    """Two of them would double a class with each level, without an end."""
+    (tmp_path / "a" / "more").mkdir(parents=True)
+    (tmp_path / "a" / "0.png").touch()
+    for name in ("x", "y"):
+        (tmp_path / "a" / "more" / name).symlink_to(tmp_path / target, target_is_directory=True)
+    with pytest.raises(DataError, match=f"^{tmp_path}/a/more/x.*: a link that leads back to"):
+        FolderSource(tmp_path)
+
+
+def test_an_image_that_is_a_pipe_or_endless_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    os.mkfifo(tmp_path / "a" / "0.png")
+    (tmp_path / "a" / "1.png").symlink_to("/dev/zero")
+    for index in (0, 1):
+        with pytest.raises(ImageError, match=rf"{index}\.png: .* \(not a regular file\)"):
+            FolderSource(tmp_path).read(index)
 
 
 def test_an_image_that_cannot_be_read_is_named(folder):

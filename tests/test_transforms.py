@@ -12,10 +12,11 @@ import timm.data
 import torch
 from image_zoo import ROTATED, picture, saved, zoo
 from photographs import CHINA, write_photographs
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torchvision.transforms import RandomResizedCrop
 
 from data import transforms
+from data.prepare.shard_writer import kind_and_size
 from data.resample import Box, resize
 from data.to_input import Colour, ToInput
 from data.transforms import (
@@ -383,6 +384,19 @@ def test_32_bit_levels_that_are_not_16_bit_ones_are_refused(value):
     levels[1, 2] = value
     with pytest.raises(DecodeError, match="32-bit pixels"):
         decode(saved(Image.fromarray(levels), "TIFF"))
+
+
+def test_no_image_starts_another_program(tmp_path, monkeypatch):
+    """PostScript, whatever its file is called, is drawn by Ghostscript."""
+    script = tmp_path / "gs"
+    script.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    script.chmod(0o700)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", str(script))
+    encoded = saved(Image.fromarray(picture()), "EPS")
+    with pytest.raises(DecodeError, match="not a known kind of image"):
+        decode(encoded)
+    assert kind_and_size(encoded) == (None, {})
+    assert not (tmp_path / "started").exists()
 
 
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded():

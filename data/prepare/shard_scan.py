@@ -22,7 +22,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from data.errors import DataError
-from data.folders import image_extensions
+from data.image_formats import image_extensions
 from data.prepare.processes import run_all, stop_if_cancelled
 from data.shards import index as shard_index
 from data.shards.index import BLOCK, COLUMNS, INDEX, PLAN, Index, Shard

@@ -29,7 +29,8 @@ from PIL import Image
 
 from data.base import Source
 from data.errors import DataError, ImageError
-from data.files import write_atomically
+from data.files import open_own, remove_leftovers, write_atomically
+from data.image_formats import open_image
 from data.prepare.processes import run_all, stop_if_cancelled
 from data.prepare.shard_scan import Sample, Scan, build_index, image_kinds, scan
 from data.shards import index as shard_index
@@ -71,8 +72,7 @@ def write_shards(
         ShardSource(out)  # refuses shards that are gone
         return shard_index.load(out)
     with claimed(out, plan):
-        for leftover in out.glob(".*.tmp"):
-            leftover.unlink()
+        remove_leftovers(out)
         jobs = []
         for number, images in enumerate(shards):
             path = out / f"{options.name}-{number:05d}.tar"
@@ -155,7 +155,7 @@ def claimed(out: Path, plan: dict[str, object]) -> Iterator[None]:
     Raises DataError for one that another process is at work in, or that holds something else.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "wb") as file:
+    with open_own(out / ".lock", "rb+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -271,7 +271,7 @@ def kind_and_size(encoded: bytes) -> tuple[str | None, dict[str, int]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(encoded))
+            image = open_image(encoded)
     except MemoryError:
         raise
     except Exception:  # decoders raise what they like; training will report it

@@ -12,8 +12,10 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import ELOOP
 
 from data.errors import DataError
+from data.files import open_own, open_regular
 
 FOLDERS = 64  # each with its lock and its part of the room, so that processes seldom meet
 SECTOR = 4096  # bytes; file systems give out no less
@@ -45,8 +47,11 @@ class DiskCache:
         self._full: set[str] = set()
         try:
             for number in range(FOLDERS):
-                os.makedirs(self._folder(number), exist_ok=True)
-                with _locked(self._folder(number)):
+                folder = self._folder(number)
+                os.makedirs(folder, exist_ok=True)
+                if os.path.islink(folder):
+                    raise OSError(ELOOP, f"{folder} is a symbolic link")
+                with _locked(folder):
                     pass
         except OSError as error:
             raise CacheError(
@@ -57,9 +62,11 @@ class DiskCache:
     def get(self, number: int) -> bytes | None:
         """Read a content as it lies on the disk, perhaps damaged; None if there is none."""
         try:
-            with open(self._path(number), "rb", buffering=0) as file:
+            with open_regular(self._path(number)) as file:
                 status = os.fstat(file.fileno())
-                content = file.read(status.st_size)
+                if status.st_size > self.room:
+                    return None
+                content = file.read()
                 if time.time() - status.st_mtime > RECENT_S:
                     os.utime(file.fileno())
                 return content
@@ -86,7 +93,9 @@ class DiskCache:
             os.pwrite(tally, b"%020d" % (used + size), 0)
             temporary = os.path.join(folder, _TEMPORARY)
             try:
-                with open(temporary, "wb") as file:
+                with suppress(FileNotFoundError):  # of a process that was killed, or a link
+                    os.unlink(temporary)
+                with open(temporary, "xb") as file:
                     file.write(content)
                 os.replace(temporary, self._path(number))
             except OSError:
@@ -106,7 +115,7 @@ class DiskCache:
         """
         used, others = 0, []
         for entry in _contents(folder):
-            status = entry.stat()
+            status = entry.stat(follow_symlinks=False)
             used += _on_disk(status.st_size)
             if not entry.name.startswith(self.data_set):
                 others.append((status.st_mtime, _on_disk(status.st_size), entry.path))
@@ -130,7 +139,7 @@ def size_of(root: str) -> int:
     """Add up the bytes that a cache takes, as noted in its folders."""
     size = 0
     for number in range(FOLDERS):
-        with suppress(OSError, ValueError), open(f"{root}/{number:02d}/.tally", "rb") as tally:
+        with suppress(OSError, ValueError), open_regular(f"{root}/{number:02d}/.tally") as tally:
             size += int(tally.read(32))
     return size
 
@@ -140,12 +149,9 @@ def _locked(folder: str) -> Iterator[int]:
     """Open and lock the file with the tally of a folder's bytes; a process that is killed lets go
     of it."""
     # Opened each time: a descriptor that was inherited shares its lock with the parent.
-    tally = os.open(os.path.join(folder, ".tally"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
+    with open_own(os.path.join(folder, ".tally"), "rb+") as tally:
         fcntl.flock(tally, fcntl.LOCK_EX)
-        yield tally
-    finally:
-        os.close(tally)
+        yield tally.fileno()
 
 
 def _used(tally: int, folder: str) -> int:
@@ -153,7 +159,7 @@ def _used(tally: int, folder: str) -> int:
     noted = os.pread(tally, 32, 0)
     if noted.isdigit():
         return int(noted)
-    return sum(_on_disk(entry.stat().st_size) for entry in _contents(folder))
+    return sum(_on_disk(entry.stat(follow_symlinks=False).st_size) for entry in _contents(folder))
 
 
 def _contents(folder: str) -> list[os.DirEntry[str]]:

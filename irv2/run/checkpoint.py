@@ -23,7 +23,7 @@ import safetensors.torch
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import sync_folder, write_through
+from data.files import NotAFileError, read_regular, sync_folder, write_through
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -111,7 +111,7 @@ def _remove_leftovers(directory: Path) -> None:
     """Remove what killed saves and removals have left behind."""
     for path in directory.iterdir():
         if _HIDDEN.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+            path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------- reading
@@ -203,6 +203,6 @@ def _read(path: Path, name: str, sums: dict[str, str]) -> bytes:
 
 def _read_file(path: Path, name: str) -> bytes:
     try:
-        return (path / name).read_bytes()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        return read_regular(path / name)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, NotAFileError) as error:
         raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror})") from None

@@ -26,24 +26,25 @@ import torch
 import torchvision
 import yaml
 
-from data.files import write_atomically
+from data.files import open_own, remove_leftovers, write_atomically
 from irv2.run import checkpoint, jsonl
 from irv2.run.checkpoint import CheckpointError
 from irv2.run.jsonl import JsonLines
 from irv2.training.distributed import World, WorldError
 
 BEST = "best.safetensors"
-STORE = "checkpoints"
+STORE, LEDGER, TENSORBOARD = "checkpoints", "ledger", "tensorboard"
 APPEARS_WITHIN_S = 10.0  # what a host writes is visible to the others; NFS takes its time
 
 
 def lock(directory: Path) -> BinaryIO:
     """Make the run directory and lock it for this process, as long as the result stays open.
 
-    Raises CheckpointError where another process is at work in it.
+    Raises CheckpointError where another process is at work in it, and for links within it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    file = open(directory / ".lock", "wb")  # noqa: SIM115 - open for the process's life
+    _refuse_links(directory)
+    file = open_own(directory / ".lock", "rb+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would live on in loader workers
     except OSError as error:
@@ -51,7 +52,20 @@ def lock(directory: Path) -> BinaryIO:
         is_held = isinstance(error, (BlockingIOError, PermissionError))
         reason = "another train.py is at work in it" if is_held else f"cannot be locked ({error})"
         raise CheckpointError(f"{directory}: {reason}") from None
+    remove_leftovers(directory)
     return file
+
+
+def _refuse_links(directory: Path) -> None:
+    """Raise CheckpointError for links by which a run could change files that are not its own."""
+    if directory.is_symlink() and directory.lstat().st_uid not in (0, os.geteuid()):
+        raise CheckpointError(f"{directory}: a link of another user's; choose another run.dir")
+    for name in (STORE, LEDGER, TENSORBOARD):
+        if (directory / name).is_symlink():
+            raise CheckpointError(
+                f"{directory / name}: a symbolic link; remove it, and if a run is to lie elsewhere "
+                "set run.dir"
+            )
 
 
 def check_shared(directory: Path, world: World) -> None:
@@ -154,7 +168,7 @@ def open_ledger(
     directory: Path, rank: int, world_size: int, step: int, say: Callable[[str], None]
 ) -> JsonLines:
     """Open a rank's file of the images of every step, in a run that stands at `step`."""
-    folder = directory / "ledger"
+    folder = directory / LEDGER
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         current = {f"rank-{other}.jsonl" for other in range(world_size)}

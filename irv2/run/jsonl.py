@@ -10,7 +10,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from data.files import write_atomically
+from data.files import open_own, read_regular, write_atomically
 
 Record = dict[str, Any]
 
@@ -55,7 +55,7 @@ class JsonLines:
     def _write_bytes(self, content: bytes) -> int:
         """Write what there is room for; returns how much that was."""
         if self._file is None:
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - see close()
+            self._file = open_own(self.path, "ab")
         return self._file.write(content)
 
     def sync(self) -> None:
@@ -81,7 +81,7 @@ def read(path: Path) -> list[Record]:
     if not path.exists():
         return []
     records = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in read_regular(path).decode("utf-8", "replace").splitlines():
         try:
             record = json.loads(text)
         except ValueError:

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data.names import shown
+from irv2.run.directory import TENSORBOARD
 from irv2.run.jsonl import JsonLines
 
 
@@ -35,7 +36,7 @@ class Logbook:
         self._bad_images = JsonLines(directory / "bad_images.jsonl", step, self.say)
         self.evals = [line for line in self._lines.kept if line["kind"] == "eval"]
         self._board: SummaryWriter | None = SummaryWriter(
-            str(directory / "tensorboard"), purge_step=step + 1
+            str(directory / TENSORBOARD), purge_step=step + 1
         )
         self._start_step, self._started = step, time.perf_counter()
         if sys.stdout.isatty():

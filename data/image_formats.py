@@ -1,0 +1,57 @@
+"""Formats that images may have: those that Pillow decodes within this process.
+
+The content of a file decides which it is, not its name.
+"""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+
+from PIL import Image, features
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+# Not EPS, which Ghostscript would run, nor IPTC, which may hold it, nor formats of which Pillow
+# knows the head alone.
+FORMATS = {
+    "AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "GIF", "ICNS",
+    "ICO", "IM", "IMT", "JPEG", "JPEG2000", "MCIDAS", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM",
+    "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB",
+}  # fmt: skip
+MAX_BYTES = 1 << 30  # of a file; 100 megapixels of 16-bit colour, not compressed, have 0.6 GB
+OPTIONAL = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}  # format -> Pillow's feature
+
+
+@cache
+def decoded_formats() -> tuple[str, ...]:
+    """Names of the formats that Pillow, as it is installed, decodes, in its order."""
+    Image.init()
+    return tuple(
+        kind
+        for kind in Image.ID
+        if kind in FORMATS and (kind not in OPTIONAL or features.check(OPTIONAL[kind]))
+    )
+
+
+@cache
+def image_extensions() -> tuple[str, ...]:
+    """Endings of files of these formats; ImageFolder's among them."""
+    formats = decoded_formats()  # before Pillow is asked for its endings
+    decoded = {
+        extension for extension, kind in Image.registered_extensions().items() if kind in formats
+    }
+    return tuple(sorted(decoded | {".mpo", *IMG_EXTENSIONS}))  # MPO: JPEGs with more behind them
+
+
+def begins_an_image(head: bytes) -> bool:
+    """True for the first bytes of a file that Pillow would try to decode."""
+    acceptors = (Image.OPEN[kind][1] for kind in decoded_formats())
+    return any(accept is not None and accept(head[:16]) for accept in acceptors)
+
+
+def open_image(encoded: bytes) -> Image.Image:
+    """Open an image, with its pixels still to be decoded.
+
+    Raises UnidentifiedImageError for another format, and whatever Pillow raises for a damaged one.
+    """
+    return Image.open(io.BytesIO(encoded), formats=decoded_formats())
