@@ -157,7 +157,7 @@ def parse_arguments() -> argparse.Namespace:
 
     add = parser.add_argument_group("evaluation")
     add.add_argument("--protocol", choices=list(PROTOCOLS), default="timm", help="see below")
-    add.add_argument("--image-size", type=cli.whole(75), metavar="PX", help="side of the input")
+    add.add_argument("--image-size", type=cli.image_size, metavar="PX", help="side of the input")
     add.add_argument("--crop", type=cli.share, help="centre crop's share of the resized side")
     add.add_argument("--interpolation", choices=["bicubic", "bilinear"])
     add.add_argument("--batch", type=cli.whole(1), default=64, help="views at once (default: 64)")

@@ -16,7 +16,7 @@ import torch
 from data import ilsvrc
 from data.base import Source
 from data.errors import DataError, enumeration, unreadable
-from data.folders import image_extensions
+from data.image_formats import image_extensions
 
 METAS = ("meta.mat", "meta_clsloc.mat")  # of the development kits of 2012 and of later years
 MAX_FILE = 256 << 20  # bytes

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data import strict_json
 from data.base import Source
 from data.errors import DataError
 from data.ilsvrc import SYNSET, VALIDATION_IMAGE, validation_name
 from data.image_formats import image_extensions
 from data.names import in_nfc
 from data.sources import check_same_classes
+
+_OUTPUT = re.compile(r"[0-9]{1,9}")  # an output's number, as text
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,9 @@ def _from_mapping(mapping: dict[str, Any], path: Path) -> dict[str, int]:
     for key, value in mapping.items():
         if isinstance(value, list) and value:
             value = value[0]
-        if isinstance(value, str) and key.isdecimal():
+        if isinstance(value, str) and _OUTPUT.fullmatch(key):
             output_of[value] = int(key)
-        elif isinstance(value, int):
+        elif type(value) is int:
             output_of[key] = value
         else:
             raise DataError(
@@ -156,6 +159,7 @@ def with_real_labels(labels: LabelSet, source: Source, path: Path) -> LabelSet:
         raise DataError(f"{path}: should be a list of lists of outputs, one for each image")
     if not all(0 <= o < len(labels.outputs) for entry in listed for o in entry):
         raise DataError(f"{path}: has outputs that the network lacks")
+    listed = [sorted(set(entry)) for entry in listed]
     most = max(map(len, listed), default=0)
     several = np.zeros((len(source), max(1, most)), np.int64)
     counting = []
@@ -199,7 +203,7 @@ def _listed(labels: LabelSet, source: Source, path: Path) -> np.ndarray:
     for line in lines:
         word = line.split()[0]
         tried = [*_names(line), *_names(word)]
-        if word.isdecimal():
+        if _OUTPUT.fullmatch(word):
             tried.append(validation_name(int(word)))
         place = next((places[key] for key in tried if len(places.get(key, ())) == 1), None)
         if place is None:
@@ -235,9 +239,9 @@ def _read_text(path: Path) -> str:
 
 def _parse_json(path: Path, text: str) -> Any:
     try:
-        return json.loads(text)
+        return strict_json.parse(text)
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
+        raise DataError(f"{path}: {error}") from None
 
 
 def check_not_empty(labels: LabelSet, where: str) -> None:

@@ -7,6 +7,7 @@ import functools
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ from data.errors import DataError, ImageError, UserError
 from data.names import lines_shown, shown
 from data.paths import expanded
 from data.urls import without_secrets
+from irv2.config import MAX_IMAGE_SIZE
 from irv2.run import trained
 from irv2.run.trained import Trained
 from irv2.training import distributed
@@ -64,18 +66,21 @@ def let_output_pass() -> None:
 # ------------------------------------------------------------------------------ arguments
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """Type of an argument that is a whole number of at least `least`."""
+def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
+    """Type of an argument that is a whole number from `least` to `most`."""
 
     def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+        if not re.fullmatch("[0-9]{1,19}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text} is not a whole number of at least {least} and at most {most:,}"
+            )
         return int(text)
 
     return number
 
 
 positive = whole(1)
+image_size = whole(75, MAX_IMAGE_SIZE)
 
 
 def share(text: str) -> float:

@@ -32,6 +32,8 @@ from data.paths import expanded
 from data.urls import check_url, without_secrets
 from irv2 import strict_yaml
 
+MAX_IMAGE_SIZE = 2048  # px, seven times the network's own
+
 
 class ConfigError(UserError):
     """The config cannot be used; the message lists every fault, one a line."""
@@ -121,7 +123,9 @@ class Data(Section):
         "or s3:// URL, or synthetic:IMAGESxCLASSES"
     )
     val: Location = machine(description="validation images, same classes; as train")
-    image_size: Annotated[int, Field(ge=75)] = Field(299, description="side of the input, px")
+    image_size: Annotated[int, Field(ge=75, le=MAX_IMAGE_SIZE)] = Field(
+        299, description="side of the input, px"
+    )
     workers: Annotated[int, Field(ge=0)] | None = machine(
         None, description="loader processes of each rank; null: its share of the cores, at most 8"
     )

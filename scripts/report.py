@@ -13,23 +13,26 @@ config.yaml and validate.json. Exit status: 0 done, 1 a folder is not a run, 130
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
-import yaml
+from pydantic import TypeAdapter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data import strict_json
 from data.errors import UserError
-from irv2 import cli
+from data.names import shown
+from irv2 import cli, strict_yaml
 from irv2.report import page, runs
 from irv2.report.runs import Run
 from irv2.run import jsonl
 
 COPIED = ("log.jsonl", "config.yaml", "validate.json")
+SECTIONS = TypeAdapter(dict[str, dict[str, Any]])
 
 
 class RunError(UserError):
@@ -44,13 +47,12 @@ def read_run(directory: Path) -> Run:
     config, validated = {}, {}
     try:
         if (path := directory / "config.yaml").exists():
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            config = strict_json.checked(strict_yaml.parse(text), SECTIONS)
         if (path := directory / "validate.json").exists():
-            validated = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise RunError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    if not (isinstance(config, dict) and isinstance(validated, dict)):
-        raise RunError(f"{path}: must hold names and values")
+            validated = strict_json.checked(strict_json.parse(path.read_bytes()), runs.MEASURED)
+    except ValueError as error:
+        raise RunError(f"{path}: cannot be read ({error})") from None
     return Run(directory, log, config, validated)
 
 
@@ -58,20 +60,20 @@ def summary(run: Run) -> str:
     """Return a run's summary and the command that shows more, for a terminal."""
     tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
     rows = [*runs.summary(run), ("watch", f"{tensorboard} --logdir {run.directory}")]
-    return "\n".join(f"{name:<10} {value}" for name, value in rows)
+    return "\n".join(f"{name:<10} {shown(value)}" for name, value in rows)
 
 
-def write_pages(shown: list[Run], out: Path) -> None:
+def write_pages(read: list[Run], out: Path) -> None:
     """Write index.html; for one run also README.md and what it was made from."""
-    runs.write(out, shown)
-    if len(shown) > 1:
+    runs.write(out, read)
+    if len(read) > 1:
         return
-    directory = shown[0].directory
+    directory = read[0].directory
     for name in COPIED:
         if (directory / name).exists() and directory.resolve() != out.resolve():
             page.write(out / name, (directory / name).read_bytes())
     command = ["python", "scripts/report.py", str(directory), "--out", str(out)]
-    runs.write_readme(out, shown[0], shlex.join(command))
+    runs.write_readme(out, read[0], shlex.join(command))
 
 
 @cli.program
@@ -83,10 +85,10 @@ def main() -> int:
     parser.add_argument("run", type=cli.path, nargs="+", help="run directory")
     parser.add_argument("--out", type=cli.path, metavar="DIR", help="folder for the page")
     arguments = parser.parse_args()
-    shown = [read_run(directory) for directory in arguments.run]
-    print("\n\n".join(map(summary, shown)))
+    read = [read_run(directory) for directory in arguments.run]
+    print("\n\n".join(map(summary, read)))
     if arguments.out is not None:
-        write_pages(shown, arguments.out)
+        write_pages(read, arguments.out)
     return 0
 
 

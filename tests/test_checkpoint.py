@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import small_meta
 import torch
 
 from irv2.run import checkpoint
@@ -26,7 +29,7 @@ def parts(step: int) -> checkpoint.Parts:
 
 
 def save(directory: Path, *steps: int) -> list[Path]:
-    return [checkpoint.save(directory, n, parts(n), {"step": n, "rate": 0.1}) for n in steps]
+    return [checkpoint.save(directory, n, parts(n), small_meta.meta(n)) for n in steps]
 
 
 def kept_steps(directory: Path) -> list[int]:
@@ -46,7 +49,7 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
         for name, tensor in tensors.items():
             assert loaded.parts[part][name].dtype == tensor.dtype
             assert torch.equal(loaded.parts[part][name], tensor)
-    assert loaded.meta == {"step": 7, "rate": 0.1, "parts": ["model", "ema"]}
+    assert loaded.meta == {**small_meta.meta(7), "parts": ["model", "ema"]}
     assert checkpoint.load(path, only=["ema"]).parts.keys() == {"ema"}
 
 
@@ -266,10 +269,10 @@ def sign(path: Path, *more: str) -> None:
 def test_names_in_a_checkpoint_cannot_lead_out_of_it(tmp_path):
     (path,) = save(tmp_path, 1)
     (path / "ema.safetensors").rename(tmp_path / "outside.safetensors")
-    meta = {"step": 1, "parts": ["model", "../outside"]}
+    meta = small_meta.meta(1, parts=["model", "../outside"])
     (path / "meta.json").write_text(json.dumps(meta))
     sign(path, "../outside.safetensors")
-    assert "meta.json is not a checkpoint's" in refused(path)
+    assert "meta.json is not train.py's (parts: 1: " in refused(path)
 
 
 @pytest.mark.parametrize("content", [b"<html>404 not found</html>", bytes(1000), b"[]", b"\xff{}"])
@@ -280,3 +283,83 @@ def test_files_of_another_kind_are_refused_though_their_checksums_match(tmp_path
         sign(path)
         with pytest.raises(CheckpointError, match=r"step-000000001: "):
             checkpoint.load(path)
+
+
+# What meta.json may be changed to, by whoever writes its checksum anew, and what is said of it.
+HARMED: list[tuple[dict[str, Any], str]] = [
+    ({"step": -1}, "step: "),
+    ({"step": 2, "images_seen": 8}, "step: 2, in a folder of step 1"),
+    ({"step": True}, "step: "),
+    ({"step": "1"}, "step: "),
+    ({"step": None}, "step: "),
+    ({"images_seen": 5}, "images_seen: 5, where the steps make 4"),
+    ({"images_seen": 4.0}, "images_seen: "),
+    ({"images_seen": math.nan}, "NaN is no number"),
+    ({"images_seen": 10**40}, "images_seen: "),
+    ({"bad_images": -1}, "bad_images: "),
+    ({"bad_steps": [0]}, "bad_steps: "),
+    ({"bad_steps_in_a_row": {}}, "bad_steps_in_a_row: "),
+    ({"scaler": {"scale": math.inf}}, "Infinity is no number"),
+    ({"scaler": 1}, "scaler: "),
+    ({"images_per_epoch": 0}, "images_per_epoch: "),
+    ({"classes": "ab"}, "classes: "),
+    ({"classes": []}, "classes: "),
+    ({"classes": ["a", 1]}, "classes: 1: "),
+    ({"stored": {"px": "400"}}, "stored: px: "),
+    ({"software": ["torch"]}, "software: "),
+    ({"software": {"torch": 2}}, "software: torch: "),
+    ({"parts": []}, "parts: "),
+    ({"parts": "model"}, "parts: "),
+    ({"config": []}, "config: "),
+    ({"config": small_meta.config(optim=1)}, "config: optim: "),
+    ({"config": small_meta.config(data=1)}, "config: data: "),
+    ({"config": small_meta.config(model={})}, "config: .*model: blocks: "),
+    ({"config": small_meta.config(model={"blocks": [1, 1]})}, "config: .*model: blocks: "),
+    ({"config": small_meta.config(model={"blocks": [1, 1, -1]})}, "config: .*blocks: 2: "),
+    ({"config": small_meta.config(train={"global_batch": 0})}, "config: .*global_batch: "),
+    ({"config": small_meta.config(schedule={"kind": 1})}, "config: .*schedule: kind: "),
+]
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    (path / "meta.json").write_bytes(content)
+    sign(path)
+
+
+@pytest.mark.parametrize(("changes", "words"), HARMED)
+def test_a_value_that_train_does_not_write_is_refused_by_its_key(tmp_path, changes, words):
+    (path,) = save(tmp_path, 1)
+    parts = {"parts": ["model", "ema"]}
+    rewrite(path, json.dumps({**small_meta.meta(1), **parts, **changes}).encode())
+    assert re.search(rf"meta\.json is not train\.py's \(.*{words}", refused(path))
+
+
+def test_a_key_that_is_missing_is_named(tmp_path):
+    (path,) = save(tmp_path, 1)
+    whole = json.loads((path / "meta.json").read_bytes())
+    for key in whole.keys() - {"stored"}:
+        rewrite(path, json.dumps({k: v for k, v in whole.items() if k != key}).encode())
+        assert f"({key}: Field required)" in refused(path)
+    rewrite(path, json.dumps({**whole, "of another version": [1]}).encode())
+    assert checkpoint.load(path).meta == whole
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"a": ' * 100 + b"1" + b"}" * 100, "nested too deep"),
+        (b'{"step": ' + b"1" * 5000 + b"}", "limit .* digits"),
+        (b"\xff\xfe", "not JSON"),
+    ],
+)
+def test_text_that_a_parser_chokes_on_is_refused(tmp_path, content, words):
+    (path,) = save(tmp_path, 1)
+    rewrite(path, content)
+    assert re.search(words, refused(path))
+
+
+def test_a_checkpoint_under_another_name_is_read(tmp_path):
+    """What people set aside, to begin from it."""
+    (path,) = save(tmp_path, 1)
+    assert checkpoint.load(path.rename(tmp_path / "the-best")).meta["step"] == 1

@@ -56,7 +56,7 @@ OUT_OF_RANGE = {
     "model.freeze": ["head", "Stem", '""'],
     "data.train": ['""', '"https://me:secret@host/a"'],
     "data.val": ['""', '"s3://bucket/a?token=secret"'],
-    "data.image_size": ["74", "0", "-299"],
+    "data.image_size": ["74", "0", "-299", "2049"],
     "data.workers": ["-1"],
     "data.cache_dir": ['""'],
     "data.cache_gb": ["0", "-1.0", "1e999"],

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import programs
 import pytest
+import small_meta
 import timm
 import torch
 from small_network import copied, randomised, relative
@@ -180,8 +181,8 @@ def test_a_run_is_checked_on_its_own_validation_images(tmp_path, call):
     network = inception_resnet_v2(2, blocks=(1, 1, 1), width=0.25)
     state = copied(network.state_dict())
     val = programs.write_images(tmp_path / "val", ["a", "b"], 3)
-    config = {"model": {"blocks": BLOCKS}, "data": {**VIEW, "val": str(val), "train": "private"}}
-    meta = {"step": 7, "classes": ["a", "b"], "config": config}
+    data = {**VIEW, "val": str(val), "train": "private"}
+    meta = small_meta.meta(7, config=small_meta.config(data=data))
     checkpoint.save(tmp_path / "run" / "checkpoints", 7, {"ema": state, "model": state}, meta)
     out = tmp_path / "a.safetensors"
     source = ("--run", tmp_path / "run", "--which", "raw")

@@ -141,6 +141,11 @@ def test_a_class_index_names_the_outputs_that_compete(two_of_three, tmp_path, co
         ('{"n00000001": 0, "n00000003": 3}', "n00000003 is output 3, but .* 0 to 2"),
         ('{"n00000001": 0, "n00000003": 0}', "names an output twice"),
         ('{"n00000001": 0, "n00000003": null}', "'n00000003' should stand for"),
+        ('{"n00000001": 0, "n00000003": true}', "'n00000003' should stand for"),
+        ('{"n00000001": 0, "n00000003": 1e0}', "'n00000003' should stand for"),
+        ('{"0": "n00000001", "' + "2" * 5000 + '": "n00000003"}', "should stand for"),
+        ('{"n00000001": 0, "n00000003": ' + "2" * 5000 + "}", "limit .* digits"),
+        ('{"n00000001": ' + "[" * 100_000, "nested too deep"),
         ('{"n00000001": 0', "not JSON"),
         (None, "cannot be read"),
     ],
@@ -171,6 +176,9 @@ def test_real_labels_follow_the_images_numbers_and_leave_out_those_without(valid
         ('{"a": 1}', "list of lists"),
         ("[[0], [1.5], [2], [2], [0], [0]]", "list of lists"),
         ("[[0]", "not JSON"),
+        ("[[true], [1], [2], [2], [0], [0]]", "list of lists"),
+        ("[" * 100_000, "nested too deep"),
+        ("[[" + "1" * 5000 + "]]", "limit .* digits"),
     ],
 )
 def test_a_wrong_file_of_real_labels_is_refused(validation, tmp_path, content, message):
@@ -246,3 +254,20 @@ def test_nothing_left_is_an_error(validation):
     none = label_sets.LabelSet("folders", np.empty(0, np.int64), labels.outputs)
     with pytest.raises(DataError, match="no image is left"):
         label_sets.check_not_empty(none, "val")
+
+
+def test_a_number_of_any_length_names_no_image(validation, tmp_path):
+    for text in ("9" * 5000, "0" * 5000 + "7"):
+        (tmp_path / "list").write_text(text)
+        with pytest.raises(DataError, match="1 of its 1 lines name no image"):
+            label_sets.only(plain(validation), validation, tmp_path / "list")
+    (tmp_path / "list").write_text("0" * 5000 + "4")
+    assert numbers(
+        label_sets.only(plain(validation), validation, tmp_path / "list"), validation
+    ) == [4]
+
+
+def test_outputs_that_are_listed_many_times_take_no_room(validation, tmp_path):
+    (tmp_path / "real.json").write_text(json.dumps([[0] * 100_000, *([1] for _ in range(5))]))
+    labels = label_sets.with_real_labels(plain(validation), validation, tmp_path / "real.json")
+    assert labels.several.shape == (6, 1)

@@ -145,7 +145,41 @@ def test_what_is_no_record_is_left_out(path):
     assert steps_of(path) == [1, 2]
 
 
+STRANGE_LINES = [
+    *('{"step": true}', '{"step": -1}', '{"step": 1.5}', '{"step": 1e400}', '{"step": NaN}'),
+    *(
+        "[" * 100_000,
+        '{"step": ' + "1" * 5000 + "}",
+        '{"step": 1, "a": ' + "[" * 40 + "]" * 40 + "}",
+    ),
+    '{"step": 1, "kind": "train"}',
+    '{"step": 1, "kind": "train", "epoch": "x", "images_seen": 8}',
+    '{"step": 1, "kind": "train", "epoch": 1, "images_seen": 8, "loss": "x"}',
+    '{"step": 1, "kind": "train", "epoch": 1, "images_seen": 8, "images_per_s": -1}',
+    '{"step": 1, "kind": "eval", "epoch": 1, "weights": "ema", "top1": null}',
+    '{"step": 1, "kind": "eval", "epoch": 1, "weights": "ema", "top1": 101}',
+    '{"step": 1, "kind": "eval", "epoch": 1, "weights": 7, "top1": 1}',
+    '{"step": 1, "kind": "eval", "epoch": 1, "weights": "ema", "top1": 1, "top5": "x"}',
+]
+
+
+@pytest.mark.parametrize("line", STRANGE_LINES)
+def test_a_line_of_wrong_values_is_left_out(path, line):
+    path.write_text(f"{line}\n" + json.dumps({"kind": "eval", **eval_line(2, "ema", 50.0)}))
+    assert steps_of(path) == [2]
+    log = Logbook(path.parent, step=2, total_steps=6)
+    assert log.best_top1() == 50.0
+    log.close()
+
+
 # ---------------------------------------------------------------------------------- the logbook
+
+
+def test_a_line_without_a_kind_keeps_no_run_from_going_on(path):
+    path.write_text('{"step": 1}\n{"step": 1, "kind": ["eval"]}\n{"step": 1, "kind": "else"}\n')
+    log = Logbook(path.parent, step=1, total_steps=6)
+    log.close()
+    assert log.evals == [] and steps_of(path) == [1, 1, 1]
 
 
 def trained(step: int) -> dict[str, Any]:

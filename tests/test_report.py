@@ -318,7 +318,8 @@ def test_a_diagram_takes_the_pages_colours_and_its_text_stays_text():
 
 
 def test_the_log_of_a_run_is_found_beside_its_weights(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    line = {"kind": "train", **train_line(1)}
+    (tmp_path / "log.jsonl").write_text(json.dumps(line))
     within = tmp_path / "checkpoints" / "step-000000001"
     for place in (tmp_path / "best.safetensors", within):
         assert [line["step"] for line in results.log_beside(str(place))] == [1]
@@ -365,7 +366,7 @@ def test_a_run_is_summed_up_and_drawn(study, tmp_path):
     assert rows["pace"] == "40 images/s (median), 25% of the time on data"
     assert rows["time"].startswith("0 min 1 s")
     page = (out / "README.md").read_text()
-    assert page.startswith("# study <b>") and "| 1.50 | ema | 84.00 |" in page
+    assert page.startswith(r"# study \<b\>") and "| 1.50 | ema | 84.00 |" in page
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == OF_ONE
     for name in ("log.jsonl", "config.yaml", "validate.json"):
@@ -466,6 +467,60 @@ def test_what_is_no_run_is_one_line(study, tmp_path, name):
     assert status == 1 and stderr.count("\n") == 1, stderr
     assert str(study) in stderr and stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.yaml", "run: text"),
+        ("config.yaml", "run: {name: &a [*a]}"),
+        ("config.yaml", "a: " + "[" * 100_000),
+        ("config.yaml", "a" * 40_000),
+        ("validate.json", '{"top1": "high"}'),
+        ("validate.json", '{"top1": 101}'),
+        ("validate.json", '{"step": 6, "top1": 50, "images": true}'),
+        ("validate.json", '{"step": 6, "top1": 50, "images": 2, "top1_correct": 3}'),
+        ("validate.json", '{"a": ' * 5000),
+        ("validate.json", "[" + "1" * 5000 + "]"),
+    ],
+)
+def test_a_file_of_wrong_values_is_named_in_a_line(study, file, content):
+    (study / file).write_text(content)
+    status, _, stderr = call(report, study)
+    assert status == 1 and stderr.count("\n") == 1, stderr
+    assert f"{study / file}: cannot be read (" in stderr
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"loss": None, "lr": None, "images_per_s": None},
+        {"images_per_s": 1e-300},
+        {"images_per_s": 0.0},
+        {"data_wait": None},
+        {"loss": 3e38, "lr": 3e38, "grad_norm": 3e38, "images_per_s": 3e38, "epoch": 3e38},
+        {"step": 2**62, "images_seen": 2**62},
+    ],
+)
+def test_odd_numbers_of_a_log_are_summed_up_and_drawn(tmp_path, odd):
+    lines = [train_line(1), {**train_line(2), **odd}]
+    lines += [eval_line(2, "ema", 0.0, loss=None, images=0), eval_line(2, "raw", 100.0, top5=0)]
+    run = write_run(tmp_path / "run", lines, {})
+    status, _, stderr = call(report, run, "--out", tmp_path / "out")
+    assert (status, stderr) == (0, "")
+
+
+def test_names_are_shown_as_they_are_and_write_nothing_into_a_readme(tmp_path):
+    name = "a|b # [x](http://h) `c` <b> *d*"
+    lines = [train_line(1), eval_line(1, "|ema|", 50.0)]
+    run = write_run(tmp_path / "run ``x\n", lines, {"run": {"name": name}})
+    status, out, stderr = call(report, run, "--out", tmp_path / "out")
+    assert (status, stderr) == (0, "")
+    page = (tmp_path / "out" / "README.md").read_text().splitlines()
+    assert page[0] == r"# a\|b \# \[x\](http://h) \`c\` \<b\> \*d\*"
+    assert page[2].startswith("Made by ``` python scripts/report.py '") and r"``x\n" in page[2]
+    assert r"| 0.25 | \|ema\| | 50.00 | 100.00 | 0.5000 | 50 |" in page
+    assert r"run ``x\n" in out
 
 
 # ---------------------------------------------------------------------------------- the docs

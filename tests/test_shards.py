@@ -272,6 +272,14 @@ CLAIMS = {
     "no columns": lambda header, columns: columns.clear(),
     "wide columns": lambda header, columns: columns.update(crc32=columns["crc32"].astype("u8")),
     "no numbers": lambda header, columns: header.update(starts=["a"]),
+    "10^12 images": lambda header, columns: header["starts"].__setitem__(-1, 10**12),
+    "a million classes": lambda header, columns: header.update(classes=["x"] * 10**6),
+    "a shard of 10^40 bytes": lambda header, columns: header["shards"][0].__setitem__(1, 10**40),
+    "true for a number": lambda header, columns: header["starts"].__setitem__(1, True),
+    "text for a size": lambda header, columns: header["shards"][0].__setitem__(1, "5"),
+    "a number for a class": lambda header, columns: header["classes"].__setitem__(0, 7),
+    "scaled to below nothing": lambda header, columns: header.update(resized_to=-1),
+    "no starts": lambda header, columns: header.update(starts=[]),
     "nothing": lambda header, columns: header.update(shards=None),
     "a later format": lambda header, columns: header.update(format="tar shards, 2"),
 }
@@ -401,6 +409,15 @@ def test_a_tar_that_is_not_whole_is_refused(tmp_path, kept):
     }
     path.write_bytes(harmed[kept])
     assert refusal(tmp_path).startswith(f"{path}: not a whole tar archive")
+
+
+def test_a_chain_of_headers_in_a_tar_is_refused(tmp_path):
+    """Each says that the next header's name is a long one, which follows."""
+    long_name = special("././@LongLink", tarfile.GNUTYPE_LONGNAME)
+    long_name.size = 5
+    link = long_name.tobuf(tarfile.GNU_FORMAT) + b"name\0".ljust(512, b"\0")
+    (tmp_path / "b-0.tar").write_bytes(5000 * link + bytes(10240))
+    assert refusal(tmp_path).startswith(f"{tmp_path}/b-0.tar: not a whole tar archive")
 
 
 def test_links_in_a_tar_are_refused(tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import small_meta
 import torch
 from small_network import (
     ALONE,
@@ -135,14 +136,14 @@ def test_a_step_is_counted_leaves_no_gradients_and_takes_only_its_own_batches():
 def test_a_restored_state_continues_bit_by_bit(tmp_path):
     state = new_state(small_network(drop_rate=0.5))
     train(state, 4, steps=2, seed=3)
-    state.images_seen = 16
+    state.images_seen = 8
     assert state.read_bad_steps() == ([], 0)
-    checkpoint.save(tmp_path, state.step, state.tensors(), state.counters())
+    checkpoint.save(tmp_path, state.step, state.tensors(), small_meta.meta(2) | state.counters())
     restored = new_state(small_network(drop_rate=0.5))
     torch.rand(17)  # what the random generators did in between must not matter
     saved = checkpoint.load(tmp_path / "step-000000002")
     restored.load(saved.parts, saved.meta)
-    assert (restored.step, restored.images_seen) == (2, 16)
+    assert (restored.step, restored.images_seen) == (2, 8)
     results = [train(s, 4, steps=2, seed=3) for s in (state, restored)]
     assert results[0] == results[1]
     for ours, theirs in ((restored.model, state.model), (restored.ema.module, state.ema.module)):

@@ -306,7 +306,12 @@ def test_all_checkpoints_of_a_run_and_their_average(run_directory, tmp_path) -> 
         part: {name: value + 1 if name == "classif.bias" else value for name, value in t.items()}
         for part, t in state.parts.items()
     }
-    checkpoint.save(other / "checkpoints", 4, moved, {**state.meta, "step": 4})
+    checkpoint.save(
+        other / "checkpoints",
+        4,
+        moved,
+        {**state.meta, "step": 4, "images_seen": 2 * state.meta["images_seen"]},
+    )
     found, _ = validated(tmp_path, "--run", other, "--all")
     assert [r["step"] for r in found["results"]] == [2, 4]
     networks = trained.load_checkpoints(other, "ema", print)
@@ -359,6 +364,36 @@ def test_published_results_stand_beside_those_of_the_same_images(tmp_path, monke
             low, high = result["top1_interval"]
             assert reference["top1_within"] == (low <= 50 <= high)
             assert f"{name}: top-1 50 %: {difference:+,} images" in stdout
+
+
+REFERENCE = {
+    **{"name": "a", "labels": "imagenet", "protocol": "timm", "images": 50, "top1": 80.0},
+    **{"top5": 95, "source": "a paper"},
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a: 1", "valid list"),
+        ("- &a [*a]", "no anchors"),
+        ("[" * 30_000, "nested too deep"),
+        ("- " * 40_000, "longer than 32,000 characters"),
+        (json.dumps([{**REFERENCE, "top1": "80"}]), "0: top1: "),
+        (json.dumps([{**REFERENCE, "top5": 101}]), "0: top5: "),
+        (json.dumps([{**REFERENCE, "images": True}]), "0: images: "),
+        (json.dumps([REFERENCE, {"name": "b"}]), "1: labels: "),
+        (json.dumps([{**REFERENCE, "more": 1}]), "0: more: "),
+    ],
+)
+def test_a_list_of_references_of_wrong_values_is_refused(tmp_path, content, words) -> None:
+    path = tmp_path / "reference.yaml"
+    path.write_text(json.dumps([REFERENCE]))
+    assert reference.read(path)[0].top5 == 95
+    path.write_text(content)
+    with pytest.raises(reference.PublishedError, match=f"{path}: no list .*{words}") as caught:
+        reference.read(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_projects_own_references_are_readable() -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from data import strict_json
 from data.errors import DataError
 from data.prepare.progress import byte_bar
 
@@ -38,7 +39,7 @@ def check_md5(path: Path, md5: str, memory: TextIO) -> None:
     """
     memory.seek(0)
     try:
-        known = dict(json.load(memory))
+        known = dict(strict_json.parse(memory.read()))
     except (ValueError, TypeError):  # empty, or cut short by a crash
         known = {}
     status = path.stat()

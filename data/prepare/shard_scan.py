@@ -8,7 +8,6 @@ extracted: names within the archives stay names.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import tarfile
@@ -21,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from data import strict_json
 from data.errors import DataError
 from data.image_formats import image_extensions
 from data.prepare.processes import run_all, stop_if_cancelled
@@ -108,7 +108,7 @@ def _members(path: Path, file: BinaryIO) -> list[tarfile.TarInfo]:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             members = tar.getmembers()
             end = tar.offset
-    except (tarfile.TarError, ValueError) as error:
+    except (tarfile.TarError, ValueError, RecursionError) as error:  # a chain of long names
         raise DataError(f"{path}: not a whole tar archive ({error}); copy it anew") from None
     # tarfile takes anything but a header for the archive's end.
     if os.pread(file.fileno(), BLOCK, end) != bytes(BLOCK):
@@ -153,8 +153,8 @@ def _class_name(described: bytes, key: str) -> str | None:
     That is "class", as shards written here have it, or a synset in "filename" or the key.
     """
     try:
-        content = json.loads(described)
-    except (ValueError, RecursionError):
+        content = strict_json.parse(described)
+    except ValueError:
         content = None
     content = content if isinstance(content, dict) else {}
     if isinstance(content.get("class"), str):

@@ -27,6 +27,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from data import strict_json
 from data.base import Source
 from data.errors import DataError, ImageError
 from data.files import open_own, remove_leftovers, write_atomically
@@ -127,7 +128,7 @@ def check_plan(out: Path, plan: dict[str, object]) -> None:
     """Raise DataError unless a folder's shards are made by the same plan."""
     path = out / PLAN
     try:
-        planned = json.loads(path.read_bytes())
+        planned = strict_json.parse(path.read_bytes())
     except FileNotFoundError:
         raise DataError(
             f"{out}: holds something else already; name a new or empty folder"

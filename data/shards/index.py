@@ -19,10 +19,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
+from data import strict_json
 from data.base import Source
 from data.errors import DataError
 from data.files import write_atomically
+from data.strict_json import Count
 
 INDEX = "index.safetensors"
 PLAN = "plan.json"  # stands beside shards that are not finished
@@ -30,6 +34,7 @@ FORMAT = "tar shards, 1"
 BLOCK = 512  # bytes; tar begins every header and every content at a multiple of it
 MAX_SHARDS = 1 << 16
 COLUMNS = {"shard": np.uint16, "block": np.uint32, "size": np.uint32, "crc32": np.uint32}
+MAX_BYTES = 1 << 29  # of an index: 38 million images
 _NAME = re.compile(r"[^/\\\0]+\.tar")
 
 
@@ -37,7 +42,7 @@ class Shard(NamedTuple):
     """A tar file of images."""
 
     name: str
-    size: int  # bytes
+    size: Count  # bytes
     sha256: str
 
 
@@ -50,6 +55,18 @@ class Index:
     starts: list[int]  # as in `Source`
     columns: dict[str, np.ndarray]  # COLUMNS, [N] each
     resized_to: int | None  # as in `Source`
+
+
+class _Header(TypedDict):
+    """What an index says beside its columns, as text."""
+
+    shards: list[Shard]
+    classes: list[str]
+    starts: list[Count]
+    resized_to: Count | None
+
+
+_HEADER = TypeAdapter(_Header)
 
 
 def save(index: Index, root: Path) -> None:
@@ -82,13 +99,13 @@ def parse(content: bytes, path: str) -> Index:
     """Read an index from its file's content. Raises DataError, naming `path`, if it is damaged."""
     try:
         columns = safetensors.numpy.load(content)
-        about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        header = json.loads(about["__metadata__"]["header"])
+        about = strict_json.parse(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        header = strict_json.parse(about["__metadata__"]["header"])
         if header["format"] != FORMAT:
             raise DataError(f"{path}: its format is {header['format']!r}, only {FORMAT!r} is known")
         if header.pop("crc32") != _checksum(header, columns):
             raise ValueError("it does not match its checksum")
-        return _parsed(header, columns)
+        return _index(strict_json.checked(header, _HEADER), columns)
     except DataError:
         raise
     except Exception as error:  # it may hold anything
@@ -106,19 +123,18 @@ def _checksum(header: dict[str, Any], columns: dict[str, np.ndarray]) -> int:
     return value
 
 
-def _parsed(header: dict[str, Any], columns: dict[str, np.ndarray]) -> Index:
-    """Check what a file says. Raises ValueError and others for what cannot be right."""
-    shards = [Shard(str(name), int(size), str(sha256)) for name, size, sha256 in header["shards"]]
-    classes, starts = [str(name) for name in header["classes"]], [int(i) for i in header["starts"]]
+def _index(header: _Header, columns: dict[str, np.ndarray]) -> Index:
+    """Make the index of what a file says. Raises ValueError for what cannot be right."""
+    shards, classes, starts = header["shards"], header["classes"], header["starts"]
     for shard in shards:
         if not _NAME.fullmatch(shard.name):
             raise ValueError(f"{shard.name!r} is not a shard's name")
     if {name: column.dtype for name, column in columns.items()} != COLUMNS:
         raise ValueError("other columns than expected")
-    length = starts[-1]
+    length = starts[-1] if starts else 0
     if any(column.shape != (length,) for column in columns.values()):
         raise ValueError("columns of other lengths than the classes have together")
-    if len(starts) != len(classes) + 1 or starts[0] != 0 or (np.diff(starts) <= 0).any():
+    if len(starts) != len(classes) + 1 or starts[0] != 0 or min(np.diff(starts), default=0) <= 0:
         raise ValueError("classes without images")
     if columns["shard"].max() >= len(shards):
         raise ValueError("images in shards that are not named")
@@ -126,8 +142,7 @@ def _parsed(header: dict[str, Any], columns: dict[str, np.ndarray]) -> Index:
     sizes = np.array([shard.size for shard in shards])
     if columns["block"].min() == 0 or (ends > sizes[columns["shard"]]).any():
         raise ValueError("images beyond the ends of their shards")
-    resized_to = header["resized_to"]
-    return Index(shards, classes, starts, columns, None if resized_to is None else int(resized_to))
+    return Index(shards, classes, starts, columns, header["resized_to"])
 
 
 class IndexedImages(Source):

@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 from data.errors import DataError, StorageError
+from data.shards.clients import CONCURRENT, S3, Http
 from data.urls import check_url
 
 Result = TypeVar("Result")
 
-CONCURRENT = 64  # reads at a time, of each process; at 20 ms each, 3,200 a second
 ATTEMPT_S = 30.0  # after which an answer is asked for again
 OPEN_S = 60.0  # for which faults are taken as passing while a run begins
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
@@ -47,24 +47,29 @@ class ObjectStore:
         check_url(url)
         self.url, self.timeout_s = url.rstrip("/") + "/", timeout_s
         self._connection: _Connection | None = None
+        self._told: set[str] = set()  # what has been said once, here or in a parent
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_connection": None}
 
-    def read(self, name: str) -> bytes:
-        """Read a whole object. Raises StorageError."""
+    def read(self, name: str, most: int) -> bytes:
+        """Read a whole object, of up to `most` bytes. Raises StorageError."""
         here, path = self._connected(), self._path(name)
         open_s = min(OPEN_S, self.timeout_s)
-        return here.start(
-            self._lasting(name, lambda: here.fs._cat_file(path), open_s, open_s)
+        content = here.start(
+            self._lasting(name, lambda: here.client.read(path, most), open_s, open_s)
         ).result()
+        if len(content) > most:
+            raise StorageError(f"{self.url}{name}: is longer than {most:,} bytes; not what it says")
+        return content
 
     def sizes(self, names: list[str]) -> list[int]:
         """Look up the bytes of objects. Raises StorageError for the first that has none."""
         here, open_s = self._connected(), min(OPEN_S, self.timeout_s)
 
         async def size(name: str) -> int:
-            return await self._lasting(name, lambda: here.size(self._path(name)), open_s, ATTEMPT_S)
+            path = self._path(name)
+            return await self._lasting(name, lambda: here.client.size(path), open_s, ATTEMPT_S)
 
         started = [here.start(size(name)) for name in names]
         wait(started)
@@ -88,19 +93,19 @@ class ObjectStore:
 
         async def attempt() -> bytes:
             try:
-                content = await here.fs._cat_file(path, start=start, end=start + size)
+                content = await here.client.read(path, size, start)
             except Exception as error:
                 if not _is_beyond_end(error):
                     raise
                 content = b""
             if len(content) == size:
                 return content
-            if len(content) == whole:
+            if len(content) > size:
                 raise StorageError(
-                    f"{self.url}{name}: the server gives the whole object where a part of it is "
-                    "asked for; one that answers range requests is needed"
+                    f"{self.url}{name}: the server gives more than the part that is asked for; one "
+                    "that answers range requests is needed"
                 )
-            now = await here.size(path)
+            now = await here.client.size(path)
             if now != whole:
                 raise StorageError(
                     f"{self.url}{name}: has {now:,} bytes, not {whole:,} as it was indexed with: "
@@ -128,7 +133,7 @@ class ObjectStore:
             except StorageError:
                 raise
             except Exception as error:
-                fault = _cause(error)
+                fault = error
             reason = _words(fault, limit)
             if isinstance(fault, FileNotFoundError) or getattr(fault, "status", None) == 404:
                 raise NoSuchObject(f"{self.url}{name}: {reason}")
@@ -146,9 +151,16 @@ class ObjectStore:
     def _connected(self) -> _Connection:
         """Return this process's connection."""
         if self._connection is None or self._connection.pid != os.getpid():
-            self._connection = _Connection(self.url)
+            self._connection = _Connection(self.url, self._say_once)
             _connections.append(self._connection)
         return self._connection
+
+    def _say_once(self, host: str) -> None:
+        """Say on stderr that objects come from another host."""
+        if host not in self._told:
+            self._told.add(host)
+            line = f"{self.url}: its objects are read from {host}, to which it redirects"
+            print(line, file=sys.stderr, flush=True)
 
     def _path(self, name: str) -> str:
         """Name an object as fsspec wants it."""
@@ -156,14 +168,14 @@ class ObjectStore:
 
 
 class _Connection:
-    """fsspec's file system and its thread, in the process that made them."""
+    """A client and fsspec's thread, in the process that made them."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, say: Callable[[str], None]) -> None:
         self.pid = os.getpid()
         self.slots = asyncio.Semaphore(CONCURRENT)
         self._reported_at = -QUIET_S
         try:
-            self.fs, self._passing = _file_system(urlsplit(url).scheme)
+            self.client = S3() if urlsplit(url).scheme == "s3" else Http(say)
         except ImportError as error:
             raise DataError(
                 f"{url}: to read it, {error.name or error} is missing: "
@@ -171,21 +183,17 @@ class _Connection:
             ) from None
 
     def start(self, work: Awaitable[Result]) -> Future[Result]:
-        return asyncio.run_coroutine_threadsafe(work, self.fs.loop)
-
-    async def size(self, path: str) -> int:
-        """Ask the store for the bytes of an object."""
-        self.fs.invalidate_cache()
-        return int((await self.fs._info(path))["size"])
+        return asyncio.run_coroutine_threadsafe(work, self.client.fs.loop)
 
     def may_pass(self, fault: BaseException) -> bool:
         """Return whether a second attempt may do better."""
         status = getattr(fault, "status", None)
-        if isinstance(status, int):  # aiohttp's; 0 for an answer that is no HTTP
+        if isinstance(status, int):
             return not 400 <= status < 500 or status in (408, 429)
         if isinstance(fault, OSError) and fault.errno in LASTING:
             return False
-        return isinstance(fault, self._passing) and not isinstance(
+        passing = (OSError, asyncio.TimeoutError, *self.client.passing)
+        return isinstance(fault, passing) and not isinstance(
             fault, (FileNotFoundError, PermissionError)
         )
 
@@ -196,31 +204,6 @@ class _Connection:
             print(line, file=sys.stderr, flush=True)
 
 
-def _file_system(scheme: str) -> tuple[Any, tuple[type[Exception], ...]]:
-    """Make fsspec's file system, and list the kinds of faults that may pass. Raises ImportError.
-
-    Attempts are made again in one place, here, so that the libraries' own are switched off.
-    """
-    import aiohttp
-    import fsspec
-
-    passing = (OSError, asyncio.TimeoutError, aiohttp.ClientError)
-    if scheme == "s3":
-        from s3fs.core import S3_RETRYABLE_ERRORS
-
-        config = {"max_pool_connections": CONCURRENT, "retries": {"total_max_attempts": 1}}
-        fs = fsspec.filesystem("s3", skip_instance_cache=True, config_kwargs=config)
-        fs.retries = 1
-        return fs, (*passing, *S3_RETRYABLE_ERRORS)
-    # Compressed on the way, a part of an object would have another size; trust_env: ~/.netrc.
-    return fsspec.filesystem(
-        "http",
-        skip_instance_cache=True,
-        headers={"Accept-Encoding": "identity"},
-        client_kwargs={"trust_env": True},
-    ), passing
-
-
 def _pauses() -> Iterator[float]:
     """Yield the seconds before each further attempt: doubled each time, and spread, as all
     processes meet the same fault at once."""
@@ -228,13 +211,6 @@ def _pauses() -> Iterator[float]:
     while True:
         yield random.uniform(longest / 2, longest)
         longest = min(2 * longest, LONGEST_PAUSE_S)
-
-
-def _cause(error: Exception) -> BaseException:
-    """Find what lies behind fsspec's FileNotFoundError, which also stands for faults of HTTP."""
-    cause = error.__cause__
-    is_of_http = isinstance(error, FileNotFoundError) and not hasattr(cause, "response")
-    return cause if is_of_http and cause is not None else error
 
 
 def _is_beyond_end(error: Exception) -> bool:
@@ -251,12 +227,12 @@ def _is_beyond_end(error: Exception) -> bool:
 def _words(fault: BaseException, limit: float) -> str:
     """Put a fault in words of our own: what servers and libraries say may hold a signed URL."""
     status = getattr(fault, "status", None)
+    if isinstance(fault, FileNotFoundError) or status == HTTPStatus.NOT_FOUND:
+        return "no such object"
     if isinstance(status, int) and status in set(HTTPStatus):
         return f"{status} {HTTPStatus(status).phrase}"
     if isinstance(fault, (asyncio.TimeoutError, TimeoutError)):
         return f"no answer within {limit:g} s"
-    if isinstance(fault, FileNotFoundError):
-        return "no such object"
     if isinstance(fault, PermissionError):
         return (
             "access is refused; credentials are taken from the environment, ~/.aws or the "

@@ -18,7 +18,7 @@ from isal.isal_zlib import crc32  # zlib's, four times as fast
 
 from data.errors import DataError, ImageError, StorageError
 from data.shards.disk_cache import DiskCache
-from data.shards.index import BLOCK, INDEX, IndexedImages, check_sizes, parse
+from data.shards.index import BLOCK, INDEX, MAX_BYTES, IndexedImages, check_sizes, parse
 from data.shards.object_store import NoSuchObject, ObjectStore
 
 AHEAD = 128  # images that a process begins to fetch before it needs them: 14 MB of ImageNet
@@ -100,7 +100,7 @@ class RemoteShards(IndexedImages):
 
     def _index_file(self) -> bytes:
         try:
-            return self.store.read(INDEX)
+            return self.store.read(INDEX, MAX_BYTES)
         except NoSuchObject as error:
             raise DataError(
                 f"{error}; shards are wanted there, with the index that scripts/make_shards.py "

@@ -1,9 +1,24 @@
-"""Tables in the docs that a command writes, each between two marks."""
+"""Markdown: names in it, and tables in the docs that a command writes, each between two marks."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
+
+from data.names import shown
+
+
+def escaped(text: str) -> str:
+    """Write a name so that it is shown as it is, in one line; in a cell of a table, too."""
+    return re.sub(r"[\\`*_{}\[\]<>#|~&]", r"\\\g<0>", shown(text))
+
+
+def code(text: str) -> str:
+    """Write a command as code, in one line, whatever is in it."""
+    text = shown(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def table(head: str, rows: Iterable[str]) -> str:

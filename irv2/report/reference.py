@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
+from pydantic import TypeAdapter
 
+from data import strict_json
 from data.errors import UserError
+from data.strict_json import Count, NonNegative, Percent
+from irv2 import strict_yaml
 from irv2.report.statistics import Interval
 
 
@@ -21,14 +24,17 @@ class Reference(NamedTuple):
     name: str
     labels: str
     protocol: str
-    images: int
-    top1: float
-    top5: float
+    images: Count
+    top1: Percent
+    top5: Percent
     source: str
-    image_size: int | None = None  # px; None: not part of the protocol
-    eval_crop: float | None = None
+    image_size: Count | None = None  # px; None: not part of the protocol
+    eval_crop: NonNegative | None = None
     eval_interpolation: str | None = None
-    ensemble: int = 1  # networks whose probabilities were averaged
+    ensemble: Count = 1  # networks whose probabilities were averaged
+
+
+_REFERENCES = TypeAdapter(list[Reference])
 
 
 class Distance(NamedTuple):
@@ -41,13 +47,12 @@ class Distance(NamedTuple):
 def read(path: Path) -> list[Reference]:
     """Read a file of published results. Raises PublishedError."""
     try:
-        references = [
-            Reference(**entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))
-        ]
-        return [each._replace(top1=float(each.top1), top5=float(each.top5)) for each in references]
-    except (OSError, ValueError, yaml.YAMLError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PublishedError(f"{path}: no list of published results ({reason})") from None
+        content = strict_yaml.parse(path.read_text(encoding="utf-8"))
+        return strict_json.checked(content, _REFERENCES)
+    except OSError as error:
+        raise PublishedError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise PublishedError(f"{path}: no list of published results ({error})") from None
 
 
 def matching(references: list[Reference], **facts: Any) -> list[Reference]:

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from irv2.report import page, plots
+from pydantic import AfterValidator, TypeAdapter
+from typing_extensions import TypedDict
+
+from data.strict_json import Count, Percent
+from irv2.report import markdown, page, plots
 from irv2.report.plots import Lines, lines_of_kind
 from irv2.report.statistics import wilson
 
 UNKNOWN = "\u2013"
+
+
+class _Measured(TypedDict, total=False):
+    """Keys of validate.json that are shown."""
+
+    step: Count | None
+    weights: str
+    images: Count
+    top1: Percent
+    top1_correct: Count
+    top5: Percent
+
+
+def _counted(measured: _Measured) -> _Measured:
+    if measured.get("top1_correct", 0) > measured.get("images", math.inf):
+        raise ValueError("more correct answers than images")
+    return measured
+
+
+MEASURED = TypeAdapter(Annotated[_Measured, AfterValidator(_counted)])
 
 
 @dataclass(frozen=True)
@@ -21,13 +46,14 @@ class Run:
 
     directory: Path
     log: Lines  # lines of log.jsonl
-    config: dict[str, Any]  # of config.yaml, sections of keys; empty if there is none
-    validated: dict[str, Any]  # of validate.json; empty if there is none
+    config: dict[str, dict[str, Any]]  # of config.yaml; empty if there is none
+    validated: _Measured  # of validate.json; empty if there is none
 
     @property
     def name(self) -> str:
         """Name in the config, else the folder's."""
-        return (self.config.get("run") or {}).get("name") or self.directory.resolve().name
+        stated = self.config.get("run", {}).get("name")
+        return str(stated or self.directory.resolve().name)
 
     @property
     def last(self) -> dict[str, Any]:
@@ -63,7 +89,8 @@ def summary(run: Run) -> list[tuple[str, str]]:
         rows.append(("evaluated", "no evaluation yet"))
     rows.append(("trained", f"{last['epoch']:.1f} epochs, {last['step']:,} steps"))
     if pace is not None:
-        waited = f", {last['data_wait']:.0%} of the time on data" if "data_wait" in last else ""
+        wait = last.get("data_wait")
+        waited = "" if wait is None else f", {wait:.0%} of the time on data"
         rows.append(("pace", f"{pace:.0f} images/s (median){waited}"))
         rows.append(("time", f"{training_time(run)} of training at that pace"))
     return [*rows, ("run", str(run.directory))]
@@ -78,7 +105,10 @@ def training_time(run: Run) -> str:
     """Time for all images seen, at the run's pace."""
     if run.pace is None:
         return UNKNOWN
-    minutes, seconds = divmod(round(run.last["images_seen"] / run.pace), 60)
+    total = run.last["images_seen"] / run.pace
+    if not math.isfinite(total):
+        return UNKNOWN
+    minutes, seconds = divmod(round(total), 60)
     return f"{minutes} min {seconds} s"
 
 
@@ -98,13 +128,11 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return [(key, each) for key, each in values.items() if len(set(each)) > 1]
 
 
-def flat(config: dict[str, Any]) -> dict[str, Any]:
+def flat(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """{"optim": {"lr": 0.1}} -> {"optim.lr": 0.1}."""
-    values = {}
-    for section, content in config.items():
-        part = content if isinstance(content, dict) else {"": content}
-        values |= {f"{section}.{key}".rstrip("."): value for key, value in part.items()}
-    return values
+    return {
+        f"{section}.{key}": value for section, part in config.items() for key, value in part.items()
+    }
 
 
 # ------------------------------------------------------------------------- pages
@@ -143,22 +171,28 @@ def write_readme(directory: Path, run: Run, command: str) -> None:
     """Write README.md and curves.png, for places that do not show HTML. Raises OSError."""
     page.write(directory / "curves.png", plots.png(plots.curves([run.log])))
     evaluations = [
-        f"| {line['epoch']:.2f} | {line['weights']} | {line['top1']:.2f} | {line['top5']:.2f} "
-        f"| {line['loss']:.4f} | {line['images']:,} |"
+        f"| {line['epoch']:.2f} | {markdown.escaped(line['weights'])} | {line['top1']:.2f} "
+        f"| {_figure(line, 'top5', '.2f')} | {_figure(line, 'loss', '.4f')} "
+        f"| {_figure(line, 'images', ',')} |"
         for line in lines_of_kind(run.log, "eval")
     ]
     head = ["| epoch | weights | top-1, % | top-5, % | loss | images |", "|---" * 6 + "|"]
     text = [
-        f"# {run.name}",
+        f"# {markdown.escaped(run.name)}",
         "",
-        f"Made by `{command}`.",
+        f"Made by {markdown.code(command)}.",
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in summary(run)),
+        *(f"| {name} | {markdown.escaped(value)} |" for name, value in summary(run)),
         "",
         "![training loss, top-1, learning rate and pace over epochs](curves.png)",
         "",
         *(head + evaluations if evaluations else []),
     ]
     page.write(directory / "README.md", "\n".join(text).rstrip() + "\n")
+
+
+def _figure(line: dict[str, Any], key: str, form: str) -> str:
+    """Format a number of a line, which may lack it."""
+    return UNKNOWN if line.get(key) is None else format(line[key], form)

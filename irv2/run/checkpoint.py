@@ -24,13 +24,13 @@ from torch import Tensor
 
 from data.errors import UserError
 from data.files import NotAFileError, read_regular, sync_folder, write_through
+from irv2.run.meta import Meta, parse_meta
 
 Parts = dict[str, dict[str, Tensor]]
 
 META, SUMS = "meta.json", "SHA256SUMS"
 _NAME = re.compile(r"step-(\d{9})")
 _HIDDEN = re.compile(r"\.step-\d{9}\.(new|old)")
-_PART = re.compile(r"[a-z_]+")
 
 
 class CheckpointError(UserError):
@@ -43,7 +43,7 @@ class Checkpoint:
 
     path: Path
     parts: Parts
-    meta: dict[str, Any]
+    meta: Meta
     sums: dict[str, str]
 
 
@@ -179,16 +179,13 @@ def _read_sums(path: Path) -> dict[str, str]:
     return sums
 
 
-def _read_meta(path: Path, sums: dict[str, str]) -> dict[str, Any]:
+def _read_meta(path: Path, sums: dict[str, str]) -> Meta:
     content = _read(path, META, sums)
     try:
-        meta = json.loads(content)
-    except ValueError:
-        meta = None
-    parts = meta.get("parts") if isinstance(meta, dict) else None
-    if not isinstance(parts, list) or not all(_PART.fullmatch(str(part)) for part in parts):
-        raise CheckpointError(f"{path}: {META} is not a checkpoint's")
-    if set(sums) != {META, *(f"{part}.safetensors" for part in parts)}:
+        meta = parse_meta(content, step_of(path) if _NAME.fullmatch(path.name) else None)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {META} is not train.py's ({error})") from None
+    if set(sums) != {META, *(f"{part}.safetensors" for part in meta["parts"])}:
         raise CheckpointError(f"{path}: {SUMS} does not name the parts that {META} names")
     return meta
 

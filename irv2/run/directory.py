@@ -27,6 +27,7 @@ import torchvision
 import yaml
 
 from data.files import open_own, remove_leftovers, write_atomically
+from irv2 import strict_yaml
 from irv2.run import checkpoint, jsonl
 from irv2.run.checkpoint import CheckpointError
 from irv2.run.jsonl import JsonLines
@@ -134,11 +135,11 @@ def write_config(directory: Path, config: dict[str, Any]) -> None:
 def micro_batch_before(directory: Path) -> int | None:
     """Micro-batch with which the run was last started; None if it was not."""
     try:
-        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+        config = strict_yaml.parse((directory / "config.yaml").read_text(encoding="utf-8"))
         micro_batch = config["train"]["micro_batch"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return micro_batch if isinstance(micro_batch, int) else None
+    return micro_batch if type(micro_batch) is int and micro_batch > 0 else None
 
 
 def software() -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Records as JSON lines: appended during a run, cut back when it is resumed."""
+"""Records as JSON lines: appended during a run, cut back when it is resumed.
+
+A line that is not as this project writes it, such as one cut short by a crash, is skipped.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,53 @@ import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+from typing_extensions import NotRequired, TypedDict
+
+from data import strict_json
 from data.files import open_own, read_regular, write_atomically
+from data.strict_json import Count, NonNegative, Number, Percent
 
 Record = dict[str, Any]
+
+
+class _Line(TypedDict):
+    """A line of any file; `append` makes null of a number that is not finite."""
+
+    step: Count
+
+
+class _Training(_Line):
+    """A line of log.jsonl, of a step."""
+
+    epoch: NonNegative
+    images_seen: Count
+    loss: NotRequired[Number | None]
+    lr: NotRequired[NonNegative | None]
+    grad_norm: NotRequired[Number | None]
+    images_per_s: NotRequired[NonNegative | None]
+    data_wait: NotRequired[NonNegative | None]
+
+
+class _Evaluation(_Line):
+    """A line of log.jsonl, of an evaluation."""
+
+    epoch: NonNegative
+    weights: str
+    top1: Percent
+    top5: NotRequired[Percent]
+    mean_per_class: NotRequired[Percent]
+    loss: NotRequired[Number | None]
+    images: NotRequired[Count]
+
+
+_LINE = TypeAdapter(_Line)
+_OF_KIND = {"train": TypeAdapter(_Training), "eval": TypeAdapter(_Evaluation)}
 
 
 class JsonLines:
@@ -77,18 +120,24 @@ class JsonLines:
 
 
 def read(path: Path) -> list[Record]:
-    """Read a file's records; malformed lines, such as one cut short by a crash, are skipped."""
+    """Read a file's records, those of log.jsonl with a "kind"."""
     if not path.exists():
         return []
     records = []
-    for text in read_regular(path).decode("utf-8", "replace").splitlines():
-        try:
-            record = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
+    for text in read_regular(path).splitlines():
+        with suppress(ValueError):
+            records.append(_record(text))
     return records
+
+
+def _record(text: bytes) -> Record:
+    """Read a line. Raises ValueError for one that is not as this project writes it."""
+    record = strict_json.parse(text)
+    strict_json.checked(record, _LINE)
+    kind = record.get("kind")
+    if kind in ("train", "eval"):
+        strict_json.checked(record, _OF_KIND[kind])
+    return record
 
 
 def cut_back(path: Path, step: int) -> list[Record]:

@@ -34,7 +34,7 @@ class Logbook:
             return
         self._lines = JsonLines(directory / "log.jsonl", step, self.say)
         self._bad_images = JsonLines(directory / "bad_images.jsonl", step, self.say)
-        self.evals = [line for line in self._lines.kept if line["kind"] == "eval"]
+        self.evals = [line for line in self._lines.kept if line.get("kind") == "eval"]
         self._board: SummaryWriter | None = SummaryWriter(
             str(directory / TENSORBOARD), purge_step=step + 1
         )

@@ -12,6 +12,7 @@ from irv2.config import MACHINE_KEYS, fields
 from irv2.run import checkpoint
 from irv2.run.checkpoint import Checkpoint, CheckpointError
 from irv2.run.directory import BEST, STORE, checkpoints, software
+from irv2.run.meta import Meta
 from irv2.training.distributed import World
 from irv2.training.schedule import length_is_free
 from irv2.training.state import TrainState
@@ -40,7 +41,7 @@ class Experiment:
     images_per_epoch: int
     stored: dict[str, int] = field(default_factory=dict)
 
-    def changes_from(self, saved: dict[str, Any]) -> list[str]:
+    def changes_from(self, saved: Meta) -> list[str]:
         """Describe how the experiment of a checkpoint differs from this one."""
         changes = differences(saved["config"], self.config)
         if not are_same(saved["classes"], self.classes):
@@ -189,8 +190,6 @@ def _check_experiment(
     candidate: Checkpoint, experiment: Experiment, is_own: bool, say: Callable[[str], None]
 ) -> None:
     """Raise OtherExperimentError if a checkpoint does not belong to this experiment."""
-    if not {"config", "classes", "images_per_epoch"} <= candidate.meta.keys():
-        raise CheckpointError(f"{candidate.path}: not a checkpoint of train.py")
     changes = experiment.changes_from(candidate.meta)
     recipe = () if is_own else tuple(f"{section}." for section in RECIPE)
     forbidden = [change for change in changes if not change.startswith(recipe)]
