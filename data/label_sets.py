@@ -20,7 +20,7 @@ from data.image_formats import image_extensions
 from data.names import in_nfc
 from data.sources import check_same_classes
 
-_OUTPUT = re.compile(r"[0-9]{1,9}")  # an output's number, as text
+_NUMBER = re.compile(r"[0-9]{1,9}")  # of an output or an image, as text
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _from_mapping(mapping: dict[str, Any], path: Path) -> dict[str, int]:
     for key, value in mapping.items():
         if isinstance(value, list) and value:
             value = value[0]
-        if isinstance(value, str) and _OUTPUT.fullmatch(key):
+        if isinstance(value, str) and _NUMBER.fullmatch(key):
             output_of[value] = int(key)
         elif type(value) is int:
             output_of[key] = value
@@ -203,8 +203,8 @@ def _listed(labels: LabelSet, source: Source, path: Path) -> np.ndarray:
     for line in lines:
         word = line.split()[0]
         tried = [*_names(line), *_names(word)]
-        if _OUTPUT.fullmatch(word):
-            tried.append(validation_name(int(word)))
+        if _NUMBER.fullmatch(number := word.lstrip("0")):
+            tried.append(validation_name(int(number)))
         place = next((places[key] for key in tried if len(places.get(key, ())) == 1), None)
         if place is None:
             unknown.append(line)
@@ -231,7 +231,7 @@ def _names(path: str) -> list[str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise DataError(f"{path}: cannot be read ({reason})") from None
