@@ -151,7 +151,7 @@ def main() -> int:
     build.check_batch(cfg, distributed.place().size)  # before a device is touched
     with (
         StopRequest() as stop,
-        distributed.start(cfg.run.device, cfg.run.timeout_s) as world,
+        distributed.start(cfg.run.device, cfg.run.timeout_s, cfg.run.deterministic) as world,
         worker_errors(),
     ):
         return train(cfg, arguments.resume, world, stop)

@@ -75,6 +75,11 @@ class Run(Section):
     device: Literal["auto", "cpu", "cuda"] = machine(
         "auto", description="auto: a GPU if there is one"
     )
+    deterministic: bool = machine(
+        False,
+        description="on a GPU, too, repeat and continue a run to the bit: kernels are chosen by "
+        "rule, not by timing them, and add up in one order",
+    )
     timeout_s: Annotated[float, Field(gt=0, le=1e6)] = machine(
         600.0, description="seconds after which a rank or loader that does not answer ends the run"
     )

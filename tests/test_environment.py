@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -251,3 +252,17 @@ def test_a_process_that_is_the_only_one_speaks(left_over, monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     assert cli.exit_status(body) == 1
     assert capsys.readouterr().err.endswith(": words\n")
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_kernels_are_chosen_by_rule_where_results_must_repeat(deterministic, monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    cudnn, timed = torch.backends.cudnn, torch.backends.cudnn.benchmark
+    try:
+        distributed.repeat_results(deterministic)
+        assert cudnn.benchmark is not deterministic
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+        cudnn.benchmark = timed

@@ -8,6 +8,7 @@ from pathlib import Path
 import programs
 import pytest
 import torch
+from same_run import checkpoint_of, differing
 from torch import Tensor
 
 from data import augment, loader, sources, stream, transforms
@@ -188,3 +189,23 @@ def test_train_and_validate_on_the_device(tmp_path: Path, precision: str) -> Non
     validated = programs.run("validate.py", "--run", tmp_path / "run", "--device", "cuda")
     assert validated.returncode == 0, validated.stderr
     assert "12 of" in validated.stdout
+
+
+def test_a_deterministic_run_repeats_itself_and_continues_to_the_bit(tmp_path: Path) -> None:
+    """Twice in one go, and once stopped after its second step, each in processes of its own."""
+    config = programs.write_project(tmp_path)
+    common = (
+        "--config",
+        config,
+        "run.device=cuda",
+        "run.deterministic=true",
+        "train.precision=bf16",
+    )
+    ends = []
+    for name, lengths in (("once", [6]), ("again", [6]), ("continued", [2, 6])):
+        for steps in lengths:
+            place = f"run.dir={tmp_path / name}"
+            result = programs.run("train.py", *common, place, f"train.max_steps={steps}")
+            assert result.returncode == 0, result.stderr
+        ends.append(checkpoint_of(tmp_path / name, 6).parts)
+    assert differing(ends[0], ends[1]) == differing(ends[0], ends[2]) == []

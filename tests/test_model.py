@@ -6,6 +6,7 @@ What is compared with timm is so for both forms, the plain one and the accelerat
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -643,12 +644,20 @@ def test_repeats_of_a_block_share_one_graph(monkeypatch, tmp_path):
     model = accelerate(small(drop_rate=0.0, blocks=(2, 2, 2))).train()
     eager, compile_module = copy.deepcopy(model), nn.Module.compile
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    symbolic, traced = [], torch._dynamo.lookup_backend("aot_eager")
+
+    def backend(graph: nn.Module, inputs: list) -> Callable:
+        symbolic.extend(each for each in inputs if not isinstance(each, Tensor))
+        return traced(graph, inputs)
+
     with monkeypatch.context() as patch:
-        patch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+        compiled = functools.partialmethod(compile_module, backend=backend)
+        patch.setattr(nn.Module, "compile", compiled)
         model.compile_regions()
     x = images(4, 3, 75, 75)
     for each in (model, eager):
         each(x).square().sum().backward()
+    assert symbolic == []  # each graph is of one size
     layers, kinds = 6, 7  # alone; mixed_5b, block35, mixed_6a, block17, mixed_7a, block8, the last
     assert counters["stats"]["unique_graphs"] == layers + kinds
     assert list(model.state_dict()) == list(eager.state_dict())  # names are as before

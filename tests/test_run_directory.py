@@ -136,6 +136,13 @@ def test_a_checkpoint_of_another_network_among_them_is_passed_over(tmp_path: Pat
     assert "passed over" in said[0] and "another experiment (model." in said[0]
 
 
+def test_steps_that_will_repeat_otherwise_are_announced(tmp_path: Path) -> None:
+    save(tmp_path, 12)
+    said = restored(tmp_path, experiment=with_config("run", deterministic=True))[-1]
+    assert said[0] == "run.deterministic: false -> true, from here on"
+    assert not any("deterministic" in line for line in restored(tmp_path)[-1])
+
+
 def test_a_run_may_begin_from_another_with_another_recipe_but_not_network(tmp_path: Path) -> None:
     save(tmp_path / "old", 5)
     origin = str(tmp_path / "old")

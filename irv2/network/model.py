@@ -181,7 +181,7 @@ class InceptionResnetV2(nn.Module):
         return [tuple(name for name in stage if name in children) for stage in STAGES]
 
     def compile_regions(self) -> None:
-        """torch.compile each layer and block by itself, at its next call.
+        """torch.compile each layer and block by itself, at its next call, for the shapes it meets.
 
         Repeats of a block share one result, so it takes a fraction of the time that the whole
         network would; the next process finds it in the user's cache.
@@ -192,7 +192,7 @@ class InceptionResnetV2(nn.Module):
         for child in self.children():
             for region in child if isinstance(child, nn.Sequential) else [child]:
                 if isinstance(region, Block | ConvNormAct | AuxHead):
-                    region.compile()
+                    region.compile(dynamic=False)  # else a second size of a kind is symbolic
 
 
 def _check_image_size(x: Tensor, with_aux: bool) -> None:

@@ -200,3 +200,7 @@ def _check_experiment(
         )
     for change in changes:
         say(f"with another recipe than {candidate.path}: {change}")
+    trees = (candidate.meta["config"], experiment.config)
+    was, now = (tree["run"].get("deterministic", False) for tree in trees)
+    if was != now:
+        say(f"run.deterministic: {str(was).lower()} -> {str(now).lower()}, from here on")

@@ -155,6 +155,9 @@ def parallel(
     are accumulated and applied in the parameters' type.
     """
     if compiled:
+        world.say(
+            "compiling layers and blocks in the first step: a minute or two, once per machine"
+        )
         model.compile_regions()
     if world.size == 1:
         return model
@@ -229,29 +232,46 @@ def _join(device: torch.device, timeout: timedelta) -> None:
     )
 
 
-def set_up(device: torch.device) -> None:
+def set_up(device: torch.device, deterministic: bool = False) -> None:
     """Configure the process for work on the device.
 
-    Float32 means float32: TF32 is off, so that two devices can be compared.
+    Float32 means float32: TF32 is off, so that two devices can be compared. On CPUs all results
+    repeat to the bit; on GPUs if they must be `deterministic`.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if device.type == "cuda":
+        repeat_results(deterministic)
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
     else:
         keep_freed_memory()
 
 
+def repeat_results(deterministic: bool) -> None:
+    """Have operations on GPUs give the same bits each time, or else be as fast as they can.
+
+    An operation that has no such form then raises RuntimeError, and is named in it. To be called
+    before the first operation on a GPU.
+    """
+    torch.backends.cudnn.benchmark = not deterministic  # the fastest kernel is not always the same
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it unwritten
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @contextmanager
-def start(device_name: str, timeout_s: float = 600.0) -> Iterator[World]:
+def start(
+    device_name: str, timeout_s: float = 600.0, deterministic: bool = False
+) -> Iterator[World]:
     """Join the process group torchrun describes (none: a world of one) and leave it at the end.
 
-    A rank that lets the others wait for `timeout_s` in a collective ends them all.
+    A rank that lets the others wait for `timeout_s` in a collective ends them all. deterministic:
+    see `repeat_results`.
     """
     rank, size, *_ = place()
     device = choose_device(device_name)
-    set_up(device)
+    set_up(device, deterministic)
     if size == 1:
         yield World(0, 1, device)
         return

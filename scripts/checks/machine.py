@@ -113,7 +113,7 @@ def check_pace(case: Case) -> Iterator[Finding]:
     """Compare the loader's images per second with the network's."""
     cfg, micro, seconds = case.cfg, case.division.micro_batch, case.request.seconds
     try:
-        with distributed.start(cfg.run.device, cfg.run.timeout_s) as world:
+        with distributed.start(cfg.run.device, cfg.run.timeout_s, cfg.run.deterministic) as world:
             with worker_errors():
                 loads = {
                     workers: capacity.loader_rate(cfg, case.train, micro, world, workers, seconds)
