@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data.protocols import PROTOCOLS
-from data.workers import Workers, worker_errors
+from data.workers import TIMEOUT_S, Workers, worker_errors
 from irv2 import cli, evaluation, results
 from irv2.evaluation import Ensemble, LabelFiles
 from irv2.report import reference, result
@@ -54,7 +54,7 @@ def validate(options: argparse.Namespace, world: World) -> None:
     for each in evaluations:
         started = time.perf_counter()
         model = evaluation.ready(each.network.model, world.device, options.fast)
-        batches = each.batches(options.batch, Workers(options.workers), world)
+        batches = each.batches(options.batch, Workers(options.workers, TIMEOUT_S), world)
         scored = evaluation.scored(model, batches, each.options(precision, options.batch, world))
         if options.ensemble:
             scored = ensemble.adding(scored)

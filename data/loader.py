@@ -20,7 +20,14 @@ from data.shards.prefetch import Request, requests
 from data.stream import REPLACEMENT, Key
 from data.to_input import Colour, ToInput
 from data.transforms import DecodeError, decode
-from data.workers import Workers, batches_of, default_workers, start_worker, worker_errors
+from data.workers import (
+    InHand,
+    Workers,
+    batches_of,
+    default_workers,
+    start_worker,
+    worker_errors,
+)
 
 MAX_REPLACEMENTS = 10  # a class of which as many cannot be decoded needs a person
 
@@ -92,22 +99,31 @@ class Images(Dataset):
     """
 
     def __init__(
-        self, source: Source, view: View, replacement_seed: int | None, checksums: bool
+        self,
+        source: Source,
+        view: View,
+        replacement_seed: int | None,
+        checksums: bool,
+        workers: int = 0,
     ) -> None:
         self.source, self.view = source, view
         self.replacement_seed, self.checksums = replacement_seed, checksums
+        self.in_hand = InHand(workers)
 
     def __getitems__(self, request: Request) -> WorkerBatch | DataError:
         """Make the batch of a request; the DataLoader calls this by its name."""
         self.source.fetch(request.soon)
         keys = request.keys
         images = torch.empty((len(keys), *self.view.shape), dtype=torch.uint8)
-        if get_worker_info() is not None:
+        worker = get_worker_info()
+        if worker is not None:
             images.share_memory_()  # while it is empty, so that no filled pages are copied
         labels, sizes, flips, colours = [], [], [], []
         replaced: list[Replaced] = []
         checksums: list[int] = []
         for (epoch, index), out in zip(keys, images.numpy()):
+            if worker is not None:
+                self.in_hand.note(worker.id, self.source.where(index))
             try:
                 pixels, label = self._open(epoch, index, replaced)
             except DataError as error:
@@ -119,6 +135,8 @@ class Images(Dataset):
             colours.append(colour)
             if self.checksums:
                 checksums.append(fingerprint(out, flip, colour))
+        if worker is not None:
+            self.in_hand.note(worker.id, "")
         images = images.flatten(0, -4)
         return WorkerBatch(
             images,
@@ -199,8 +217,9 @@ def load(
     count = default_workers() if workers.count is None else workers.count
     # Compile what the view needs now: each worker forked later would have to.
     view(np.zeros((2, 2, 3), np.uint8), 0, 0, np.empty(view.shape, np.uint8))
+    dataset = Images(source, view, view.seed if replace_bad else None, checksums, count)
     loader = DataLoader(
-        Images(source, view, view.seed if replace_bad else None, checksums),
+        dataset,
         batch_sampler=requests(announce(batches, source), source.fetches_ahead, max(1, count)),
         num_workers=count,
         collate_fn=_as_it_is,
@@ -210,7 +229,7 @@ def load(
     )
     to_device = ToDevice(to_input.device)
     with worker_errors():
-        for batch in batches_of(loader):
+        for batch in batches_of(loader, dataset.in_hand):
             if isinstance(batch, DataError):
                 raise batch
             small = (batch.flips, batch.colours, batch.labels)

@@ -168,6 +168,9 @@ class Renamed(Source):
     def name(self, index: int) -> str:
         return self.source.name(index)
 
+    def where(self, index: int) -> str:
+        return self.source.where(index)
+
     def label(self, index: int) -> int:
         return self._places[self.source.label(index)]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,16 +18,20 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.sharedctypes import RawArray
 from typing import TypeVar
 
 from torch.utils.data import DataLoader
 
 from data import limits
-from data.errors import WorkerError
+from data.errors import WorkerError, enumeration
 
 Made = TypeVar("Made")  # a batch as the loader's processes make it
 
 RESCUE_S = 5  # torch reports most time-outs itself, and by then has
+TIMEOUT_S = 600.0  # as run.timeout_s, where there is no run
+SLOW_S = 60.0  # of waiting, after which a line says for what
+LONGEST_NAME = 1024  # bytes of a name in hand
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,31 @@ class Workers:
 
     count: int | None = None  # 0: the calling process itself; None: `default_workers()`
     timeout_s: float = 0.0  # longest wait for a batch; 0: for ever
+
+
+class InHand:
+    """Names of the files that processes have in hand, and since when, in memory they share."""
+
+    def __init__(self, processes: int) -> None:
+        self._names = RawArray("c", max(1, processes) * LONGEST_NAME)
+        self._since = RawArray("d", max(1, processes))  # by the machine's clock; 0: nothing
+
+    def note(self, process: int, name: str) -> None:
+        """Note what a process has in hand from now on; nothing for an empty name."""
+        begin = process * LONGEST_NAME
+        encoded = os.fsencode(name)[: LONGEST_NAME - 1]
+        self._names[begin : begin + len(encoded) + 1] = encoded + b"\0"
+        self._since[process] = time.monotonic() if name else 0.0
+
+    def names(self, seconds: float = 0.0) -> list[str]:
+        """List what processes have had in hand for so long."""
+        latest = time.monotonic() - seconds
+        held = [number for number, since in enumerate(self._since) if 0 < since <= latest]
+        starts = (number * LONGEST_NAME for number in held)
+        return [
+            os.fsdecode(self._names[start : start + LONGEST_NAME].split(b"\0")[0])
+            for start in starts
+        ]
 
 
 def usable_cores() -> int:
@@ -92,17 +123,14 @@ def worker_errors() -> Iterator[None]:
             raise WorkerError(
                 f"{reason}: raise their limit (ulimit -n), or lower data.workers"
             ) from None
-        if reason.startswith("DataLoader timed out"):
-            raise WorkerError(
-                f"{reason}; the storage of the images hangs, or run.timeout_s is too short for it"
-            ) from None
         raise
 
 
-def batches_of(loader: DataLoader[Made]) -> Iterator[Made]:
+def batches_of(loader: DataLoader[Made], in_hand: InHand) -> Iterator[Made]:
     """Yield the loader's batches. However this ends, no worker is left behind.
 
-    Raises WorkerError where the system does not let as many processes work.
+    in_hand: what its workers note. Raises WorkerError for a batch that takes too long, and where
+    the system does not let as many processes work.
     """
     others = multiprocessing.active_children()
     if loader.num_workers:
@@ -115,7 +143,7 @@ def batches_of(loader: DataLoader[Made]) -> Iterator[Made]:
     end_workers = partial(end, workers)
     atexit.register(end_workers)  # a traceback may keep this generator open until then
     try:
-        while (batch := next_batch(iterator, workers, loader.timeout)) is not None:
+        while (batch := next_batch(iterator, workers, loader.timeout, in_hand)) is not None:
             yield batch
     except GeneratorExit:
         del iterator  # torch's own end: workers finish what they do
@@ -126,28 +154,35 @@ def batches_of(loader: DataLoader[Made]) -> Iterator[Made]:
 
 
 def next_batch(
-    iterator: Iterator[Made], workers: list[BaseProcess], timeout_s: float
+    iterator: Iterator[Made], workers: list[BaseProcess], timeout_s: float, in_hand: InHand
 ) -> Made | None:
-    """Return the next batch, None after the last.
+    """Return the next batch, None after the last; a line says what a slow one waits for.
 
-    Raises RuntimeError, in torch's words, for what torch overlooks: a batch's memory is fetched
-    from its worker, which may be about to die, or hang.
+    Raises WorkerError for one that takes longer than `timeout_s`, and RuntimeError, in torch's
+    words, for what torch overlooks: a batch's memory is fetched from its worker, which may be about
+    to die, or hang.
     """
-    hung = threading.Event()
+    arrived, hung = threading.Event(), threading.Event()
 
-    def cut_off() -> None:
+    def watch() -> None:
+        limit = timeout_s + RESCUE_S
+        if arrived.wait(min(SLOW_S, limit)):
+            return
+        if limit > SLOW_S:
+            say_waiting(SLOW_S, in_hand.names())
+            if arrived.wait(limit - SLOW_S):
+                return
         hung.set()
         for worker in workers:
             worker.kill()
 
-    alarm = threading.Timer(timeout_s + RESCUE_S, cut_off)
     if timeout_s and workers:
-        alarm.start()
+        threading.Thread(target=watch, daemon=True).start()
     try:
         return next(iterator, None)
     except (OSError, EOFError, RuntimeError) as error:
-        if hung.is_set():
-            raise RuntimeError(f"DataLoader timed out after {timeout_s:g} seconds") from None
+        if hung.is_set() or str(error).startswith("DataLoader timed out"):
+            raise hanging(timeout_s, in_hand.names()) from None
         if isinstance(error, RuntimeError):
             raise
         dead = wait([worker.sentinel for worker in workers], timeout=1)
@@ -156,7 +191,22 @@ def next_batch(
             raise
         raise RuntimeError(f"DataLoader worker (pid {pids[0]}) exited unexpectedly") from None
     finally:
-        alarm.cancel()
+        arrived.set()
+
+
+def say_waiting(seconds: float, names: list[str]) -> None:
+    """Say in a line that processes have had these files in hand for so long."""
+    what = enumeration(names) or "a process that has none in hand"
+    logging.getLogger(__name__).warning("waiting since %g s for %s", seconds, what)
+
+
+def hanging(timeout_s: float, names: list[str]) -> WorkerError:
+    """Make the error for processes that have had these files in hand for too long."""
+    at = f" at {enumeration(names)}" if names else ""
+    return WorkerError(
+        f"timed out after {timeout_s:g} seconds{at}; the storage of the images hangs, or the time "
+        "allowed (of a run: run.timeout_s) is too short for it"
+    )
 
 
 @contextmanager

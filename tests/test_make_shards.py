@@ -30,6 +30,7 @@ from shard_makers import (
 )
 
 from data.errors import DataError, ImageError
+from data.prepare import processes
 from data.prepare.shard_scan import index_folder
 from data.prepare.shard_writer import RECORD, Options, write_shard, write_shards
 from data.shards import index as shard_index
@@ -195,6 +196,17 @@ def test_a_worker_that_dies_is_told(folder, tmp_path):
     source = Cut(folder, 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(DataError, match="a worker process has died"):
         write_shards(source, tmp_path / "x", SMALL, 2, ignore)
+
+
+def test_a_process_that_hangs_is_told_with_the_image_that_it_has_in_hand(
+    folder, tmp_path, monkeypatch, caplog
+):
+    for name, seconds in (("TIMEOUT_S", 2.0), ("SLOW_S", 0.5), ("LOOK_S", 0.1)):
+        monkeypatch.setattr(processes, name, seconds)
+    source = Cut(folder, 3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    with pytest.raises(DataError, match=rf"timed out after 2 seconds at {source.name(3)};"):
+        write_shards(source, tmp_path / "x", SMALL, 2, ignore)
+    assert f"waiting since 0.5 s for {source.name(3)}" in caplog.text
 
 
 def test_a_full_disk_is_told_by_the_shard_and_leaves_nothing_half_written(

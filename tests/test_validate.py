@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from calling import call
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from small_weights import SYNSETS, write_small_weights
 
 import validate
 from data.protocols import PROTOCOLS
@@ -93,6 +95,16 @@ def validated(folder: Path, *arguments: object) -> tuple[dict, str]:
     status, stdout, stderr = call(validate, *arguments, "--json", folder / "result.json")
     assert status == 0, stderr
     return json.loads((folder / "result.json").read_text()), stdout
+
+
+def test_storage_that_hangs_is_told_with_the_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(validate, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(FolderSource, "read", lambda *_: time.sleep(600))
+    data = programs.write_images(tmp_path / "data", SYNSETS, 1)
+    options = ("--weights", write_small_weights(tmp_path), "--data", data, "--workers", 1)
+    status, _, told = call(validate, *options)
+    assert status == 1
+    assert f"timed out after 1 seconds at {data / SYNSETS[0] / '0.png'};" in told
 
 
 def test_timms_weights_give_timms_counts_and_loss(photographs, peer, tmp_path) -> None:

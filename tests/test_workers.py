@@ -19,7 +19,7 @@ from programs import is_alive, start_script
 
 from data import limits, workers
 from data.errors import DataError, WorkerError
-from data.workers import Workers, next_batch, worker_errors
+from data.workers import InHand, Workers, next_batch, worker_errors
 
 
 def drain(batches, then: Callable[[int], None] = lambda pid: None) -> None:
@@ -77,7 +77,7 @@ def test_a_lost_connection_is_a_workers_death_only_if_it_dies(seconds, said):
     child.start()
     try:
         with pytest.raises((RuntimeError, ConnectionResetError), match=said):
-            next_batch(Unreachable(), [child], 0)
+            next_batch(Unreachable(), [child], 0, InHand(1))
     finally:
         child.kill()
         child.join()
@@ -89,12 +89,16 @@ def test_a_lost_connection_is_a_workers_death_only_if_it_dies(seconds, said):
     [(Hanging(), lambda pid: None), (Slow(), lambda pid: os.kill(pid, signal.SIGSTOP))],
     ids=["storage hangs", "worker stopped"],
 )
-def test_a_hanging_worker_is_told_after_the_time_allowed_and_ended(source, act):
+def test_a_hanging_worker_is_told_of_after_a_while_and_ended_after_the_time_allowed(
+    source, act, monkeypatch, caplog
+):
+    monkeypatch.setattr(workers, "SLOW_S", 0.5)
     started = time.monotonic()
     with pytest.raises(WorkerError) as error:
         drain(endless(source, Workers(2, timeout_s=1.5)), act)
     assert 1.5 <= time.monotonic() - started < 30
-    assert_told(error.value, "timed out after 1.5 seconds", "storage", "run.timeout_s")
+    assert_told(error.value, "timed out after 1.5 seconds at numbered/", "run.timeout_s")
+    assert "waiting since 0.5 s for numbered/" in caplog.text
 
 
 @pytest.mark.slow

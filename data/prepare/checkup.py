@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data.base import Source
 from data.errors import ImageError
 from data.loader import read_image
-from data.prepare.processes import run_all
+from data.prepare.processes import run_all, take_in_hand
 from data.sources import FolderSource
 
 PART = 64  # images a process looks at before it reports
@@ -117,4 +117,8 @@ def in_parallel(
 
 def _results(work: Work, source: Source, indices: Sequence[int]) -> list[Any]:
     source.fetch(indices)
-    return [work(source, index) for index in indices]
+    results = []
+    for index in indices:
+        take_in_hand(source.where(index))
+        results.append(work(source, index))
+    return results

@@ -22,8 +22,9 @@ import numpy as np
 
 from data import strict_json
 from data.errors import DataError
+from data.files import open_regular
 from data.image_formats import image_extensions
-from data.prepare.processes import run_all, stop_if_cancelled
+from data.prepare.processes import run_all, take_in_hand
 from data.shards import index as shard_index
 from data.shards.index import BLOCK, COLUMNS, INDEX, PLAN, Index, Shard
 
@@ -60,8 +61,9 @@ def image_kinds() -> set[str]:
 def sha256_of(path: Path) -> str:
     """Compute the SHA-256 of a file, in hexadecimal."""
     digest, buffer = hashlib.sha256(), bytearray(1 << 20)
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         while count := file.readinto(buffer):
+            take_in_hand(str(path))
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
 
@@ -73,9 +75,9 @@ def scan(path: Path) -> Scan:
     """Read a shard. Raises DataError, naming shard and key, for a sample that is not whole."""
     try:
         scanned = Scan(Shard(path.name, path.stat().st_size, sha256_of(path)))
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for key, members in _by_key(path, _members(path, file)).items():
-                stop_if_cancelled()
+                take_in_hand(f"{path}: key {key!r}")
                 sample, name = _sample(path, file, key, members)
                 scanned.samples.append(sample)
                 if name is not None:

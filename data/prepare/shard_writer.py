@@ -32,7 +32,7 @@ from data.base import Source
 from data.errors import DataError, ImageError
 from data.files import open_own, remove_leftovers, write_atomically
 from data.image_formats import open_image
-from data.prepare.processes import run_all, stop_if_cancelled
+from data.prepare.processes import run_all, take_in_hand
 from data.prepare.shard_scan import Sample, Scan, build_index, image_kinds, scan
 from data.shards import index as shard_index
 from data.shards.index import BLOCK, INDEX, PLAN, Index, Shard
@@ -189,7 +189,7 @@ def write_shard(source: Source, images: np.ndarray, path: Path, options: Options
 
     def write(file: BinaryIO) -> None:
         for index in images.tolist():
-            stop_if_cancelled()
+            take_in_hand(source.where(index))
             name = key(source, index)
             members, label = sample_of(source, index, options)
             image = members[0][1]

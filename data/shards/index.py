@@ -164,6 +164,9 @@ class IndexedImages(Source):
         """The images as they lie in the shards: int32 [N]."""
         return np.lexsort((self._block, self._shard)).astype(np.int32)
 
+    def where(self, index: int) -> str:
+        return self.describe(index, None)
+
     def place(self, index: int) -> tuple[str, int, int]:
         """Find an image: its shard, and there the first byte and the size of its content."""
         begin = int(self._block[index]) * BLOCK
