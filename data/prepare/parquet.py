@@ -5,7 +5,6 @@ Images lie there in any order, and are found quickly only in that order.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data import strict_json
 from data.errors import DataError, ImageError
 from data.ilsvrc import SYNSET, Expected, added_synset, original_name
 from data.optional import needed
@@ -109,9 +109,9 @@ def _among(schema: Any, names: Sequence[str | None]) -> str | None:
 def _features(metadata: dict[bytes, bytes]) -> dict[str, dict[str, Any]]:
     """Read what Hugging Face's library writes of each column into a file's schema."""
     try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        features = strict_json.parse(metadata[b"huggingface"])["info"]["features"]
         return {name: entry for name, entry in features.items() if isinstance(entry, dict)}
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         return {}
 
 

@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 
 from data.errors import DataError, enumeration
-from data.folders import image_extensions
+from data.image_formats import image_extensions
 from data.prepare.public_sets import Entry
 from data.sources import FolderSource
 
