@@ -16,7 +16,8 @@ import torch
 from data import ilsvrc
 from data.base import Source
 from data.errors import DataError, enumeration, unreadable
-from data.image_formats import image_extensions
+from data.files import read_regular
+from data.image_formats import MAX_BYTES, image_extensions
 
 METAS = ("meta.mat", "meta_clsloc.mat")  # of the development kits of 2012 and of later years
 MAX_FILE = 256 << 20  # bytes
@@ -57,9 +58,7 @@ def parse(content: bytes, path: Path) -> dict[str, str]:
 
 def _content(path: Path) -> bytes:
     try:
-        if path.stat().st_size > MAX_FILE:
-            raise DataError(f"{path}: too large for a file of labels")
-        return path.read_bytes()
+        return read_regular(path, MAX_FILE)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -169,8 +168,7 @@ class LabelledFolder(Source):
     def read(self, index: int) -> tuple[bytes, int]:
         path = self.name(index)
         try:
-            with open(path, "rb") as file:
-                return file.read(), self.label(index)
+            return read_regular(path, MAX_BYTES), self.label(index)
         except OSError as error:
             raise unreadable(path, error) from None
 

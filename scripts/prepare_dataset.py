@@ -7,6 +7,8 @@ OUT/train/<class>/<image>, OUT/val/<class>/<image>.
   python scripts/prepare_dataset.py cifar10 --out datasets/cifar10 [--from ARCHIVE]
   python scripts/prepare_dataset.py imagenette --out datasets/imagenette [--size 320] [--from …]
   python scripts/prepare_dataset.py folder SRC --out datasets/mine [--val-fraction 0.1] [--seed 0]
+  python scripts/prepare_dataset.py csv TABLE --out datasets/mine [--label-column label] …
+  python scripts/prepare_dataset.py parquet PATH|hf:OWNER/NAME --out datasets/mine
 
 digits         scikit-learn's 1,797 handwritten digits of 8x8 px; 360 held out, stratified
 fashion-mnist  60,000 / 10,000 images of 28x28 px; looks into /usr/share/datasets/fashion-mnist
@@ -15,9 +17,13 @@ cifar10        50,000 / 10,000 images of 32x32 px, from cifar-10-binary.tar.gz
 imagenette     9,469 / 3,925 photographs of ten ImageNet classes, from imagenette2-320.tgz
 folder         images that lie in SRC/<class>/: the given share of each class for validation, the
                same for the same seed; hard links where SRC and OUT share a file system, else copies
+csv            images that a table lists, paths in one column and classes in another, split likewise
+parquet        any image data set as Hugging Face has them, classes by the names in its schema; its
+               validation images, else its test images, else a split as of a folder
 
 What --from does not name is downloaded. OUT appears when it is complete; one that is there is left
-as it is. Exit status: 0 OUT is there, 1 something must be fixed first, 130 Ctrl-C.
+as it is. (Of parquet OUT/train and OUT/val do, and the same command goes on.) Exit status: 0 OUT is
+there, 1 something must be fixed first, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -35,12 +41,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.errors import DataError
-from data.prepare import public_sets
+from data.errors import DataError, enumeration
+from data.prepare import hub, parquet, public_sets, splits
+from data.prepare.folder_writer import write_folder
 from data.prepare.public_sets import Entry
 from irv2 import cli
 
 IMAGES = {"digits": 1797, "fashion-mnist": 70_000, "cifar10": 60_000, "imagenette": 13_394}
+OWN = {
+    "folder": "folder of class folders; images are hard-linked, or copied to another disk",
+    "csv": "table that lists images; they are linked or copied likewise",
+    "parquet": "folder of parquet files whose names say the split, or hf:OWNER/NAME",
+}
+WRITERS = 8  # threads
 
 
 def write(entries: Iterable[Entry], out: Path, total: int) -> Counter[str]:
@@ -83,21 +96,31 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(dest="dataset", required=True, metavar="SET")
-    for name in (*IMAGES, "folder"):
+    for name in (*IMAGES, *OWN):
         kind = kinds.add_parser(name)
         kind.add_argument("--out", type=cli.path, required=True, help="folder to make")
-        if name == "folder":
-            kind.add_argument(
-                "source",
-                type=cli.path,
-                metavar="SRC",
-                help="folder of class folders; images are hard-linked, or copied to another disk",
-            )
+        if name in OWN:
+            kind.add_argument("source", type=cli.location, help=OWN[name])
             kind.add_argument(
                 "--val-fraction", type=float, default=0.1, help="share of each class (default: 0.1)"
             )
             kind.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
-        elif name != "digits":
+        if name == "csv":
+            kind.add_argument("--path-column", default="path", metavar="NAME", help="default: path")
+            kind.add_argument(
+                "--label-column", default="label", metavar="NAME", help="default: label"
+            )
+            kind.add_argument(
+                "--root", type=cli.path, help="folder that paths begin at (default: the table's)"
+            )
+        if name == "parquet":
+            for column, what in (("image", "images"), ("label", "labels")):
+                kind.add_argument(
+                    f"--{column}-column",
+                    metavar="NAME",
+                    help=f"of {what} (default: as the schema says)",
+                )
+        if name in ("fashion-mnist", "cifar10", "imagenette"):
             kind.add_argument(
                 "--from", dest="archive", type=cli.path, help="the original archive, or its folder"
             )
@@ -113,7 +136,7 @@ def parse_arguments() -> argparse.Namespace:
                 help="shorter side of the images, px (default: 320)",
             )
     arguments = parser.parse_args()
-    if arguments.dataset == "folder" and not 0 < arguments.val_fraction < 1:
+    if arguments.dataset in OWN and not 0 < arguments.val_fraction < 1:
         parser.error(f"--val-fraction {arguments.val_fraction}: must lie between 0 and 1")
     return arguments
 
@@ -128,12 +151,28 @@ def entries_of(arguments: argparse.Namespace) -> Iterable[Entry]:
         return public_sets.cifar10(arguments.archive, not arguments.skip_md5)
     if arguments.dataset == "imagenette":
         return public_sets.imagenette(arguments.size, arguments.archive, not arguments.skip_md5)
-    source, out = arguments.source.resolve(), arguments.out.resolve()
-    if out.is_relative_to(source):
-        raise ValueError(f"{arguments.out}: lies in {arguments.source}; choose a place outside")
+    source, out = Path(arguments.source), arguments.out
     fraction, seed = arguments.val_fraction, arguments.seed
-    say = partial(print, file=sys.stderr)
-    return public_sets.split_folder(arguments.source, fraction, seed, say)
+    if arguments.dataset == "csv":
+        columns = (arguments.path_column, arguments.label_column)
+        return splits.split_table(source, arguments.root or source.parent, columns, fraction, seed)
+    if out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{out}: lies in {source}; choose a place outside")
+    return splits.split_folder(source, fraction, seed, partial(print, file=sys.stderr))
+
+
+def write_parquet(arguments: argparse.Namespace) -> None:
+    """Write a data set that lies in parquet files, or what is missing of it. Raises DataError."""
+    out, path = arguments.out, Path(arguments.source)
+    if arguments.source.startswith(hub.PREFIX):
+        path = hub.download(arguments.source, ["*.parquet"])
+    columns = (arguments.image_column, arguments.label_column)
+    sources = parquet.open_data_set(path, *columns, arguments.val_fraction, arguments.seed)
+    if lacking := sorted(set(sources["train"].classes) ^ set(sources["val"].classes)):
+        raise DataError(f"{path}: only one of train and val has images of {enumeration(lacking)}")
+    for split, source in sources.items():
+        write_folder(source, out / split, WRITERS)
+        print(f"{out / split}: {len(source):,} images of {len(source.classes):,} classes")
 
 
 @cli.program
@@ -141,6 +180,9 @@ def main() -> int:
     """Command line -> exit status."""
     arguments = parse_arguments()
     out = arguments.out
+    if arguments.dataset == "parquet":
+        write_parquet(arguments)
+        return 0
     if out.exists():
         print(f"{out}: already there, left as it is")
         return 0

@@ -11,6 +11,8 @@ PATH is one of these, and the program says which:
     and ILSVRC2012_img_val.tar
   Kaggle's imagenet-object-localization-challenge.zip, the tar in it, or the tree that either
     unpacks to; labels of the validation images come from LOC_val_solution.csv in or beside it
+  a folder of parquet files as Hugging Face's ILSVRC/imagenet-1k has them, or hf:ILSVRC/imagenet-1k,
+    which is downloaded; names lose the synset that they carry, ILSVRC2012_val_00000001_n01751748
   a folder of validation images, with --labels FILE and --only val
 
 The images become OUT/train/<synset>/<name>.JPEG and OUT/val/<synset>/<name>.JPEG, byte for byte as
@@ -44,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.errors import DataError, enumeration
 from data.files import write_atomically
 from data.ilsvrc import BLACKLIST, ILSVRC2012, Expected
-from data.prepare import checksums, forms, shard_writer
+from data.prepare import checksums, forms, hub, shard_writer
 from data.prepare.folder_writer import (
     copy_image,
     link_image,
@@ -53,7 +55,7 @@ from data.prepare.folder_writer import (
     write_folder,
 )
 from data.prepare.forms import Asked, Form
-from data.prepare.listed import FileSource, ListedSource
+from data.prepare.listed import FileSource, ListedSource, StreamSource
 from data.shards.index import INDEX, PLAN
 from data.workers import usable_cores
 from irv2 import cli
@@ -111,7 +113,7 @@ class Shards:
         return OVERHEAD * archive_bytes - sum(p.stat().st_size for p in folder.glob("*.tar"))
 
     def write(self, source: ListedSource, folder: Path) -> None:
-        if source.is_sequential:
+        if isinstance(source, StreamSource):
             raise DataError(
                 f"{source.root}: can only be read from beginning to end: make folders of it, "
                 "without --shards, then shards of these with scripts/make_shards.py"
@@ -145,6 +147,8 @@ def prepare(
         for path, archive in form.archives if is_md5_checked else ():
             checksums.check_md5(path, archive.md5, state)
         sources = {split: form.open(split) for split in splits}
+        for line in dict.fromkeys(line for source in sources.values() for line in source.remarks):
+            cli.remark(f"note: {line}")
         for split, source in sources.items():
             layout.write(source, out / split)
             print(f"{out / split}: {len(source):,} images of {len(source.classes):,} classes")
@@ -201,7 +205,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--from", dest="path", type=cli.path, required=True, metavar="PATH", help="see above")
+    add("--from", dest="path", type=cli.location, required=True, metavar="PATH", help="see above")
     add("--out", type=cli.path, required=True, help="folder to make or to complete")
     add("--only", choices=["train", "val"], help="this split; the other need not be there")
     add(
@@ -254,8 +258,12 @@ def main(arguments: Sequence[str] | None = None, expected: Expected = ILSVRC2012
         layout = ClassFolders(given.workers or THREADS, given.link)
     splits = (given.only,) if given.only else ("train", "val")
     try:
-        form = forms.recognise(Asked(given.path, splits, given.labels, expected, layout.workers))
-        print(f"{given.path}: {form.words}")
+        path = Path(given.path)
+        if given.path.startswith(hub.PREFIX):
+            names = [f"*{split}*.{ending}" for split in splits for ending in ("parquet", "tar")]
+            path = hub.download(given.path, names)
+        form = forms.recognise(Asked(path, splits, given.labels, expected, layout.workers))
+        print(f"{path}: {form.words}")
         prepare(form, given.out, splits, layout, expected, not given.skip_md5)
     except KeyboardInterrupt:
         cli.remark("prepare_imagenet.py: stopped; the same command goes on from here")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 from imagenet_miniature import IDS, VAL_IDS, devkit_files, train_images, val_images, write_archives
+from pyarrow import parquet
 from tars import tar
 
 VAL_SYNSETS = [IDS[i] for i in VAL_IDS]
@@ -92,6 +95,41 @@ def write_kaggle_data(folder: Path) -> Path:
     return write_files(folder, kaggle_tree() | kit) / DATA
 
 
+def parquet_file(rows: list[tuple[str | None, bytes, int]]) -> bytes:
+    """As Hugging Face's `datasets` writes them: two images in a row group, and a schema's names."""
+    feature = {"names": [f"thing {i}, object {i}" for i in range(4)], "_type": "ClassLabel"}
+    features = {"features": {"image": {"_type": "Image"}, "label": feature}}
+    images = [{"bytes": content, "path": name} for name, content, _ in rows]
+    table = pa.table({"image": images, "label": [label for *_, label in rows]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": features})})
+    buffer = io.BytesIO()
+    parquet.write_table(table, buffer, row_group_size=2)
+    return buffer.getvalue()
+
+
+def parquet_rows() -> dict[str, list[tuple[str, bytes, int]]]:
+    """Name, bytes and label of the images of each split, which lie in no order."""
+    places = {synset: place for place, synset in enumerate(sorted(IDS.values()))}
+    train = [
+        (f"{name.removesuffix('.JPEG')}_{synset}.JPEG", content, places[synset])
+        for synset, images in train_images().items()
+        for name, content in images
+    ]
+    val = []
+    for name, content in val_images():
+        synset = VAL_SYNSETS[int(name[-13:-5]) - 1]
+        val.append((name.replace(".", f"_{synset}."), content, places[synset]))
+    return {"train": train[::3] + train[1::3] + train[2::3], "validation": val}
+
+
+def write_parquet(folder: Path) -> Path:
+    files = {"README.md": b"---", "data/test-00000-of-00001.parquet": parquet_file([])}
+    for split, rows in parquet_rows().items():
+        for number, part in enumerate((rows[:5], rows[5:])):
+            files[f"data/{split}-{number:05d}-of-00002.parquet"] = parquet_file(part)
+    return write_files(folder, files)
+
+
 FORMS: dict[str, Callable[[Path], Path]] = {
     "the original archives": write_archives_alone,
     "Kaggle's zip": write_kaggle_zip,
@@ -99,6 +137,7 @@ FORMS: dict[str, Callable[[Path], Path]] = {
     "Kaggle's tar": write_kaggle_tar,
     "Kaggle's tree": write_kaggle_tree,
     "Kaggle's tree, no CSV": write_kaggle_data,
+    "Hugging Face's parquet files": write_parquet,
 }
 
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from unittest import mock
 
+import huggingface_hub
 import imagenet_forms as forms
 import numpy as np
+import pyarrow as pa
 import pytest
+from huggingface_hub import errors
 from imagenet_forms import DATA, FORMS, write_files, zipped
 from imagenet_miniature import IDS, VAL_IDS, expected, train_images, tree, val_images
+from pyarrow import parquet
 from scipy.io import savemat
-from shard_makers import flip
+from shard_makers import encoded, flip
 from tars import special, tar
 
 from data import label_files
@@ -67,7 +73,7 @@ def test_every_form_gives_the_same_tree(form, tmp_path, capsys):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*/*")} == before
 
 
-@pytest.mark.parametrize("form", ["Kaggle's zip", "Kaggle's tree"])
+@pytest.mark.parametrize("form", ["Kaggle's zip", "Kaggle's tree", "Hugging Face's parquet files"])
 def test_every_form_becomes_shards(form, tmp_path, capsys):
     path = FORMS[form](tmp_path / "given")
     assert prepare(path, tmp_path / "out", "--shards", "--images-per-shard", "5") == 0
@@ -253,13 +259,108 @@ def test_damaged_bytes_in_a_zip_are_no_image(tmp_path, capsys):
     assert f"{name}: does not match its checksum" in capsys.readouterr().err
 
 
+# ---------------------------------------------------------------------------------- parquet
+
+
+def changed(rows: list, **changes: object) -> list:
+    """The first row with another name, content or label."""
+    row = dict(zip(("name", "content", "label"), rows[0])) | changes
+    return [tuple(row.values()), *rows[1:]]
+
+
+def test_rows_of_parquet_files_that_contradict_their_names_are_refused(tmp_path, capsys):
+    file, val = tmp_path / "validation.parquet", forms.parquet_rows()["validation"]
+
+    def told(rows: list) -> str:
+        file.write_bytes(forms.parquet_file(rows))
+        return refusal(tmp_path, tmp_path, capsys, "--only", "val")
+
+    assert "its label is 4, not one of 0 to 3" in told(changed(val, label=4))
+    other = (val[0][2] + 1) % 4
+    assert f"has label {other}, which is {sorted(IDS.values())[other]}" in told(
+        changed(val, label=other)
+    )
+    assert "7 images, 8 expected" in told(val[1:])
+    assert "twice" in told([val[1], *val[1:]])
+    assert "the file has its name alone" in told(changed(val, content=None))
+    file.write_bytes(forms.parquet_file(val)[:-9])
+    assert f"{file}: not a whole parquet file" in refusal(
+        tmp_path, tmp_path, capsys, "--only", "val"
+    )
+    table = pa.table({"pixels": [b"x"], "label": [0]})
+    parquet.write_table(table, file)
+    assert "no column of images" in refusal(tmp_path, tmp_path, capsys, "--only", "val")
+
+
+def test_signs_of_another_encoding_and_lost_names_are_told(tmp_path, capsys):
+    rows = [(None, encoded(i, "WEBP", (60, 50)), label) for i, (*_, label) in
+            enumerate(forms.parquet_rows()["validation"])]  # fmt: skip
+    (tmp_path / "validation.parquet").write_bytes(forms.parquet_file(rows))
+    out = tmp_path / "out"
+    with mock.patch("data.prepare.parquet.MANY", 4):
+        assert prepare(tmp_path, out, "--only", "val") == 0
+    told = capsys.readouterr().err
+    assert "of 4 images looked at some are no JPEG files, as ImageNet's are: 4 webp" in told
+    assert "all have a shorter side of 50 px: scaled down" in told
+    assert "8 val images have no names of ImageNet's" in told
+    assert sorted(images(out).values()) == sorted(content for _, content, _ in rows)
+
+
+def test_without_pyarrow_it_is_said_how_to_install_it(tmp_path, capsys, monkeypatch):
+    path = forms.write_parquet(tmp_path / "given")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert "needs pyarrow: pip install -r requirements-data.txt" in refusal(path, tmp_path, capsys)
+
+
+def test_data_sets_of_the_hub_are_downloaded_as_far_as_they_are_needed(
+    tmp_path, capsys, monkeypatch
+):
+    path, asked = forms.write_parquet(tmp_path / "given"), []
+
+    def download(name: str, **options: object) -> str:
+        asked.append((name, options))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert prepare("hf:ILSVRC/imagenet-1k@main", tmp_path / "out", "--only", "val") == 0
+    assert len(images(tmp_path / "out")) == 8
+    patterns = ["*val*.parquet", "*val*.tar"]
+    options = {"repo_type": "dataset", "revision": "main", "allow_patterns": patterns}
+    assert asked == [("ILSVRC/imagenet-1k", options)]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (errors.GatedRepoError.__new__(errors.GatedRepoError), "accept its terms at https://hugg"),
+        (
+            errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError),
+            "no such data set",
+        ),
+        (
+            errors.LocalEntryNotFoundError("none\nat all"),
+            "cannot be downloaded (none); ",
+        ),
+        (errors.HFValidationError("Repo id must"), "cannot be downloaded (Repo id must)"),
+    ],
+)
+def test_a_download_that_fails_is_one_line(error, words, tmp_path, capsys, monkeypatch):
+    def download(name: str, **options: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    told = refusal("hf:a/b", tmp_path, capsys)
+    assert f"hf:a/b: {words}" in told and told.count("\n") == 1
+
+
 # ---------------------------------------------------------------------------------- interruption
 
 
-def test_a_stream_is_gone_on_with_where_it_was_on_the_disk(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("form", ["Kaggle's tar", "Hugging Face's parquet files"])
+def test_a_stream_is_gone_on_with_where_it_was_on_the_disk(form, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_writer, "FLUSH_IMAGES", 4)
     monkeypatch.setattr(folder_writer, "READ_AHEAD", 2)
-    path, written = forms.write_kaggle_tar(tmp_path), []
+    path, written = FORMS[form](tmp_path / "given"), []
     write = Path.write_bytes
 
     def full(to: Path, content: bytes) -> int:

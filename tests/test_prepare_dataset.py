@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import json
 import os
 import sys
 import tarfile
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import programs
+import pyarrow as pa
 import pytest
 from imagenet_miniature import tree
 from PIL import Image
+from pyarrow import parquet
+from shard_makers import encoded
 from sklearn.datasets import load_digits
 from tars import special, tar
 from torchvision.datasets import FashionMNIST, Imagenette
@@ -429,3 +433,130 @@ def test_what_cannot_be_split_is_told_in_a_line(unsplit, tmp_path, prepare):
     assert "its folders train and val are parts of a data set" in refused(tmp_path / "split")
     (unsplit / "cat" / "0.jpg").unlink()
     assert "one image cannot be in both train and val" in refused(unsplit)
+
+
+# ---------------------------------------------------------------------------------- csv
+
+
+@pytest.fixture
+def table(unsplit) -> Path:
+    """A CSV file of the images of `unsplit`, with columns of its own."""
+    paths = sorted(path.relative_to(unsplit) for path in unsplit.rglob("*.jpg"))
+    lines = [f'{path},"{path.parts[0]}/Linn.",{i}' for i, path in enumerate(paths)]
+    (unsplit / "table.csv").write_text("\n".join(["file,species,weight", *lines]))
+    return unsplit / "table.csv"
+
+
+def test_images_that_a_table_lists_are_split_by_class(table, tmp_path, prepare):
+    out = tmp_path / "out"
+    columns = ("--path-column", "file", "--label-column", "species")
+    assert prepare("csv", table, "--out", out, "--val-fraction", "0.25", *columns) == (0, "")
+    train, val = files_below(out / "train"), files_below(out / "val")
+    assert Counter(name.split("/")[0] for name in val) == {
+        "ant_Linn.": 5, "bee_Linn.": 2, "cat_Linn.": 1}  # fmt: skip
+    contents = [*train.values(), *val.values()]
+    assert sorted(contents) == sorted(files_below(table.parent).values())
+    assert sorted(name for name in train | val if "cat" in name) == [
+        "cat_Linn./0000000-0.jpg", "cat_Linn./0000001-0.jpg"]  # fmt: skip
+    assert (table.parent / "bee" / "3.jpg").stat().st_nlink == 2
+    again = tmp_path / "again"
+    table.rename(tmp_path / "moved.csv")
+    place = ("--root", table.parent, "--val-fraction", "0.25", *columns)
+    assert prepare("csv", tmp_path / "moved.csv", "--out", again, *place)[0] == 0
+    assert tree(again) == tree(out)
+
+
+TABLES = {
+    "path,label\nant/0.jpg,ant\nant/0.jpg,bee\n": "1 files are listed twice: ant/0.jpg",
+    "path,label\nant/99.jpg,ant\nant/0.jpg,ant\n": "1 files are not below",
+    "path,label\nant/notes.txt,ant\n": "1 files are no images",
+    "path,label\nant/0.jpg,..\nant/1.jpg,..\n": "'..' cannot be the name of a class's folder",
+    "path,label\nant/0.jpg,ant\n": "ant: one image cannot be in both train and val",
+    "file,species\nant/0.jpg,ant\n": "has no column 'path', only file, species",
+    "": "has no column 'path'",
+}
+
+
+@pytest.mark.parametrize("content", TABLES)
+def test_a_table_that_cannot_be_used_is_told_in_a_line(content, unsplit, tmp_path, prepare):
+    (unsplit / "table.csv").write_text(content)
+    status, told = prepare("csv", unsplit / "table.csv", "--out", tmp_path / "out")
+    assert status == 1 and TABLES[content] in told and told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------- parquet
+
+
+def write_parquet(path: Path, rows: list[tuple[str | None, bytes, int]], names: list[str]) -> Path:
+    """As Hugging Face's library writes a data set, with other columns before."""
+    feature = {"names": names, "_type": "ClassLabel"}
+    features = {"id": {"_type": "Value"}, "photo": {"_type": "Image"}, "kind": feature}
+    photos = [{"bytes": content, "path": name} for name, content, _ in rows]
+    labels = [label for *_, label in rows]
+    table = pa.table({"id": list(range(len(rows))), "photo": photos, "kind": labels})
+    text = json.dumps({"info": {"features": features}})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(
+        table.replace_schema_metadata({"huggingface": text}), path, row_group_size=3
+    )
+    return path
+
+
+PETS = ["cat", "dog/wolf"]
+
+
+def pets(count: int, first: int = 0, named: bool = True) -> list[tuple[str | None, bytes, int]]:
+    return [
+        (f"{i}.png" if named else None, encoded(i, "PNG"), i % 2)
+        for i in range(first, first + count)
+    ]
+
+
+@pytest.mark.parametrize("other", ["validation", "test"])
+def test_any_image_data_set_in_parquet_becomes_folders(other, tmp_path, prepare):
+    data = tmp_path / "hub" / "data"
+    write_parquet(data / "train-00000-of-00002.parquet", pets(4), PETS)
+    write_parquet(data / "train-00001-of-00002.parquet", pets(3, 4), PETS)
+    write_parquet(data / f"{other}-00000-of-00001.parquet", pets(4, 9), PETS)
+    assert prepare("parquet", data.parent, "--out", tmp_path / "out") == (0, "")
+    wanted = {
+        f"{split}/{('cat', 'dog_wolf')[label]}/{name}": content
+        for split, rows in (("train", pets(7)), ("val", pets(4, 9)))
+        for name, content, label in rows
+    }
+    assert tree(tmp_path / "out") == wanted
+    assert prepare("parquet", data.parent, "--out", tmp_path / "out") == (0, "")
+    assert f"{tmp_path / 'out' / 'val'}: 4 images of 2 classes" in prepare.told
+
+
+def test_a_data_set_without_validation_images_is_split_by_class(tmp_path, prepare):
+    path = write_parquet(tmp_path / "a.parquet", pets(20, named=False), PETS)
+    assert prepare("parquet", path, "--out", tmp_path / "out", "--val-fraction", "0.3") == (0, "")
+    files = tree(tmp_path / "out")
+    assert sorted(files.values()) == sorted(content for _, content, _ in pets(20))
+    counts = Counter(name.rpartition("/")[0] for name in files)
+    assert counts == {"train/cat": 7, "train/dog_wolf": 7, "val/cat": 3, "val/dog_wolf": 3}
+    assert all(name.endswith(".png") for name in files)
+    files = {name.rpartition("/")[2] for name in tree(tmp_path / "out" / "val")}
+    assert prepare("parquet", path, "--out", tmp_path / "again", "--val-fraction", "0.3")[0] == 0
+    assert {name.rpartition("/")[2] for name in tree(tmp_path / "again" / "val")} == files
+
+
+def test_a_data_set_that_cannot_be_used_is_told_in_a_line(tmp_path, prepare):
+    def refused(*more: object) -> str:
+        status, told = prepare("parquet", tmp_path / "hub", "--out", tmp_path / "out", *more)
+        assert status == 1 and told.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+        return told
+
+    assert "no parquet files of training images" in refused()
+    train = tmp_path / "hub" / "train.parquet"
+    write_parquet(train, [*pets(4), ("x.png", b"", 2)], PETS)
+    assert "row 4: 2 is no label of a class" in refused()
+    write_parquet(train, pets(4), ["..", "dog"])
+    assert "'..' cannot be the name of a class's folder" in refused()
+    write_parquet(train, pets(4), PETS)
+    assert "no column of labels (breed)" in refused("--label-column", "breed")
+    write_parquet(tmp_path / "hub" / "test.parquet", [row for row in pets(4) if row[2]], PETS)
+    assert "only one of train and val has images of cat" in refused()

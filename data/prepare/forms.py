@@ -25,6 +25,7 @@ from data.ilsvrc import (
     Expected,
     read_devkit,
 )
+from data.prepare import parquet
 from data.prepare.imagenet import PATHS, sort_images, split_of, train_source, val_source
 from data.prepare.listed import FileSource, ListedSource, Listing, StreamSource, ZipSource
 from data.prepare.members import MAX_MEMBER, Member, Packed, files_in_tar, files_in_zip, refuse
@@ -37,6 +38,7 @@ TARS = (".tar", ".tar.gz", ".tgz")
 KNOWN = (
     f"the three original archives (from {DOWNLOADS})",
     f"Kaggle's {KAGGLE}, the tar in it, or its tree",
+    "Hugging Face's parquet files, a folder or hf:OWNER/NAME",
     "a folder of validation images, with --labels FILE",
 )
 
@@ -68,7 +70,7 @@ def recognise(asked: Asked) -> Form:
     """Find out what a path holds. Raises DataError if it is none of the known forms."""
     if not asked.path.exists():
         raise DataError(f"{asked.path}: not there")
-    forms = (make(asked) for make in (_originals, _zip, _tar, _tree))
+    forms = (make(asked) for make in (_originals, _zip, _tar, _tree, _parquet))
     form = next(filter(None, forms), None)
     if form is None:
         known = "".join(f"\n  {words}" for words in KNOWN)
@@ -245,6 +247,18 @@ def _members(folder: Path, split: str) -> Iterator[Member]:
     for entry in os.scandir(folder):
         if entry.is_file():
             yield Member(f"{prefix}/{entry.name}", 0, entry.stat().st_size)
+
+
+def _parquet(asked: Asked) -> Form | None:
+    """Hugging Face's data set, whose file names say the split."""
+    files = parquet.files_below(asked.path)
+    if not files:
+        return None
+    return Form(
+        "Hugging Face's parquet files",
+        [split for split in ("train", "val") if split in files],
+        lambda split: parquet.imagenet_source(asked.path, split, files[split], asked.expected),
+    )
 
 
 # ---------------------------------------------------------------------------------- labels

@@ -16,7 +16,9 @@ import numpy as np
 
 from data.base import Source
 from data.errors import ImageError, unreadable
+from data.files import read_regular
 from data.ilsvrc import original_name
+from data.image_formats import MAX_BYTES
 from data.prepare.members import Member, Packed
 
 ZIP_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
@@ -160,5 +162,4 @@ class FileSource(ListedSource):
         return original_name(super().file_name(index))
 
     def _content(self, index: int) -> bytes:
-        with open(self.path(index), "rb") as file:
-            return file.read()
+        return read_regular(self.path(index), MAX_BYTES)

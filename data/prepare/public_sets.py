@@ -1,4 +1,4 @@
-"""Small public data sets, and folders to be split, as the files of an ImageFolder.
+"""Small public data sets as the files of an ImageFolder.
 
 Every set is a stream of `Entry`: train/<class>/<file> or val/<class>/<file> and what it holds.
 Archives are read as streams, never unpacked; what is downloaded is compared with its published MD5.
@@ -7,14 +7,13 @@ Archives are read as streams, never unpacked; what is downloaded is compared wit
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import math
 import re
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,6 @@ from torchvision.datasets.utils import check_integrity, download_url
 
 from data.errors import DataError
 from data.prepare.members import is_harmless, refuse
-from data.sources import FolderSource
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = (  # in the order of the archives' labels
@@ -194,34 +192,6 @@ def imagenette(size: str, path: Path | None, check_md5: bool = True) -> Iterator
                 yield Entry(match[1], content)
         if splits != {"train", "val"}:
             raise DataError(f"{archive}: holds no train/<class>/ and val/<class>/ with JPEG images")
-
-
-def split_folder(
-    root: Path, val_fraction: float, seed: int, say: Callable[[str], None] = lambda line: None
-) -> list[Entry]:
-    """Hold out a share of each class of a folder, at least one image, for validation.
-
-    Files are ranked by a hash of the seed and their path below `root`, so that the split is the
-    same wherever and whenever it is made. `say` gets what was noticed. Raises DataError.
-    """
-    source = FolderSource(root)
-    entries: list[Entry] = []
-    for label in range(len(source.classes)):
-        paths = [Path(source.name(i)) for i in source.images_of(label)]
-        if len(paths) == 1:
-            raise DataError(f"{paths[0].parent}: one image cannot be in both train and val")
-        names = [path.relative_to(source.root).as_posix() for path in paths]
-        held_out = min(max(1, round(val_fraction * len(paths))), len(paths) - 1)
-        by_rank = sorted(zip(names, paths), key=lambda image: _rank(seed, image[0]))
-        entries += [Entry(f"val/{name}", path) for name, path in by_rank[:held_out]]
-        entries += [Entry(f"train/{name}", path) for name, path in by_rank[held_out:]]
-    for line in source.remarks:
-        say(f"note: {line}")
-    return entries
-
-
-def _rank(seed: int, name: str) -> bytes:
-    return hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
 
 
 # ---------------------------------------------------------------------------------- archives

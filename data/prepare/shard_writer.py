@@ -32,6 +32,7 @@ from data.base import Source
 from data.errors import DataError, ImageError
 from data.files import open_own, remove_leftovers, write_atomically
 from data.image_formats import open_image
+from data.prepare.listed import ListedSource
 from data.prepare.processes import run_all, take_in_hand
 from data.prepare.shard_scan import Sample, Scan, build_index, image_kinds, scan
 from data.shards import index as shard_index
@@ -65,7 +66,7 @@ def write_shards(
     these shards in the folder.
     """
     plan = make_plan(source, options)
-    shards = deal(len(source), options.images_per_shard)
+    shards = deal(source, options.images_per_shard)
     if len(shards) > shard_index.MAX_SHARDS:
         raise DataError(f"{out}: {len(shards):,} shards; put more images into each")
     if (out / INDEX).exists():
@@ -87,10 +88,15 @@ def write_shards(
         return index
 
 
-def deal(images: int, per_shard: int) -> list[np.ndarray]:
-    """Deal images to shards, each shard's in the order in which they go into it."""
-    order = np.random.default_rng(SEED).permutation(images)
-    return np.split(order, range(per_shard, images, per_shard))
+def deal(source: Source, per_shard: int) -> list[np.ndarray]:
+    """Deal images to shards, each shard's in the order in which they go into it.
+
+    At random, but of a sequential source as they lie: elsewhere it could not be read in time.
+    """
+    order = np.random.default_rng(SEED).permutation(len(source))
+    if isinstance(source, ListedSource) and source.is_sequential:
+        order = np.argsort(source.offsets, kind="stable")
+    return np.split(order, range(per_shard, len(source), per_shard))
 
 
 def resized_to(source: Source, options: Options) -> int | None:
