@@ -28,7 +28,6 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -79,9 +78,7 @@ def link_or_copy(file: Path, to: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__)
     kinds = parser.add_subparsers(dest="dataset", required=True, metavar="SET")
     for name in (*IMAGES, "folder"):
         kind = kinds.add_parser(name)
@@ -132,8 +129,7 @@ def entries_of(arguments: argparse.Namespace) -> Iterable[Entry]:
     if out.is_relative_to(source):
         raise ValueError(f"{arguments.out}: lies in {arguments.source}; choose a place outside")
     fraction, seed = arguments.val_fraction, arguments.seed
-    say = partial(print, file=sys.stderr)
-    return public_sets.split_folder(arguments.source, fraction, seed, say)
+    return public_sets.split_folder(arguments.source, fraction, seed, cli.remark)
 
 
 @cli.program
@@ -142,7 +138,7 @@ def main() -> int:
     arguments = parse_arguments()
     out = arguments.out
     if out.exists():
-        print(f"{out}: already there, left as it is")
+        cli.say(f"{out}: already there, left as it is")
         return 0
     try:
         entries = entries_of(arguments)
@@ -150,7 +146,8 @@ def main() -> int:
         counts = write(entries, out, total)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{arguments.dataset}: {error}") from None
-    print(f"{out}: {counts['train']:,} training and {counts['val']:,} validation images")
+    images = f"{counts['train']:,} training and {counts['val']:,} validation images"
+    cli.say(f"{out}: {images}")
     return 0
 
 

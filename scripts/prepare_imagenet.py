@@ -147,7 +147,7 @@ def prepare(
         sources = {split: form.open(split) for split in splits}
         for split, source in sources.items():
             layout.write(source, out / split)
-            print(f"{out / split}: {len(source):,} images of {len(source.classes):,} classes")
+            cli.say(f"{out / split}: {len(source):,} images of {len(source.classes):,} classes")
         for name, content in form.notes().items():
             write_atomically(out / name, lambda file, content=content: file.write(content))
 
@@ -163,7 +163,7 @@ def check_beforehand(
     if fault := content_fault(out) or space_fault(out, splits, layout, expected):
         faults.append(fault)
     if faults:
-        raise DataError("\n  ".join(["cannot begin:", *faults]))
+        raise DataError("cannot begin:", *(f"  {fault}" for fault in faults))
 
 
 def content_fault(out: Path) -> str:
@@ -197,9 +197,7 @@ def space_fault(out: Path, splits: Sequence[str], layout: Layout, expected: Expe
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("--from", dest="path", type=cli.path, required=True, metavar="PATH", help="see above")
     add("--out", type=cli.path, required=True, help="folder to make or to complete")
@@ -255,7 +253,7 @@ def main(arguments: Sequence[str] | None = None, expected: Expected = ILSVRC2012
     splits = (given.only,) if given.only else ("train", "val")
     try:
         form = forms.recognise(Asked(given.path, splits, given.labels, expected, layout.workers))
-        print(f"{given.path}: {form.words}")
+        cli.say(f"{given.path}: {form.words}")
         prepare(form, given.out, splits, layout, expected, not given.skip_md5)
     except KeyboardInterrupt:
         cli.remark("prepare_imagenet.py: stopped; the same command goes on from here")
