@@ -121,10 +121,9 @@ def evaluate(
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=__doc__,
         epilog=config.describe(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config", type=cli.location, required=True, metavar="YAML", help="the run to train"
@@ -143,7 +142,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-@cli.program
+@cli.run
 def main() -> int:
     """Command line -> exit status."""
     arguments = parse_arguments()

@@ -99,10 +99,9 @@ def stated(options: argparse.Namespace) -> dict[str, Any]:
 
 def parse_arguments() -> argparse.Namespace:
     described = "\n".join(f"  {name:<13} {each.description}" for name, each in PROTOCOLS.items())
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=__doc__,
         epilog=f"protocols, over whose views the softmax is averaged:\n{described}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument_group("networks")
     network = add.add_mutually_exclusive_group(required=True)

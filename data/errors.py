@@ -9,9 +9,15 @@ from data.names import shown
 
 
 class UserError(ValueError):
-    """Something its user can mend: programs print it in one line, without a traceback."""
+    """Something its user can mend, in a line or several: programs print it without a traceback.
+
+    Each argument is a line.
+    """
 
     one_rank = False  # True: only the rank that met it knows, and so that rank must speak
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class DataError(UserError):

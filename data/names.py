@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 
 LONGEST = 60  # columns of a name in a table
+_SCHEME = r"(\w:/{1,2})"  # a URL that was taken for a path has lost a slash
 
 
 def shown(name: str, most: int | None = None) -> str:
-    """A name that acts on no terminal, in one line; with `most`, of so many columns at most.
+    """A name or a message with names as a program may print it, in one line.
 
-    Control characters, line ends, marks that turn the direction of writing, and bytes that are no
-    UTF-8 are escaped. What is too long is left out in the middle.
+    It acts on no terminal and forges no line: control characters, line ends, marks that turn the
+    direction of writing, and bytes that are no UTF-8 are escaped. It tells no secret of a URL. With
+    `most` it has so many columns at most: what is too long is left out in the middle.
     """
-    text = "".join(c if c.isprintable() else _escaped(c) for c in name)
+    text = "".join(c if c.isprintable() else _escaped(c) for c in without_secrets(name))
     if most is None or width(text) <= most:
         return text
     head, tail = _fitting(text, most // 2), _fitting(text[::-1], most - most // 2 - 1)[::-1]
     return f"{head}…{tail}"
 
 
-def lines_shown(text: str) -> str:
-    """A message as `shown` has it, whose line ends are meant."""
-    return "\n".join(map(shown, text.split("\n")))
+def without_secrets(text: str) -> str:
+    """Remove user, password, query and fragment from the URLs in a text."""
+    text = re.sub(rf"{_SCHEME}[^/\s]*@", r"\1…@", text)
+    # Keys of S3 may hold a slash: what stands behind the colon is one unless it is a port.
+    text = re.sub(rf"{_SCHEME}[^/\s]*:(?!\d+(/|$))\S*@", r"\1…@", text)
+    return re.sub(rf"({_SCHEME}[^\s?#'\"]*[?#])[^\s'\"]+?(?=:?([\s'\"]|$))", r"\1…", text)
 
 
 def _escaped(character: str) -> str:

@@ -150,10 +150,14 @@ def read_ahead(paths: Iterable[Unseen], view: EvalView, depth: int) -> Iterator[
     waiting: Queue[Future[Picture] | None] = Queue(depth)
 
     def submit() -> None:
+        fault: Future[Picture] = Future()
         try:
             with suppress(RuntimeError):  # of the pool, once it has been shut down
                 for path in paths:
                     waiting.put(pool.submit(see, path, view))
+        except Exception as error:
+            fault.set_exception(error)
+            waiting.put(fault)
         finally:
             waiting.put(None)
 

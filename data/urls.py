@@ -1,4 +1,4 @@
-"""URLs of images, which hold no secret, and URLs in messages, which must not repeat one."""
+"""URLs of images, which hold no secret."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from urllib.parse import urlsplit
 
 from data.errors import DataError
 
-_SCHEME = r"(\w:/{1,2})"  # a URL that was taken for a path has lost a slash
 _HOST = re.compile(r"([^@:]+|\[[\w:.]+\])(:\d+)?")
 
 
@@ -32,11 +31,3 @@ def _holds_no_secret(url: str) -> bool:
     except ValueError:
         return False
     return bool(_HOST.fullmatch(parts.netloc)) and not (parts.query or parts.fragment)
-
-
-def without_secrets(text: str) -> str:
-    """Remove user, password, query and fragment from the URLs in a text."""
-    text = re.sub(rf"{_SCHEME}[^/\s]*@", r"\1…@", text)
-    # Keys of S3 may hold a slash: what stands behind the colon is one unless it is a port.
-    text = re.sub(rf"{_SCHEME}[^/\s]*:(?!\d+(/|$))\S*@", r"\1…@", text)
-    return re.sub(rf"({_SCHEME}[^\s?#'\"]*[?#])[^\s'\"]+?(?=:?([\s'\"]|$))", r"\1…", text)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
-import io
 import logging
 import os
 import re
@@ -12,21 +12,22 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 from data import user_cache
-from data.errors import DataError, ImageError, UserError
-from data.names import lines_shown, shown
+from data.errors import DataError, UserError
+from data.names import shown
 from data.paths import expanded
-from data.urls import without_secrets
+from irv2 import streams
 from irv2.config import MAX_IMAGE_SIZE
 from irv2.run import trained
 from irv2.run.trained import Trained
+from irv2.streams import OutputLostError
 from irv2.training import distributed
 from irv2.training.distributed import Place, World, WorldError
 from irv2.training.metrics import Collector
@@ -37,33 +38,47 @@ Arguments = ParamSpec("Arguments")
 
 
 def program(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
-    """Make a function a program's `main`: output cannot end it, and an error ends it in a line."""
+    """Make a function a program's `main`: an error ends it in a line.
 
+    Where nobody reads its output any more it ends as a program does that knows nothing of this.
+    """
+    return _guarded(main, outlives_output=False)
+
+
+def run(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+    """Make a function a program's `main`, as `program` does, whose result is its files: it goes on
+    where its output is lost."""
+    return _guarded(main, outlives_output=True)
+
+
+def _guarded(main: Callable[Arguments, int], outlives_output: bool) -> Callable[Arguments, int]:
     @functools.wraps(main)
     def guarded(*arguments: Arguments.args, **named: Arguments.kwargs) -> int:
-        let_output_pass()
         if _place().local_rank > 0:  # what is said of a machine is said by one of its ranks
             logging.getLogger(user_cache.__name__).setLevel(logging.ERROR)
-        return exit_status(functools.partial(main, *arguments, **named))
+        try:
+            with streams.guarded(outlives_output):
+                return exit_status(functools.partial(main, *arguments, **named))
+        except OutputLostError as error:
+            if error.errno == errno.EPIPE:  # the reader has stopped: | head
+                return 128 + signal.SIGPIPE
+            _report(f"standard output: cannot be written ({error.strerror})")
+            return 1
 
     return guarded
 
 
-def let_output_pass() -> None:
-    """Have stdout and stderr take any text: what their encoding cannot show is escaped.
-
-    Names of classes and files may hold any letter, and bytes that are none; a terminal or the log
-    of a cluster may be ASCII. Output that has been closed is thrown away.
-    """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the program's life
-        stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 # ------------------------------------------------------------------------------ arguments
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help is laid out as it is written, and which repeats no secret."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shown(message))
 
 
 def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
@@ -109,7 +124,11 @@ def path(text: str) -> Path:
 
 def picture(text: str) -> str:
     """Type of an argument that a shell's * may have named: a file of that very name comes first."""
-    return text if os.path.lexists(text) else location(text)
+    if os.path.lexists(text):
+        return text
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text}: only files; to see it: curl URL | predict.py -")
+    return location(text)
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:
@@ -137,10 +156,14 @@ def load_network(arguments: argparse.Namespace) -> Trained:
     return trained.load_weights(arguments.weights)
 
 
+def say(text: str) -> None:
+    """Print a line of the program's output."""
+    print(shown(text), flush=True)
+
+
 def remark(text: str) -> None:
     """Print a remark to stderr, separate from the program's output."""
-    with suppress(OSError):
-        print(lines_shown(text), file=sys.stderr, flush=True)
+    print(shown(text), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -176,10 +199,12 @@ def exit_status(body: Callable[[], int]) -> int:
     """
     try:
         return body()
-    except (UserError, OSError) as error:  # no permission, no space: the message names the file
-        if _place().local_rank == 0 or isinstance(error, OSError) or error.one_rank:
-            show = shown if isinstance(error, ImageError) else lines_shown
-            _report(show(without_secrets(str(error))))
+    except UserError as error:
+        if _place().local_rank == 0 or error.one_rank:
+            _report(*map(str, error.args))
+        return 1
+    except OSError as error:  # no permission, no space: the message names the file
+        _report(str(error))
         return 1
     except RuntimeError as error:
         words = ("closed by peer", "reset by peer", "Timed out waiting")  # gloo's
@@ -200,8 +225,7 @@ def _place() -> Place:
         return Place()
 
 
-def _report(text: str) -> None:
+def _report(*lines: str) -> None:
     name, rank = Path(sys.argv[0]).name, _place().rank
     speaker = f"{name}: rank {rank}" if rank > 0 else name
-    with suppress(OSError):  # nobody reads it any more
-        print(f"{speaker}: {text}", file=sys.stderr, flush=True)
+    print(f"{speaker}:", "\n".join(map(shown, lines)), file=sys.stderr, flush=True)

@@ -28,8 +28,9 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from data.errors import UserError
+from data.names import without_secrets
 from data.paths import expanded
-from data.urls import check_url, without_secrets
+from data.urls import check_url
 from irv2 import strict_yaml
 
 MAX_IMAGE_SIZE = 2048  # px, seven times the network's own
@@ -374,7 +375,7 @@ def build(tree: dict[str, Any], default_name: str = "run") -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(fault) for fault in error.errors())) from None
+        raise ConfigError(*map(_explain, error.errors())) from None
     if config.run.name is None:
         run = config.run.model_copy(update={"name": default_name})
         config = config.model_copy(update={"run": run})

@@ -21,7 +21,7 @@ from data.errors import DataError
 from data.label_files import LabelledFolder
 from data.label_sets import LabelSet
 from data.loader import Batch
-from data.names import are_same
+from data.names import are_same, shown
 from data.protocols import PROTOCOLS
 from data.shards.disk_cache import CacheError
 from data.workers import Workers
@@ -148,7 +148,8 @@ def _open(images: str, data: Data) -> Source:
     try:
         return input_pipeline.open_source(images, data)
     except CacheError as error:
-        print(f"{error}; this evaluation continues without", file=sys.stderr, flush=True)
+        line = shown(f"{error}; this evaluation continues without")
+        print(line, file=sys.stderr, flush=True)
         return input_pipeline.open_source(images, data.model_copy(update={"cache_dir": None}))
 
 

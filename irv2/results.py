@@ -15,7 +15,7 @@ from PIL import Image
 from data import loader
 from data.base import Source
 from data.files import write_atomically
-from data.names import in_order
+from data.names import in_order, shown
 from irv2.evaluation import Evaluation
 from irv2.network import imagenet_names
 from irv2.report import evaluations as pages
@@ -144,7 +144,7 @@ def write_pages(folder: Path, evaluations: list[Evaluation], results: list[Resul
             log=[] if each.step is None else log_beside(evaluation.network.name),
         )
         pages.write(place, page)
-        print(f"report   {place / 'index.html'}")
+        print(shown(f"report   {place / 'index.html'}"))
 
 
 def log_beside(weights_path: str) -> list[dict[str, Any]]:

@@ -146,9 +146,7 @@ def cpu_name() -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("what", choices=[*WHAT, "remote", "all"])
     parser.add_argument("--rounds", type=positive, default=5, help="pairs of turns (default: 5)")
     network_options = parser.add_argument_group("with train and infer")

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.errors import DataError
 from data.files import write_atomically
-from data.names import lines_shown, shown
+from data.names import shown
 from irv2 import build, cli, config
 from irv2.config import ConfigError
 from irv2.training import batch, distributed
@@ -71,12 +71,12 @@ CHECKS: list[tuple[str, Check, tuple[str, ...]]] = [
 
 def show(name: str, finding: Finding) -> None:
     margin = " " * 18
-    what = lines_shown(finding.what).replace("\n", f"\n{margin}")
+    what = f"\n{margin}".join(map(shown, finding.what.split("\n")))
     print(f"{finding.level:<5} {name:<11} {what}")
     for line in finding.details:
         print(f"{margin}  {shown(line)}")
     if finding.todo:
-        print(f"{margin}-> {lines_shown(finding.todo)}")
+        print(f"{margin}-> {shown(finding.todo)}")
     sys.stdout.flush()
 
 
@@ -111,9 +111,7 @@ def scan_size(text: str) -> int | None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("config", type=cli.location, metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(

@@ -79,7 +79,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def row(name: str, value: str) -> None:
-    print(f"{name:<11} {value}", flush=True)
+    cli.say(f"{name:<11} {value}")
 
 
 def check_name(out: Path, kind: str) -> None:
@@ -159,9 +159,7 @@ def read_photographs(view: transforms.EvalView) -> list[np.ndarray]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__)
     cli.add_network(parser)
     parser.add_argument("--format", choices=list(FORMATS), required=True)
     parser.add_argument("--out", type=cli.path, required=True, help="a name that is not taken")

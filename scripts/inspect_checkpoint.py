@@ -10,12 +10,12 @@ damaged. Exit status: 0 a whole checkpoint is shown, 1 there is none.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.names import shown
 from irv2 import cli
 from irv2.run import checkpoint, directory, resume
 from irv2.run.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ def describe(loaded: Checkpoint) -> str:
         ("classes", f"{len(meta['classes']):,}"),
         ("written by", ", ".join(f"{name} {value}" for name, value in meta["software"].items())),
     ]
-    lines = [f"{name:<12} {value}" for name, value in rows]
+    lines = [f"{name:<12} {shown(value)}" for name, value in rows]
     lines += ["", f"{'file':<22} {'tensors':>7} {'bytes':>13}  SHA-256 of what was read"]
     for name, digest in loaded.sums.items():
         part = loaded.parts.get(name.removesuffix(".safetensors"))
@@ -49,13 +49,11 @@ def describe(loaded: Checkpoint) -> str:
 @cli.program
 def main() -> int:
     """Command line -> exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("path", type=cli.path, help="a run directory, or one of its checkpoints")
     path = parser.parse_args().path
     is_run = path.is_dir() and directory.checkpoints(path)
-    loaded = resume.load_newest(path, print) if is_run else checkpoint.load(path)
+    loaded = resume.load_newest(path, cli.say) if is_run else checkpoint.load(path)
     print(describe(loaded))
     return 0
 

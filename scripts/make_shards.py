@@ -39,7 +39,7 @@ def write(arguments: argparse.Namespace) -> str:
     """Write shards; returns the summary."""
     source = sources.open_source(arguments.source)
     for line in source.remarks:
-        print(f"note: {line}", file=sys.stderr)
+        cli.remark(f"note: {line}")
     base = os.path.basename(os.path.abspath(source.root or "images"))
     options = shard_writer.Options(
         re.sub(r"[^A-Za-z0-9_-]+", "_", base),
@@ -109,9 +109,7 @@ def progress(total: int, unit: str) -> tqdm:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "source", type=cli.location, nargs="?", help="images as data.train takes them"
@@ -178,7 +176,7 @@ def main() -> int:
         continues = "; the same command continues" if arguments.source is not None else ""
         cli.remark(f"make_shards.py: stopped{continues}")
         raise
-    print(outcome)
+    cli.say(outcome)
     return 0
 
 

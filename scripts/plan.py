@@ -199,9 +199,7 @@ def plan(arguments: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("config", type=cli.location, metavar="CONFIG", help="YAML file of the run")
     add("overrides", nargs="*", metavar="section.key=value")

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import sys
 from itertools import chain, islice
 from pathlib import Path
@@ -33,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import pictures
-from data.names import LONGEST, shown, width
+from data.names import LONGEST, shown, width, without_secrets
 from data.pictures import Picture
 from data.to_input import ToInput
 from irv2 import cli, input_pipeline
@@ -121,14 +119,14 @@ Results = list[tuple[Picture, list[Prediction]]]
 def show_json(results: Results) -> None:
     """Print a JSON object for each picture. Names of files that are not UTF-8 are escaped."""
     for picture, predictions in results:
-        content = {"image": picture.path}
         if picture.error:
-            content["error"] = picture.error
+            content = {"image": without_secrets(picture.path), "error": picture.error}
         else:
-            content["predictions"] = [
+            each = [
                 {"class": p.label, "name": p.name, "probability": p.probability}
                 for p in predictions
             ]
+            content = {"image": picture.path, "predictions": each}
         print(json.dumps(content))
 
 
@@ -148,9 +146,7 @@ class Table:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__)
     parser.add_argument(
         "images",
         type=cli.picture,
@@ -183,12 +179,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Command line -> exit status."""
     arguments = parse_arguments()
-    try:
-        with distributed.start(arguments.device) as world:
-            return 1 if predict(arguments, world.device) else 0
-    except BrokenPipeError:  # the reader has stopped: | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    with distributed.start(arguments.device) as world:
+        return 1 if predict(arguments, world.device) else 0
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -92,9 +91,7 @@ def link_or_copy(file: Path, to: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__)
     kinds = parser.add_subparsers(dest="dataset", required=True, metavar="SET")
     for name in (*IMAGES, *OWN):
         kind = kinds.add_parser(name)
@@ -158,7 +155,7 @@ def entries_of(arguments: argparse.Namespace) -> Iterable[Entry]:
         return splits.split_table(source, arguments.root or source.parent, columns, fraction, seed)
     if out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{out}: lies in {source}; choose a place outside")
-    return splits.split_folder(source, fraction, seed, partial(print, file=sys.stderr))
+    return splits.split_folder(source, fraction, seed, cli.remark)
 
 
 def write_parquet(arguments: argparse.Namespace) -> None:
@@ -172,7 +169,7 @@ def write_parquet(arguments: argparse.Namespace) -> None:
         raise DataError(f"{path}: only one of train and val has images of {enumeration(lacking)}")
     for split, source in sources.items():
         write_folder(source, out / split, WRITERS)
-        print(f"{out / split}: {len(source):,} images of {len(source.classes):,} classes")
+        cli.say(f"{out / split}: {len(source):,} images of {len(source.classes):,} classes")
 
 
 @cli.program
@@ -184,7 +181,7 @@ def main() -> int:
         write_parquet(arguments)
         return 0
     if out.exists():
-        print(f"{out}: already there, left as it is")
+        cli.say(f"{out}: already there, left as it is")
         return 0
     try:
         entries = entries_of(arguments)
@@ -192,7 +189,8 @@ def main() -> int:
         counts = write(entries, out, total)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{arguments.dataset}: {error}") from None
-    print(f"{out}: {counts['train']:,} training and {counts['val']:,} validation images")
+    images = f"{counts['train']:,} training and {counts['val']:,} validation images"
+    cli.say(f"{out}: {images}")
     return 0
 
 

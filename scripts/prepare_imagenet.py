@@ -151,7 +151,7 @@ def prepare(
             cli.remark(f"note: {line}")
         for split, source in sources.items():
             layout.write(source, out / split)
-            print(f"{out / split}: {len(source):,} images of {len(source.classes):,} classes")
+            cli.say(f"{out / split}: {len(source):,} images of {len(source.classes):,} classes")
         for name, content in form.notes().items():
             write_atomically(out / name, lambda file, content=content: file.write(content))
 
@@ -167,7 +167,7 @@ def check_beforehand(
     if fault := content_fault(out) or space_fault(out, splits, layout, expected):
         faults.append(fault)
     if faults:
-        raise DataError("\n  ".join(["cannot begin:", *faults]))
+        raise DataError("cannot begin:", *(f"  {fault}" for fault in faults))
 
 
 def content_fault(out: Path) -> str:
@@ -201,9 +201,7 @@ def space_fault(out: Path, splits: Sequence[str], layout: Layout, expected: Expe
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("--from", dest="path", type=cli.location, required=True, metavar="PATH", help="see above")
     add("--out", type=cli.path, required=True, help="folder to make or to complete")
@@ -263,7 +261,7 @@ def main(arguments: Sequence[str] | None = None, expected: Expected = ILSVRC2012
             names = [f"*{split}*.{ending}" for split in splits for ending in ("parquet", "tar")]
             path = hub.download(given.path, names)
         form = forms.recognise(Asked(path, splits, given.labels, expected, layout.workers))
-        print(f"{path}: {form.words}")
+        cli.say(f"{path}: {form.words}")
         prepare(form, given.out, splits, layout, expected, not given.skip_md5)
     except KeyboardInterrupt:
         cli.remark("prepare_imagenet.py: stopped; the same command goes on from here")

@@ -12,7 +12,6 @@ config.yaml and validate.json. Exit status: 0 done, 1 a folder is not a run, 130
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
@@ -79,9 +78,7 @@ def write_pages(read: list[Run], out: Path) -> None:
 @cli.program
 def main() -> int:
     """Command line -> exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("run", type=cli.path, nargs="+", help="run directory")
     parser.add_argument("--out", type=cli.path, metavar="DIR", help="folder for the page")
     arguments = parser.parse_args()

@@ -16,7 +16,7 @@ import yaml
 from places import take
 
 from data.errors import DataError, ImageError, StorageError, WorkerError
-from data.urls import without_secrets
+from data.names import without_secrets
 from irv2 import cli, config
 from irv2.config import ConfigError
 from irv2.network import weights

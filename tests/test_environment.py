@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -54,9 +57,9 @@ def test_help_is_shown_where_plus_minus_and_dots_are_not():
     assert status == 0 and r"brightness \xb132/255" in out and out.rstrip().endswith("ledger/")
 
 
-def program(body: Callable[[], object]) -> SimpleNamespace:
+def program(body: Callable[[], object], kind: Callable = cli.program) -> SimpleNamespace:
     """A program that does this and ends well."""
-    return SimpleNamespace(__file__="program.py", main=cli.program(lambda: (body() and 0) or 0))
+    return SimpleNamespace(__file__="program.py", main=kind(lambda: (body() and 0) or 0))
 
 
 def talk(directory: Path) -> None:
@@ -78,13 +81,112 @@ def test_output_that_nobody_takes_ends_no_run(kind, tmp_path, monkeypatch):
     stream = None if kind == "closed" else open("/dev/full", "w", buffering=1)  # noqa: SIM115
     monkeypatch.setattr(sys, "stdout", stream)
     try:
-        assert program(lambda: talk(tmp_path)).main() == 0
+        assert program(lambda: talk(tmp_path), cli.run).main() == 0
     finally:
         monkeypatch.undo()
         if stream is not None:
             with suppress(OSError):
                 stream.close()
     assert jsonl.read(tmp_path / "bad_images.jsonl")[0]["name"] == STRANGE
+
+
+@contextmanager
+def without_a_reader(name: str, unbuffered: bool = False) -> Iterator[None]:
+    """A standard stream is a pipe that nobody reads."""
+    read, write = os.pipe()
+    os.close(read)
+    raw = io.FileIO(write, "w")
+    buffer = raw if unbuffered else io.BufferedWriter(raw)
+    stream = io.TextIOWrapper(buffer, "utf-8", write_through=unbuffered)
+    with mock.patch.object(sys, name, stream):
+        yield
+    stream.close()  # which finds nothing to write
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+@pytest.mark.parametrize("text", ["x", "x\n" * 100_000])
+def test_a_lost_reader_ends_a_program_as_it_ends_others(text, unbuffered, capsys):
+    with without_a_reader("stdout", unbuffered):
+        assert program(lambda: print(text)).main() == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_a_lost_reader_ends_no_run(unbuffered, tmp_path):
+    done = []
+
+    def train() -> None:
+        talk(tmp_path)
+        print("x\n" * 100_000, flush=True)
+        done.append(True)
+
+    with without_a_reader("stdout", unbuffered), without_a_reader("stderr", unbuffered):
+        assert program(train, cli.run).main() == 0
+    assert done == [True]
+
+
+def test_remarks_that_nobody_reads_end_no_program():
+    with without_a_reader("stderr"):
+        assert program(lambda: cli.remark("x\n" * 100_000)).main() == 0
+
+
+def test_help_that_is_not_read_to_its_end_is_no_error(monkeypatch, capsys):
+    module = importlib.import_module("validate")
+    monkeypatch.setattr(sys, "argv", ["validate.py", "--help"])
+    with without_a_reader("stdout"):
+        assert module.main() == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
+
+
+def test_output_without_room_is_told(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert program(lambda: print("x")).main() == 1
+        monkeypatch.undo()
+    said = "standard output: cannot be written (No space left on device)"
+    assert capsys.readouterr().err.endswith(f": {said}\n")
+
+
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
+    def look() -> None:
+        assert (tmp_path / "file").open("w").fileno() > 2
+        assert os.read(0, 1) == b"" and sys.stdin.read() == ""
+        print("x", flush=True)
+        print("x", file=sys.stderr, flush=True)
+        os.write(1, b"of a library in C")
+
+    if (child := os.fork()) == 0:
+        for number in range(3):
+            os.close(number)
+        sys.stdin = sys.stdout = sys.stderr = None
+        os._exit(program(look).main())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+FORGED = "a\ntrain.py: finished\r\x1b[2J https://me:secret@host/x?sig=secret"
+TOLD = r"a\ntrain.py: finished\r\x1b[2J https://…@host/x?…"
+
+
+def test_no_name_forges_a_line_or_tells_a_secret(tmp_path):
+    def fail() -> None:
+        World(0, 1, torch.device("cpu")).say(FORGED)
+        cli.say(FORGED)
+        cli.remark(FORGED)
+        log = Logbook(tmp_path, step=0, total_steps=6)
+        log.say(FORGED)
+        log.close()
+        raise UserError(FORGED, "a second line")
+
+    status, out, error = call(program(fail))
+    assert status == 1 and out == f"{TOLD}\n" * 3
+    assert error == f"{TOLD}\nprogram.py: {TOLD}\na second line\n"
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_argument_that_is_wrong_is_told_without_its_secrets(name):
+    for words in (["--nonsense", FORGED], [FORGED, f"--nonsense={FORGED}"]):
+        status, out, error = call(importlib.import_module(name), *words)
+        assert status in (1, 2) and "secret" not in out + error and "\x1b" not in out + error
 
 
 def test_an_error_is_no_second_error_where_stderr_has_gone(monkeypatch):

@@ -12,6 +12,7 @@ from typing import TextIO
 
 from data import strict_json
 from data.errors import DataError
+from data.names import shown
 from data.prepare.progress import byte_bar
 
 BLOCK = 1 << 20  # bytes read at a time
@@ -46,7 +47,7 @@ def check_md5(path: Path, md5: str, memory: TextIO) -> None:
     stamp = [md5, status.st_size, status.st_mtime_ns]
     name = str(path.absolute())
     if known.get(name) == stamp:
-        print(f"{path}: md5 was right")
+        print(shown(f"{path}: md5 was right"))
         return
     digest = hashlib.md5(usedforsecurity=False)
     with byte_bar(f"md5 of {path.name}", status.st_size) as bar, open(path, "rb") as file:
@@ -55,7 +56,7 @@ def check_md5(path: Path, md5: str, memory: TextIO) -> None:
             bar.update(len(block))
     if digest.hexdigest() != md5:
         raise DataError(f"{path}: its md5 is {digest.hexdigest()}, not {md5}; download it anew")
-    print(f"{path}: md5 is right")
+    print(shown(f"{path}: md5 is right"))
     memory.truncate(0)
     json.dump({**known, name: stamp}, memory)
     memory.flush()

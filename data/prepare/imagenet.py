@@ -95,7 +95,7 @@ def check_counts(
     if len(differing) > MAX_LISTED:
         differing[MAX_LISTED:] = [f"  … and {len(differing) - MAX_LISTED:,} classes more"]
     found = sum(counts.values())
-    raise DataError("\n".join([f"{path}: {found:,} images, {total:,} expected", *differing]))
+    raise DataError(f"{path}: {found:,} images, {total:,} expected", *differing)
 
 
 def split_of(member: Member) -> str | None:

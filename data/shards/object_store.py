@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 from data.errors import DataError, StorageError
+from data.names import shown
 from data.shards.clients import CONCURRENT, S3, Http
 from data.urls import check_url
 
@@ -160,7 +161,7 @@ class ObjectStore:
         if host not in self._told:
             self._told.add(host)
             line = f"{self.url}: its objects are read from {host}, to which it redirects"
-            print(line, file=sys.stderr, flush=True)
+            print(shown(line), file=sys.stderr, flush=True)
 
     def _path(self, name: str) -> str:
         """Name an object as fsspec wants it."""
@@ -201,7 +202,7 @@ class _Connection:
         """Say on stderr that faults are being waited out, now and then."""
         if time.monotonic() - self._reported_at >= QUIET_S:
             self._reported_at = time.monotonic()
-            print(line, file=sys.stderr, flush=True)
+            print(shown(line), file=sys.stderr, flush=True)
 
 
 def _pauses() -> Iterator[float]:

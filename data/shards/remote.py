@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from isal.isal_zlib import crc32  # zlib's, four times as fast
 
 from data.errors import DataError, ImageError, StorageError
+from data.names import shown
 from data.shards.disk_cache import DiskCache
 from data.shards.index import BLOCK, INDEX, MAX_BYTES, IndexedImages, check_sizes, parse
 from data.shards.object_store import NoSuchObject, ObjectStore
@@ -143,12 +144,11 @@ class RemoteShards(IndexedImages):
             self._cache.put(index, encoded)
         except OSError as error:
             self._is_cache_usable = False
-            print(
+            line = (
                 f"{self._cache.root}: images cannot be kept here any more ({error.strerror}); this "
-                "process continues without",
-                file=sys.stderr,
-                flush=True,
+                "process continues without"
             )
+            print(shown(line), file=sys.stderr, flush=True)
 
     def _is_right(self, index: int, encoded: bytes) -> bool:
         return len(encoded) == self._size[index] and crc32(encoded) == self._crc32[index]

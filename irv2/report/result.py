@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
+from data.names import shown
 from irv2.report.reference import Reference, distance
 from irv2.report.statistics import Interval, mcnemar, wilson
 
@@ -113,7 +114,7 @@ def _beside_published(result: Result) -> list[str]:
 
 def in_lines(pairs: Rows) -> str:
     """Format (name, value) rows as text."""
-    return "\n".join(f"{name:<8} {value}" for name, value in pairs)
+    return "\n".join(f"{name:<8} {shown(value)}" for name, value in pairs)
 
 
 def side_by_side(results: list[Result]) -> str:
@@ -131,7 +132,7 @@ def side_by_side(results: list[Result]) -> str:
 
 def table(results: list[Result]) -> str:
     """Format several evaluations, a line each."""
-    names = [f"{result.name} ({result.which})" for result in results]
+    names = [shown(f"{result.name} ({result.which})") for result in results]
     width = max(len("weights"), *map(len, names))
     lines = [
         f"{'weights':<{width}}  {'top-1':>8}  {'95 % interval':>16}  {'top-5':>8}  {'loss':>7}"
@@ -165,7 +166,7 @@ def in_words(results: list[Result], compare: bool = False) -> str:
 
 def _compared(comparison: dict[str, Any]) -> str:
     """Format a comparison as a line."""
-    return (
+    return shown(
         f"{comparison['first']} against {comparison['second']}: right where the other is wrong on "
         f"{comparison['only_first']:,} and {comparison['only_second']:,} images, "
         f"McNemar's p = {comparison['p_value']:.3g}"

@@ -45,11 +45,10 @@ class Logbook:
             )
 
     def say(self, text: str) -> None:
-        """Print a line; a terminal that has gone does not end the run."""
+        """Print a line."""
         if self.active:
-            with suppress(OSError):
-                tqdm.write(text, file=sys.stdout)
-                sys.stdout.flush()
+            tqdm.write(shown(text), file=sys.stdout)
+            sys.stdout.flush()
 
     def _draw(self, method: str, *arguments: Any, **options: Any) -> None:
         """Call a method of TensorBoard's writer, until a full disk has ended it."""
@@ -116,7 +115,7 @@ class Logbook:
         if not self.active:
             return
         self._bad_images.append({"step": step, **line})
-        what = shown(f"{line['name']}: {line['reason']}")
+        what = f"{line['name']}: {line['reason']}"
         self.say(f"step {step} took another image of its class for {what}")
 
     def sync(self) -> None:

@@ -109,9 +109,7 @@ def load_newest(
         if isinstance(error, OtherExperimentError):
             raise error
     raise CheckpointError(
-        "\n".join(
-            [f"{directory}: none of its {len(paths)} checkpoints can be read", *map(str, errors)]
-        )
+        f"{directory}: none of its {len(paths)} checkpoints can be read", *map(str, errors)
     )
 
 

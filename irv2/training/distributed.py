@@ -9,7 +9,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from data.errors import UserError
+from data.names import shown
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's variables
 
@@ -71,10 +72,9 @@ class World:
         return int(least)
 
     def say(self, text: str) -> None:
-        """Print a line, on the main rank alone; output that has gone does not end the run."""
+        """Print a line, on the main rank alone."""
         if self.is_main:
-            with suppress(OSError):
-                print(text, flush=True)
+            print(shown(text), flush=True)
 
     def votes(self, *flags: bool) -> list[bool]:
         """True for each flag that at least one rank has set; the device is not touched."""
