@@ -6,8 +6,9 @@
   torchrun --nproc-per-node=8 -- validate.py --run runs/irv2_rmsprop --json result.json
   python validate.py --weights A.safetensors B.safetensors --data DIR --compare --ensemble
 
-Runs know how their images are to be preprocessed; other weights get 299 px, crop 0.8975, bicubic,
-mean = std = 0.5. Exit status: 0 done, 1 something must be fixed first, 130 Ctrl-C.
+Images are preprocessed as the run or the weights say, else as the published weights were: 299 px,
+crop 0.8975, bicubic, mean = std = 0.5. Weights are read in the forms that docs/evaluation.md lists.
+Exit status: 0 done, 1 something must be fixed first, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def validate(options: argparse.Namespace, world: World) -> None:
             scored = ensemble.adding(scored)
         with cli.progress(each.network.name, each.share(world), world) as shown:
             predictions = evaluation.collect(scored, world, shown)
+        evaluation.check_finite(predictions, each.network.name, each.source.name)
         outcomes.append(results.outcome(each, predictions, started, precision, references))
     if options.ensemble:
         predictions = evaluation.collect(ensemble.mean(), world)
@@ -77,24 +79,20 @@ def validate(options: argparse.Namespace, world: World) -> None:
 def open_networks(options: argparse.Namespace, world: World) -> list[Trained]:
     """Load what the command line asks for. Raises CheckpointError or WeightsError."""
     if options.weights is not None:
-        return [trained.load_weights(source) for source in options.weights]
+        return [trained.load_weights(source, options.which) for source in options.weights]
+    which = options.which or "ema"
     if options.average:
-        newest = trained.load_checkpoints(options.run, options.which, world.say, options.average)
+        newest = trained.load_checkpoints(options.run, which, world.say, options.average)
         return [trained.average(newest, options.average)]
     if options.all:
-        return trained.load_checkpoints(options.run, options.which, world.say)
-    return [trained.load_run(options.run, options.which, world.say)]
+        return trained.load_checkpoints(options.run, which, world.say)
+    return [trained.load_run(options.run, which, world.say)]
 
 
 def stated(options: argparse.Namespace) -> dict[str, Any]:
     """Evaluation settings stated on the command line, under their config names."""
-    settings = {
-        "val": options.data,
-        "image_size": options.image_size,
-        "eval_crop": options.crop,
-        "eval_interpolation": options.interpolation,
-    }
-    return {key: value for key, value in settings.items() if value is not None}
+    images = {} if options.data is None else {"val": options.data}
+    return images | cli.stated_view(options)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -110,12 +108,10 @@ def parse_arguments() -> argparse.Namespace:
         "--weights",
         type=cli.location,
         nargs="+",
-        metavar="FILE|timm:NAME",
-        help=".pth, .pt or .safetensors files with timm's names, or weights from timm's hub",
+        metavar="WEIGHTS",
+        help="files or folders (docs/evaluation.md lists their forms), timm:NAME, hf-hub:ORG/NAME",
     )
-    add.add_argument(
-        "--which", choices=["ema", "raw"], help="with --run: averaged weights (default) or raw"
-    )
+    cli.add_which(add)
     add.add_argument("--all", action="store_true", help="with --run: each of its checkpoints")
     add.add_argument(
         "--average",
@@ -156,9 +152,7 @@ def parse_arguments() -> argparse.Namespace:
 
     add = parser.add_argument_group("evaluation")
     add.add_argument("--protocol", choices=list(PROTOCOLS), default="timm", help="see below")
-    add.add_argument("--image-size", type=cli.image_size, metavar="PX", help="side of the input")
-    add.add_argument("--crop", type=cli.share, help="centre crop's share of the resized side")
-    add.add_argument("--interpolation", choices=["bicubic", "bilinear"])
+    cli.add_view(add)
     add.add_argument("--batch", type=cli.whole(1), default=64, help="views at once (default: 64)")
     add.add_argument("--workers", type=cli.whole(0), help="loader processes of each rank")
     add.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -193,9 +187,6 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
     """End with a message where options do not go together."""
     if arguments.run is None and (arguments.all or arguments.average):
         parser.error("--all and --average are of a run: --run DIR")
-    if arguments.run is None and arguments.which:
-        parser.error("--which goes with --run")
-    arguments.which = arguments.which or "ema"
     if arguments.all and arguments.average:
         parser.error("--all and --average: one of them")
     is_several = arguments.all or (arguments.weights is not None and len(arguments.weights) > 1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from data.names import shown
 
@@ -60,3 +61,14 @@ class WorkerError(DataError):
 def enumeration(names: Sequence[str]) -> str:
     """List the first three of some names, for a message."""
     return ", ".join(map(shown, names[:3])) + (", …" if len(names) > 3 else "")
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise ValueError for a panic of a library in Rust (safetensors), which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(str(error)) from None

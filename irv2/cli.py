@@ -138,12 +138,43 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--weights",
         type=location,
-        metavar="FILE|timm:NAME",
-        help="a .pth, .pt or .safetensors file with timm's names, or weights from timm's hub",
+        metavar="WEIGHTS",
+        help="a file or folder (docs/evaluation.md lists its forms), timm:NAME or hf-hub:ORG/NAME",
     )
+    add_which(parser)
+    add_view(parser)
+
+
+def add_which(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add --which, of a run and of files that hold both kinds of weights."""
     parser.add_argument(
-        "--which", choices=["ema", "raw"], default="ema", help="of a run: averaged (default) or raw"
+        "--which",
+        choices=["ema", "raw"],
+        help="averaged weights (default, if there are any) or raw",
     )
+
+
+def add_view(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add how images are seen, where that is not to be as the weights say."""
+    parser.add_argument("--image-size", type=image_size, metavar="PX", help="side of the input")
+    parser.add_argument("--crop", type=share, help="centre crop's share of the resized side")
+    parser.add_argument("--interpolation", choices=["bicubic", "bilinear"])
+    for name in ("mean", "std"):
+        parser.add_argument(
+            f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in [0, 1]"
+        )
+
+
+def stated_view(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the options of `add_view` state, under its names in the config."""
+    view = {
+        "image_size": arguments.image_size,
+        "eval_crop": arguments.crop,
+        "eval_interpolation": arguments.interpolation,
+        "mean": arguments.mean,
+        "std": arguments.std,
+    }
+    return {key: value for key, value in view.items() if value is not None}
 
 
 def load_network(arguments: argparse.Namespace) -> Trained:
@@ -152,8 +183,12 @@ def load_network(arguments: argparse.Namespace) -> Trained:
     Raises CheckpointError, or WeightsError.
     """
     if arguments.run is not None:
-        return trained.load_run(arguments.run, arguments.which, remark)
-    return trained.load_weights(arguments.weights)
+        network = trained.load_run(arguments.run, arguments.which or "ema", remark)
+    else:
+        network = trained.load_weights(arguments.weights, arguments.which)
+    for line in network.remarks:
+        remark(line)
+    return trained.seen_as(network, stated_view(arguments))
 
 
 def say(text: str) -> None:

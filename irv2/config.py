@@ -103,8 +103,9 @@ class Model(Section):
     freeze_bn: bool = Field(False, description="use and keep batch norm's running statistics")
     init: Location | None = Field(
         None,
-        description="weights that a new run begins with: a .safetensors or .pth file, or timm:NAME "
-        "from timm's hub; a classifier for other classes is made new",
+        description="weights that a new run begins with: a file or folder in any form that "
+        "docs/evaluation.md lists, timm:NAME or hf-hub:ORG/NAME; a classifier for other classes is "
+        "made new",
     )
     freeze: Literal["stem", "backbone"] | None = Field(
         None,

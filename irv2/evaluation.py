@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data import label_sets, sources, stream, user_cache
 from data.base import Source
-from data.errors import DataError
+from data.errors import DataError, UserError
 from data.label_files import LabelledFolder
 from data.label_sets import LabelSet
 from data.loader import Batch
@@ -30,6 +30,7 @@ from irv2.config import Config, Data
 from irv2.network.accelerate import fold_batch_norm
 from irv2.report import figures
 from irv2.report.statistics import Interval, wilson
+from irv2.run import trained
 from irv2.run.logbook import Logbook
 from irv2.run.stopping import Stopped, StopRequest, until_stopped
 from irv2.run.trained import Trained
@@ -117,7 +118,7 @@ def prepare(
     Raises DataError if its images cannot be used, or none is left.
     """
     images = stated.get("val", network.images)
-    data = network.data.model_copy(update=stated)
+    data = trained.seen_as(network, stated).data
     if images is None:
         raise DataError("--data DIR is needed: these weights do not say what to look at")
     is_own = "val" not in stated  # else the run's cache is for other images
@@ -174,8 +175,12 @@ def check_same_images(evaluations: list[Evaluation]) -> None:
 
 
 def say_remarks(evaluations: list[Evaluation], say: Callable[[str], None]) -> None:
-    """Say what was noticed when the images were opened, once where networks share them."""
-    lines = [line for each in evaluations for line in (*each.source.remarks, *_other_form(each))]
+    """Say what was noticed as weights and images were opened, once where networks share them."""
+    lines = [
+        line
+        for each in evaluations
+        for line in (*each.network.remarks, *each.source.remarks, *_other_form(each))
+    ]
     for line in dict.fromkeys(lines):
         say(f"note: {line}")
 
@@ -216,7 +221,7 @@ def scored(
     """Yield the scores of batches, with their right answers.
 
     Scores are the logits of a single view, or the logarithm of the mean softmax of several; -inf
-    for classes that do not compete.
+    for classes that do not compete; NaN, which is counted wrong, where a logit is not finite.
     """
     model.eval()
     for batch, answers in batches:
@@ -228,7 +233,7 @@ def scored(
 
 
 def _scores(model: nn.Module, views: Tensor, images: int, options: EvalOptions) -> Tensor:
-    """Return one row of scores per image."""
+    """Return one row of scores per image, NaN where a logit is not finite."""
     dtype = PRECISIONS[options.precision]
     with torch.autocast(views.device.type, dtype, enabled=dtype is not None):
         parts = views.split(options.at_once or len(views))
@@ -236,6 +241,8 @@ def _scores(model: nn.Module, views: Tensor, images: int, options: EvalOptions) 
         if options.mirrored:
             logits.append(torch.cat([model(part.flip(3)) for part in parts]))
     each = torch.cat([part.view(images, -1, part.shape[1]) for part in logits], 1).float()
+    is_sound = each.isfinite().all(2, keepdim=True).all(1, keepdim=True)
+    each = each.where(is_sound, float("nan"))
     count = each.shape[1]  # of views of an image
     return each[:, 0] if count == 1 else each.log_softmax(2).logsumexp(1) - math.log(count)
 
@@ -255,6 +262,19 @@ def collect(
         collected.add(batch)
         on_batch(len(batch.indices), collected)
     return Predictions.merged(world.gather(collected.predictions()))
+
+
+class ScoreError(UserError):
+    """A network whose scores are not finite, so that its counts mean nothing."""
+
+
+def check_finite(predictions: Predictions, network: str, image_name: Callable[[int], str]) -> None:
+    """Raise ScoreError, naming the first image, if scores were not finite."""
+    if len(unscored := predictions.unscored):
+        raise ScoreError(
+            f"{network}: its scores of {len(unscored):,} of {predictions.images:,} images are not "
+            f"finite, first of {image_name(unscored[0])}; such a network cannot be evaluated"
+        )
 
 
 class Ensemble:

@@ -81,7 +81,7 @@ def ensemble_result(
 
 
 def _view(each: Evaluation) -> dict[str, Any]:
-    keys = ("image_size", "eval_crop", "eval_interpolation")
+    keys = ("image_size", "eval_crop", "eval_interpolation", "mean", "std")
     return {"protocol": each.protocol, **{key: getattr(each.data, key) for key in keys}}
 
 
@@ -93,8 +93,9 @@ def _published(
     if each.network.classes != imagenet_names.synsets() or labels.competing is not None:
         return []
     kind = {"folders": "imagenet", "numbered": "imagenetv2"}.get(labels.name, labels.name)
+    view = {key: value for key, value in _view(each).items() if key in Reference._fields}
     return reference.matching(
-        references, labels=kind, images=predictions.images, ensemble=networks, **_view(each)
+        references, labels=kind, images=predictions.images, ensemble=networks, **view
     )
 
 

@@ -50,6 +50,9 @@ class Prediction(NamedTuple):
     probability: float
 
 
+Results = list[tuple[Picture, list[Prediction]]]
+
+
 class Predictor:
     """Pictures -> the likeliest classes of each, as validate.py ranks them."""
 
@@ -69,21 +72,31 @@ class Predictor:
         flips = torch.zeros(len(images), dtype=torch.bool, device=self.device)
         return self.model(self.to_input(images, flips, None))
 
-    def __call__(self, batch: list[Picture]) -> list[list[Prediction]]:
-        """Predict the classes of each picture, the likeliest first; none if it cannot be read."""
+    def __call__(self, batch: list[Picture]) -> Results:
+        """Predict the classes of each picture, the likeliest first.
+
+        None if it cannot be read, or its logits are not finite; then it has an error.
+        """
         seen = [picture.pixels for picture in batch if picture.pixels is not None]
         if not seen:
-            return [[] for _ in batch]
+            return [(picture, []) for picture in batch]
         logits = self.logits(np.stack(seen))
         best = logits.sort(dim=1, descending=True, stable=True).indices[:, : self.top]
         shares = logits.softmax(1).gather(1, best)
-        rows = iter(zip(best.tolist(), shares.tolist()))
+        are_finite = logits.isfinite().all(1).tolist()
+        rows = iter(zip(best.tolist(), shares.tolist(), are_finite))
         return [
-            [Prediction(self.labels[i], self.names[i], share) for i, share in zip(*next(rows))]
-            if picture.pixels is not None
-            else []
+            self._predicted(picture, *next(rows)) if picture.pixels is not None else (picture, [])
             for picture in batch
         ]
+
+    def _predicted(
+        self, picture: Picture, best: list[int], shares: list[float], is_finite: bool
+    ) -> tuple[Picture, list[Prediction]]:
+        if not is_finite:
+            return picture._replace(error="the network's logits of it are not finite"), []
+        chosen = zip(best, shares)
+        return picture, [Prediction(self.labels[i], self.names[i], share) for i, share in chosen]
 
 
 def predict(arguments: argparse.Namespace, device: torch.device) -> int:
@@ -101,9 +114,10 @@ def predict(arguments: argparse.Namespace, device: torch.device) -> int:
         tqdm(unit="image", leave=False, disable=hidden) as bar,
     ):
         while batch := list(islice(coming, arguments.batch)):
-            show(list(zip(batch, predictor(batch))))
+            results = predictor(batch)
+            show(results)
             sys.stdout.flush()
-            for picture in batch:
+            for picture, _ in results:
                 if picture.error:
                     failed += 1
                     tqdm.write(shown(f"{picture.path}: {picture.error}"), file=sys.stderr)
@@ -112,8 +126,6 @@ def predict(arguments: argparse.Namespace, device: torch.device) -> int:
 
 
 # ------------------------------------------------------------------------- output
-
-Results = list[tuple[Picture, list[Prediction]]]
 
 
 def show_json(results: Results) -> None:
@@ -127,7 +139,7 @@ def show_json(results: Results) -> None:
                 for p in predictions
             ]
             content = {"image": picture.path, "predictions": each}
-        print(json.dumps(content))
+        print(json.dumps(content, allow_nan=False))
 
 
 class Table:

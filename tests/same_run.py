@@ -45,7 +45,7 @@ def assert_same_end(directory: Path, undisturbed: Path) -> None:
     counters = ("step", "images_seen", "bad_images", "bad_steps", "bad_steps_in_a_row")
     assert [ours.meta[key] for key in counters] == [theirs.meta[key] for key in counters]
     assert timeless(directory) == timeless(undisturbed)
-    (best, metadata), (other, other_metadata) = (
+    (best, metadata, _), (other, other_metadata, _) = (
         weights.read(str(d / "best.safetensors")) for d in (directory, undisturbed)
     )
     assert differing({"best": best}, {"best": other}) == []

@@ -22,7 +22,7 @@ from small_network import (
 from torch import nn
 
 from irv2 import evaluation
-from irv2.evaluation import EvalOptions, scored
+from irv2.evaluation import Ensemble, EvalOptions, ScoreError, collect, scored
 from irv2.report.statistics import wilson
 from irv2.training.step import StepOptions, train_step
 
@@ -86,6 +86,36 @@ def test_classes_that_do_not_compete_are_never_answers():
     assert result.top[:, 0].tolist() == expected
     assert result.top1_correct == sum(e == label for e, label in zip(expected, labels.tolist()))
     assert result.probability.sum(1) == pytest.approx(1.0)
+
+
+def test_an_image_whose_scores_are_not_finite_is_wrong_and_named():
+    network = small_network()
+    x, _ = images(8)
+    x[3], x[5] = x[3] * 1e38, float("nan")
+    with torch.no_grad():
+        labels = network.eval()(x).nan_to_num().argmax(1)
+        best = network(x).argmax(1)
+    assert best[3] == labels[3]  # +inf would be right
+    competing = torch.ones(6, dtype=torch.bool)
+    competing[[i for i in range(6) if i not in labels.tolist()][:1]] = False
+    for options in (EvalOptions(), EvalOptions(competing=competing), EvalOptions(mirrored=True)):
+        result = evaluate(network, numbered([(x, labels)]), options=options)
+        assert result.unscored.tolist() == [3, 5]
+        assert not (result.rank[[3, 5]] < 5).any()
+        message = "^net: its scores of 2 of 8 images are not finite, first of image 3;"
+        with pytest.raises(ScoreError, match=message):
+            evaluation.check_finite(result, "net", lambda index: f"image {index}")
+    sound = evaluate(network, numbered([images(8)]))
+    evaluation.check_finite(sound, "net", str)
+
+
+def test_an_ensemble_with_scores_that_are_not_finite_gets_them_wrong():
+    network, (x, labels) = small_network(), images(4)
+    x[1] = float("inf")
+    ensemble = Ensemble()
+    for model in (network, small_network()):
+        collect(ensemble.adding(scored(model, numbered([(x, labels)]), EvalOptions())), ALONE)
+    assert collect(ensemble.mean(), ALONE).unscored.tolist() == [1]
 
 
 def test_the_interval_is_shown_where_images_are_few():

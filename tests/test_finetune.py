@@ -293,7 +293,7 @@ def test_a_run_from_other_weights_is_stopped_and_continued_bit_by_bit(project, t
     process.send_signal(signal.SIGINT)
     assert finish(process).returncode == 130
     origin = tmp_path / "origin.safetensors"
-    first, _ = weights.read(str(origin))
+    first, *_ = weights.read(str(origin))
     origin.unlink()  # a run that has begun needs it no more
     continued = run("train.py", *arguments(project, "stopped"))
     assert continued.returncode == 0, continued.stderr
@@ -318,7 +318,7 @@ def test_two_ranks_begin_with_the_same_weights_and_train_as_one(project, tmp_pat
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("begins from") == 1
         ends.append(checkpoint_of(tmp_path / f"{ranks}", 4).parts["model"])
-    first, _ = weights.read(str(tmp_path / "origin.safetensors"))
+    first, *_ = weights.read(str(tmp_path / "origin.safetensors"))
     for name, value in ends[0].items():
         if name.startswith(STEM):
             assert torch.equal(ends[1][name], first[name])

@@ -299,7 +299,7 @@ def test_best_weights_without_room_wait_as_they_were(tmp_path, monkeypatch):
     assert "will be tried again" in said[0] and list(tmp_path.iterdir()) == []
     state["weight"].zero_()  # training goes on
     assert best.flush()
-    saved, told = weights.read(str(tmp_path / "best.safetensors"))
+    saved, told, _ = weights.read(str(tmp_path / "best.safetensors"))
     assert {name: value.tolist() for name, value in saved.items()} == {"weight": [1.0, 1.0]}
     assert json.loads(told["classes"]) == ["cat", "dog"]
 

@@ -113,7 +113,7 @@ def test_the_best_weights_stay_when_later_ones_are_worse(tmp_path, monkeypatch) 
     assert (
         call(train, "--config", programs.write_project(tmp_path), "train.max_steps=6").status == 0
     )
-    _, metadata = weights.read(str(tmp_path / "run" / "best.safetensors"))
+    _, metadata, _ = weights.read(str(tmp_path / "run" / "best.safetensors"))
     best = json.loads(metadata["result"])
     assert (best["step"], best["weights"], best["top1"]) == (3, "raw", 60.0)
 

@@ -279,7 +279,7 @@ def test_networks_may_have_images_and_views_of_their_own(photographs, small, tmp
     for k, folder in enumerate(sorted(photographs.iterdir())):
         (few / folder.name).mkdir(parents=True)
         shutil.copy(sorted(folder.iterdir())[0], few / folder.name / f"{k}.jpg")
-    state, metadata = weights.read(str(small[0]))
+    state, metadata, _ = weights.read(str(small[0]))
     paths = []
     for name, val, size in (("a", photographs, 75), ("b", few, 79)):
         data = json.dumps({"val": str(val), "image_size": size, "eval_crop": 1.0})
@@ -433,7 +433,6 @@ def test_fast_is_close(photographs, small, tmp_path) -> None:
     [
         (("--run", "r", "--all", "--average", "2"), "one of them"),
         (("--weights", "w", "--all"), "--run DIR"),
-        (("--weights", "w", "--which", "raw"), "--run DIR"),
         (("--weights", "w", "--ensemble"), "want several networks"),
         (
             ("--weights", "w", "--protocol", "slim", "--crop", "0.9"),

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from irv2.network import imagenet_names, weights
+from irv2.network.forms.base import Weights, WeightsError
 from irv2.network.model import inception_resnet_v2
-from irv2.network.weights import WeightsError
 from irv2.run import trained
 
 BLOCKS = (1, 1, 1)
@@ -57,7 +57,7 @@ def same(state: State, expected: State) -> bool:
 def test_timm_files_load(tmp_path, timm_state, name, save):
     path = tmp_path / name
     save(timm_state, path)
-    state, metadata = weights.read(str(path))
+    state, metadata, _ = weights.read(str(path))
     assert metadata == {}
     model = weights.build_model(state, str(path), BLOCKS)
     assert same(model.state_dict(), timm_state)
@@ -77,14 +77,14 @@ def test_what_write_stores_read_returns(tmp_path):
     metadata = {"image_size": "299", "classes": '["tench", "goldfish"]'}
     path = tmp_path / "model.safetensors"
     weights.write(path, state, metadata)
-    read, read_metadata = weights.read(str(path))
+    read, read_metadata, _ = weights.read(str(path))
     assert same(read, state)
     assert read_metadata == metadata
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
 def test_write_stores_a_model_under_timm_names(tmp_path, timm_state):
-    model = inception_resnet_v2(num_classes=10, blocks=BLOCKS, width=0.25)
+    model = inception_resnet_v2(num_classes=10, blocks=BLOCKS)
     model.load_state_dict(timm_state)
     path = tmp_path / "model.safetensors"
     weights.write(path, model.state_dict(), {})
@@ -92,7 +92,7 @@ def test_write_stores_a_model_under_timm_names(tmp_path, timm_state):
 
 
 def test_nested_state_dict_is_unwrapped(tmp_path):
-    state = {"a.weight": torch.randn(3)}
+    state = {"conv2d_1a.conv.weight": torch.randn(3)}
     path = tmp_path / "nested.pth"
     for key in ("state_dict", "model"):
         torch.save({key: state, "epoch": 3, "arch": "inception_resnet_v2"}, path)
@@ -146,7 +146,7 @@ def test_missing_file_is_named(tmp_path):
 
 
 def test_directory_is_no_weights_file(tmp_path):
-    with pytest.raises(WeightsError, match="no such weights file"):
+    with pytest.raises(WeightsError, match=r"a folder without config\.json and model\.safetensors"):
         weights.read(str(tmp_path))
 
 
@@ -231,16 +231,18 @@ def test_unknown_entry_is_refused_by_name(timm_state):
 
 def test_timm_source_asks_for_pretrained_weights(monkeypatch):
     asked, model = [], torch.nn.Linear(2, 3)
+    model.pretrained_cfg = {"input_size": (3, 331, 331), "mean": (0.1, 0.2, 0.3)}
 
     def create_model(name, **options):
         asked.append((name, options.get("pretrained")))
         return model
 
     monkeypatch.setattr(timm, "create_model", create_model)
-    state, metadata = weights.read("timm:inception_resnet_v2.tf_in1k")
+    state, metadata, _ = weights.read("timm:inception_resnet_v2.tf_in1k")
     assert asked == [("inception_resnet_v2.tf_in1k", True)]
     assert same(state, dict(model.state_dict()))
-    assert metadata == {}
+    view = json.loads(metadata["data"])
+    assert (view["image_size"], view["mean"]) == (331, [0.1, 0.2, 0.3])
 
 
 ADVICE = "give the file's path instead"
@@ -319,15 +321,15 @@ def test_files_that_contradict_themselves_are_refused(monkeypatch, timm_state):
     for state, told, message in (
         (grey, {}, "is for images of 1 channels, not for RGB"),
         (timm_state, {"classes": '["a"]'}, "has 10 outputs, but names for 1"),
-        (timm_state, {"classes": '["a", '}, r"metadata is damaged \(classes\)"),
-        (timm_state, {"data": "[1]"}, r"metadata is damaged \(data\)"),
-        (timm_state, {"data": '{"image_size": "x"}'}, r"metadata is damaged \(data\)"),
-        (timm_state, {"data": '{"eval_crop": 0}'}, r"metadata is damaged \(data\)"),
-        (timm_state, {"classes": "[0, 1]"}, r"metadata is damaged \(classes\)"),
-        (timm_state, {"blocks": "[1, 1]"}, r"metadata is damaged \(blocks\)"),
-        (timm_state, {"result": '{"weights": 3}'}, r"metadata is damaged \(result\)"),
+        (timm_state, {"classes": '["a", '}, r"metadata is damaged \(classes"),
+        (timm_state, {"data": "[1]"}, r"metadata is damaged \(data"),
+        (timm_state, {"data": '{"image_size": "x"}'}, r"metadata is damaged \(data\.image_size"),
+        (timm_state, {"data": '{"eval_crop": 0}'}, r"metadata is damaged \(data\.eval_crop"),
+        (timm_state, {"classes": "[0, 1]"}, r"metadata is damaged \(classes"),
+        (timm_state, {"blocks": "[1, 1]"}, r"metadata is damaged \(blocks"),
+        (timm_state, {"result": '{"weights": 3}'}, r"metadata is damaged \(result"),
     ):
-        read = state, {"blocks": "[1, 1, 1]"} | told
-        monkeypatch.setattr(weights, "read", lambda _source, read=read: read)
+        read = Weights(state, {"blocks": "[1, 1, 1]"} | told)
+        monkeypatch.setattr(weights, "read", lambda *_asked, read=read: read)
         with pytest.raises(WeightsError, match=rf"^a\.safetensors: .*{message}"):
             trained.load_weights("a.safetensors")

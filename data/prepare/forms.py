@@ -25,6 +25,7 @@ from data.ilsvrc import (
     Expected,
     read_devkit,
 )
+from data.names import shown
 from data.prepare import parquet
 from data.prepare.imagenet import PATHS, sort_images, split_of, train_source, val_source
 from data.prepare.listed import FileSource, ListedSource, Listing, StreamSource, ZipSource
@@ -282,7 +283,7 @@ def _labels_near(path: Path) -> Path:
     names = (SOLUTION, "meta.bin", ILSVRC2012.devkit.name, LABELS)
     for found in (folder / name for folder in [path, *path.parents][:4] for name in names):
         if found.is_file():
-            print(f"labels of the validation images: {found}")
+            print(shown(f"labels of the validation images: {found}"))
             return found
     raise DataError(
         f"{path}: no labels of the validation images there ({', '.join(names)}); --labels FILE"

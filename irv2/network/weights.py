@@ -1,91 +1,59 @@
-"""State dicts in and out, under timm's names: .pth and .safetensors files, timm's hub, our runs."""
+"""State dicts in and out, under timm's names: files of every form, timm's hub, our runs."""
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from data.errors import UserError
 from data.files import write_atomically
+from irv2.network.forms import hub, names, pytorch, views
+from irv2.network.forms.base import State, Weights, WeightsError
 from irv2.network.model import BLOCKS, InceptionResnetV2, inception_resnet_v2
 
+ENDS = {names.STEM: 4, "classif.weight": 2}  # tensors at the ends of the network: dimensions
 FIRST_CHANNELS = 32  # of the first convolution at width 1
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-class WeightsError(UserError):
-    """Weights that cannot be read, or belong to another network."""
+def read(source: str, which: str | None = None) -> Weights:
+    """Read weights as what they are: a file, a folder in timm's form, or a name on a hub.
 
-
-def read(source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights file or "timm:NAME" -> (state dict, metadata of a safetensors file, else empty).
-
-    A state dict nested under "state_dict" or "model" is unwrapped. Nothing in the
-    file is executed. Raises WeightsError.
+    source: a path; "timm:NAME" for timm's own; "hf-hub:ORG/NAME" or "local-dir:PATH", as timm has
+    it, also behind "timm:". which: "ema" or "raw", of a file with averaged and raw weights; None:
+    the averaged ones, if there are any. Nothing in a file is run. Raises WeightsError.
     """
-    if source.startswith("timm:"):
-        return _from_timm(source.removeprefix("timm:")), {}
-    path = Path(source)
+    kind, _, name = source.removeprefix("timm:").partition(":")
+    if kind in ("hf-hub", "hf_hub"):
+        found = hub.read_hub(name, lambda path: _read_file(path, which))
+    elif kind == "local-dir" or Path(source).is_dir():
+        folder = Path(name if kind == "local-dir" else source)
+        found = hub.read_folder(folder, lambda path: _read_file(path, which))
+    elif source.startswith("timm:"):
+        found = hub.read_registered(source.removeprefix("timm:"))
+    else:
+        found = _read_file(Path(source), which)
+    return names.without_background(found, source)
+
+
+def _read_file(path: Path, which: str | None) -> Weights:
+    """Read a file by its form. Raises WeightsError."""
     if not path.is_file():
-        raise WeightsError(f"{source}: no such weights file")
+        raise WeightsError(f"{path}: no such weights file")
     if path.suffix == ".safetensors":
-        return _from_safetensors(path)
-    content = _from_torch(path)
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not (isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())):
-        raise WeightsError(f"{source}: holds no state dict")
-    return content, {}
+        stored = pytorch.read_safetensors(path)
+        content, (texts, remarks) = stored.state, (stored.metadata, [])
+    else:
+        content = pytorch.read_torch(path)
+        texts, remarks = views.of_trainer(content, str(path))
+    found = pytorch.chosen(content, which, str(path))
+    state = names.in_timms(found.state)
+    return Weights(state, found.metadata | texts, [*found.remarks, *remarks])
 
 
-def _from_torch(path: Path) -> Any:
-    """Load what `torch.save` wrote, onto the CPU, without executing anything in the file."""
-    try:
-        if zipfile.is_zipfile(path):  # torch.load compares no checksums
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"{damaged} does not match its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise WeightsError(
-            f"{path}: not a file of tensors and numbers only; nothing in it was run"
-        ) from None
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(f"{path}: damaged or not a PyTorch file ({reason})") from None
-
-
-def _from_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except Exception as error:
-        raise WeightsError(f"{path}: damaged or not a safetensors file ({error})") from None
-
-
-def _from_timm(name: str) -> dict[str, Tensor]:
-    import timm
-
-    try:
-        return timm.create_model(name, pretrained=True).state_dict()
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise WeightsError(
-            f"timm:{name}: not available ({reason}); the hub needs a network: "
-            "download the weights where there is one, and give the file's path instead"
-        ) from None
-
-
-def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write(path: Path, state: State, metadata: dict[str, str]) -> None:
     """Write a state dict as safetensors, whole or not at all."""
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     content = safetensors.torch.save(tensors, metadata)
@@ -93,33 +61,58 @@ def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> Non
 
 
 def build_model(
-    state: dict[str, Tensor], source: str, blocks: tuple[int, int, int] = BLOCKS
+    state: State, source: str, blocks: tuple[int, int, int] = BLOCKS
 ) -> InceptionResnetV2:
     """Build the network of a state dict, with its weights; an auxiliary head is left out.
 
-    Raises WeightsError, naming `source`, if they are another network's.
+    Raises WeightsError, naming `source`, if they are another network's, before memory is taken for
+    more than is stored.
     """
     kept = {key: value for key, value in state.items() if not key.startswith("aux.")}
+    for name, dimensions in ENDS.items():
+        if name not in kept or kept[name].ndim != dimensions:
+            what = f"no {name} of {dimensions} dimensions in it"
+            raise WeightsError(f"{source}: not an Inception-ResNet-v2 ({what})")
+    if sum(blocks) > len(kept):
+        raise WeightsError(f"{source}: says that it has {list(blocks)} blocks, and holds fewer")
+    first_channels, in_chans = kept[names.STEM].shape[:2]
+    width, num_classes = first_channels / FIRST_CHANNELS, len(kept["classif.weight"])
     try:
-        num_classes = kept["classif.weight"].shape[0]
-        first_channels, in_chans = kept["conv2d_1a.conv.weight"].shape[:2]
-    except (KeyError, IndexError) as error:
-        raise WeightsError(f"{source}: not an Inception-ResNet-v2 (no {error} in it)") from None
-    try:
-        model = inception_resnet_v2(
-            num_classes, in_chans, blocks=blocks, width=first_channels / FIRST_CHANNELS
-        )
-    except ValueError as error:
+        with torch.device("meta"):
+            model = inception_resnet_v2(num_classes, in_chans, blocks=blocks, width=width)
+    except (ValueError, RuntimeError) as error:
         raise WeightsError(f"{source}: not an Inception-ResNet-v2 ({error})") from None
-    load_into(model, kept, source)
+    load_into(model, kept, source, assign=True)
     return model
 
 
-def load_into(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load a whole state dict. Raises WeightsError, naming `source` and a tensor, if it is
-    another network's."""
+def load_into(model: nn.Module, state: State, source: str, assign: bool = False) -> None:
+    """Load a whole state dict in the network's own types; assign: into copies, not in place.
+
+    Raises WeightsError, naming `source` and a tensor, if it is another network's, of another kind
+    of numbers, or not finite.
+    """
+    kinds = {name: value.dtype for name, value in model.state_dict().items()}
+    for name, value in state.items():
+        if kinds.get(name, torch.int64).is_floating_point and (fault := _fault(value)):
+            raise WeightsError(f"{source}: {name} {fault}")
+    if assign:
+        as_own = {"copy": True, "memory_format": torch.contiguous_format}
+        state = {name: value.to(kinds.get(name), **as_own) for name, value in state.items()}
     try:
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(state, strict=True, assign=assign)
     except RuntimeError as error:
         reason = " ".join(str(error).splitlines()[1].split())[:200]
         raise WeightsError(f"{source}: does not fit this network: {reason}") from None
+
+
+def _fault(value: Tensor) -> str | None:
+    """Say what is wrong with a tensor that should hold a layer's weights."""
+    if value.dtype not in FLOATS or value.layout is not torch.strided:
+        kind = str(value.dtype).removeprefix("torch.")
+        return f"holds {kind} numbers, not float32, float16, bfloat16 or float64"
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        return f"has the shape {list(value.shape)}, and fewer numbers are stored"
+    if value.numel() and not torch.stack(value.float().aminmax()).isfinite().all():
+        return "holds numbers that are not finite"
+    return None

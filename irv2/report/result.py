@@ -12,6 +12,7 @@ from irv2.report.reference import Reference, distance
 from irv2.report.statistics import Interval, mcnemar, wilson
 
 Rows = list[tuple[str, str]]
+HALVES = [0.5, 0.5, 0.5]  # the published networks' mean and deviation, which go without saying
 BESIDE_TABLE = ("images", "labels", "view", "compare")  # rows that its columns do not hold
 
 
@@ -27,7 +28,7 @@ class Result:
     resized_to: int | None  # px of the shorter side, if they were made smaller
     labels: str  # kind of the labels: as LabelSet.name
     selection: dict[str, str]  # files that say which images count or what is right, by option
-    view: dict[str, Any]  # protocol, image_size, eval_crop, eval_interpolation
+    view: dict[str, Any]  # protocol, image_size, eval_crop, eval_interpolation, mean, std
     precision: str
     predictions: Any  # irv2.training.metrics.Predictions
     seconds: float
@@ -88,6 +89,9 @@ def _view(result: Result) -> str:
     text = f"{view['protocol']}, {view['image_size']} px"
     if view["protocol"] in ("timm", "flip"):
         text += f", crop {view['eval_crop']:g}, {view['eval_interpolation']}"
+    for key in ("mean", "std"):
+        if view.get(key, HALVES) != HALVES:
+            text += f", {key} {' '.join(f'{value:g}' for value in view[key])}"
     return text + ("" if result.precision == "fp32" else f"; {result.precision}")
 
 

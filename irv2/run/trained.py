@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from irv2.config import Data
 from irv2.network import imagenet_names, weights
 from irv2.network.accelerate import accelerate
+from irv2.network.forms import metadata
+from irv2.network.forms.base import WeightsError
+from irv2.network.forms.pytorch import check_which
 from irv2.network.model import BLOCKS, InceptionResnetV2
-from irv2.network.weights import WeightsError
 from irv2.run import checkpoint
 from irv2.run.checkpoint import Checkpoint, CheckpointError
 from irv2.run.directory import checkpoints
@@ -40,6 +41,7 @@ class Trained:
     classes: list[str] | None  # class names in the order of its outputs, if known
     data: Data  # how images are preprocessed
     images: str | None  # its validation images, if known
+    remarks: tuple[str, ...] = ()  # what was chosen or changed as it was read
 
 
 def load_run(directory: Path, which: str, say: Callable[[str], None]) -> Trained:
@@ -54,7 +56,7 @@ def from_checkpoint(loaded: Checkpoint, which: str) -> Trained:
     """Build the network of a checkpoint of which `part(which)` was read. Raises WeightsError."""
     cfg, meta, source = loaded.meta["config"], loaded.meta, str(loaded.path)
     model = _network(loaded.parts[part(which)], source, tuple(cfg["model"]["blocks"]))
-    data = _data(cfg["data"], source)
+    data = _data(cfg["data"], f"{source}: its metadata is damaged")
     return Trained(model, source, which, meta["step"], meta["classes"], data, data.val)
 
 
@@ -107,72 +109,54 @@ def average(networks: list[Trained], needed: int = 1) -> Trained:
     return replace(newest, name=f"{newest.name}, mean of {len(networks)} ({steps})")
 
 
+def seen_as(network: Trained, stated: dict[str, Any]) -> Trained:
+    """Return a network whose images are seen otherwise; stated: keys of section "data".
+
+    Raises WeightsError for a view that cannot be.
+    """
+    return replace(network, data=_data(network.data.model_dump() | stated, "such a view cannot be"))
+
+
 def part(which: str) -> str:
     """The part of a checkpoint that holds "ema" or "raw" weights."""
     return "ema" if which == "ema" else "model"
 
 
-def load_weights(source: str) -> Trained:
-    """Load a weights file, or "timm:NAME". Raises WeightsError.
+def load_weights(source: str, which: str | None = None) -> Trained:
+    """Load a weights file, or "timm:NAME"; which: as of `weights.read`. Raises WeightsError.
 
     Without metadata the published settings apply: 299 px, crop 0.8975, bicubic, mean = std = 0.5,
     and 1,000 classes are ImageNet's.
     """
-    state, texts = weights.read(source)
-    metadata = _parsed(texts, source)
-    blocks = tuple(metadata.get("blocks", BLOCKS))
-    model = _network(state, source, blocks)
-    outputs = model.num_classes
+    read = weights.read(source, which)
+    told = metadata.parsed(read.metadata, source)
+    check_which(which, told.result.weights, source)
+    model = _network(read.state, source, tuple(told.blocks or BLOCKS))
+    outputs, classes = model.num_classes, told.classes
     if model.in_chans != 3:
         raise WeightsError(f"{source}: is for images of {model.in_chans} channels, not for RGB")
-    classes = metadata.get("classes")
     if classes is None and outputs == IMAGENET_CLASSES:
         classes = imagenet_names.synsets()
     if classes is not None and len(classes) != outputs:
         raise WeightsError(f"{source}: has {outputs} outputs, but names for {len(classes)}")
-    result = metadata.get("result", {})
-    which = result.get("weights", "as published")
-    stored = metadata.get("data", {}) | {"cache_dir": None}  # it may come from another machine
-    data = _data(stored, source)
+    kind = told.result.weights or "as published"
+    stored = told.data | {"cache_dir": None}  # it may come from another machine
+    data = _data(stored, f"{source}: its metadata is damaged")
     images = None if stored.get("val") is None else data.val
-    return Trained(model, source, which, result.get("step"), classes, data, images)
+    step = told.result.step
+    return Trained(model, source, kind, step, classes, data, images, tuple(read.remarks))
 
 
-def _data(stored: dict[str, Any], source: str) -> Data:
-    """Section "data" from what is stored of `SEEN`, the rest by default. Raises WeightsError.
+def _data(stored: dict[str, Any], fault: str) -> Data:
+    """Section "data" from what is stored of `SEEN`, the rest by default.
 
-    Other keys, of training, may be of another version.
+    Other keys, of training, may be of another version. Raises WeightsError, beginning with `fault`.
     """
     known = {key: stored[key] for key in SEEN if key in stored}
     known = {key: value for key, value in known.items() if value is not None or key != "val"}
     try:
         return Data(**{"train": "unknown", "val": "unknown"} | known)
-    except ValueError:
-        raise WeightsError(f"{source}: its metadata is damaged (data)") from None
-
-
-def _parsed(metadata: dict[str, str], source: str) -> dict[str, Any]:
-    """Parse this project's entries of a weights file's metadata. Raises WeightsError."""
-    is_sound: dict[str, Callable[[Any], bool]] = {
-        "blocks": lambda value: _is_list_of(int, value) and len(value) == 3 and min(value) > 0,
-        "classes": lambda value: _is_list_of(str, value),
-        "data": lambda value: isinstance(value, dict),
-        "result": lambda value: (
-            isinstance(value, dict)
-            and isinstance(value.get("weights", ""), str)
-            and isinstance(value.get("step"), int | None)
-        ),
-    }
-    entries = {}
-    for key in is_sound.keys() & metadata.keys():
-        try:
-            entries[key] = json.loads(metadata[key])
-        except ValueError:
-            entries[key] = math.nan
-        if not is_sound[key](entries[key]):
-            raise WeightsError(f"{source}: its metadata is damaged ({key})")
-    return entries
-
-
-def _is_list_of(kind: type, value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is kind for item in value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("data", *first["loc"])))
+        raise WeightsError(f"{fault} ({key}: {first['msg']})") from None

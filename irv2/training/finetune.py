@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from itertools import chain
 
 from torch import Tensor
 
 from data.names import are_same
 from irv2.network import weights
+from irv2.network.forms import metadata
+from irv2.network.forms.base import Weights, WeightsError
 from irv2.network.model import InceptionResnetV2
-from irv2.network.weights import WeightsError
 from irv2.training.distributed import World
 from irv2.training.state import TrainState
 
@@ -37,14 +37,16 @@ def begin(state: TrainState, source: str, classes: list[str], world: World) -> N
 
     Raises WeightsError.
     """
-    pretrained, metadata = _read(source, world)
-    outcome = load(state.model, pretrained, _class_names(metadata, source), classes, source)
+    pretrained = _read(source, world)
+    named = metadata.parsed(pretrained.metadata, source).classes
+    outcome = load(state.model, pretrained.state, named, classes, source)
     state.ema.module.load_state_dict(state.model.state_dict())
-    world.say(outcome)
+    for line in (*pretrained.remarks, outcome):
+        world.say(line)
 
 
-def _read(source: str, world: World) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read weights and metadata on every rank: first on the main one, so that the others find its
+def _read(source: str, world: World) -> Weights:
+    """Read weights on every rank: first on the main one, so that the others find its
     download on the disk."""
     pretrained = error = None
     if world.is_main:
@@ -56,14 +58,6 @@ def _read(source: str, world: World) -> tuple[dict[str, Tensor], dict[str, str]]
     if error is not None:
         raise error
     return weights.read(source) if pretrained is None else pretrained
-
-
-def _class_names(metadata: dict[str, str], source: str) -> list[str] | None:
-    """The names of a file's classes, if it knows them."""
-    try:
-        return json.loads(metadata.get("classes", "null"))
-    except ValueError:
-        raise WeightsError(f"{source}: its metadata is damaged (classes)") from None
 
 
 def load(

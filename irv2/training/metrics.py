@@ -86,6 +86,11 @@ class Predictions:
         return wrong[np.argsort(-confidence, kind="stable")]
 
     @property
+    def unscored(self) -> np.ndarray:
+        """Numbers of the images, in their source, whose scores were not finite."""
+        return self.index[~np.isfinite(self.loss)]
+
+    @property
     def mean_loss(self) -> float:
         """Mean of `loss`."""
         return float(self.loss.mean())

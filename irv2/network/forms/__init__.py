@@ -1,0 +1,1 @@
+"""The forms in which weights are kept, each read into timm's names."""

@@ -1,0 +1,70 @@
+"""Names of a network's tensors as others have them, and timm's."""
+
+from __future__ import annotations
+
+import torch
+
+from data.names import shown
+from irv2.network.forms.base import State, Weights
+
+STEM = "conv2d_1a.conv.weight"  # in every form of PyTorch's; what stands before it is a prefix
+COMPILED = "_orig_mod."
+CLASSIFIER, OTHER_CLASSIFIER = "classif.", "last_linear."
+CLASSIFIERS = (CLASSIFIER, f"aux.{CLASSIFIER}")
+IMAGENET_WITH_BACKGROUND = 1001
+
+
+def split(state: State) -> dict[str, State]:
+    """Split tensors by what stands before a network's own names: prefix -> state dict.
+
+    Wrappers leave "module." (DataParallel, averages), "_orig_mod." (torch.compile) and "model."
+    (Lightning) there. Tensors of none are left out; of another network, all stay as they are.
+    """
+    short = {name: name.replace(COMPILED, "") for name in state}
+    prefixes = {name.removesuffix(STEM) for name in short.values() if name.endswith(STEM)}
+    if not prefixes:
+        return {"": state}
+    parts: dict[str, State] = {prefix: {} for prefix in sorted(prefixes, key=len, reverse=True)}
+    for name, value in state.items():
+        prefix = next((prefix for prefix in parts if short[name].startswith(prefix)), None)
+        if prefix is not None:
+            parts[prefix][short[name].removeprefix(prefix)] = value
+    return parts
+
+
+def remarks(state: State, prefix: str, left_out: int) -> list[str]:
+    """What `split` has done to the names of a state dict."""
+    found = [prefix] if prefix else []
+    if any(COMPILED in name for name in state):
+        found.append(COMPILED)
+    lines = [f"{shown(' and '.join(found))} is left out of its tensors' names"] if found else []
+    if left_out:
+        lines.append(f"{left_out} tensors that are not the network's are passed over")
+    return lines
+
+
+def in_timms(state: State) -> State:
+    """Give timm's name to the classifier of Cadene's and timm's older files, "last_linear"."""
+    return {
+        CLASSIFIER + name.removeprefix(OTHER_CLASSIFIER)
+        if name.startswith(OTHER_CLASSIFIER)
+        else name: value
+        for name, value in state.items()
+    }
+
+
+def without_first(state: State, count: int) -> State:
+    """Leave out the first outputs of the classifiers."""
+    return state | {name: v[count:] for name, v in state.items() if name.startswith(CLASSIFIERS)}
+
+
+def without_background(found: Weights, source: str) -> Weights:
+    """Leave out the background, TensorFlow's class 0, where classes can only be ImageNet's.
+
+    timm did so as it ported TF-slim's weights.
+    """
+    outputs = found.state.get(CLASSIFIER + "weight", torch.empty(0)).shape[:1]
+    if "classes" in found.metadata or outputs != (IMAGENET_WITH_BACKGROUND,):
+        return found
+    line = f"{source}: of its 1,001 outputs the first, TensorFlow's background, is left out"
+    return Weights(without_first(found.state, 1), found.metadata, [*found.remarks, line])

@@ -1,0 +1,154 @@
+"""Files of PyTorch and safetensors, and the sets of weights in a trainer's checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import torch
+from torch import Tensor
+
+from data.errors import enumeration, panics_as_errors
+from irv2.network.forms import names
+from irv2.network.forms.base import State, Weights, WeightsError, in_one_line
+
+AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?)(?![a-z])", re.IGNORECASE)
+COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
+DEEPEST = 2  # keys above a state dict, as in content["state_dict"]["model"]
+SAVE_STATE_DICT = "save its state_dict() alone with torch.save"
+
+
+def read_safetensors(path: Path) -> Weights:
+    """Read tensors and metadata of a safetensors file. Raises WeightsError."""
+    try:
+        with panics_as_errors(), safetensors.safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Weights(state, file.metadata() or {})
+    except Exception as error:
+        reason = in_one_line(error)
+        raise WeightsError(f"{path}: damaged or not a safetensors file ({reason})") from None
+
+
+def read_torch(path: Path) -> Any:
+    """Load what `torch.save` wrote onto the CPU; nothing in the file is run.
+
+    Beside tensors, numbers and texts it may hold the argparse.Namespace of a trainer's arguments.
+    Raises WeightsError.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            _check_archive(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise WeightsError(f"{path}: {_unwanted(path)}; nothing in it was run") from None
+    except Exception as error:
+        reason = in_one_line(error)
+        raise WeightsError(f"{path}: damaged or not a PyTorch file ({reason})") from None
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError for an archive that is damaged or larger than its file; torch.load compares
+    no checksums."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("its members are compressed, which torch.save never does")
+        if sum(member.file_size for member in members) > path.stat().st_size:
+            raise ValueError("its members are larger than the file")
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"{damaged} does not match its checksum")
+
+
+def _unwanted(path: Path) -> str:
+    """Describe what a pickle holds beside tensors and numbers, and what to do."""
+    try:
+        found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # an older form, or a damaged one
+        found = []
+    if any(name.startswith("torch.nn.modules.") for name in found):
+        return f"a whole pickled module, whose classes would be run: {SAVE_STATE_DICT}"
+    what = f", but also {enumeration(found)}" if found else ""
+    return f"not a file of tensors and numbers only{what}: {SAVE_STATE_DICT}"
+
+
+# ------------------------------------------------------------------------ sets of weights
+
+
+class Set(NamedTuple):
+    """One of the sets of weights in a file."""
+
+    place: str  # the keys and the prefix that it stands under
+    is_averaged: bool
+    state: State
+    remarks: list[str]  # on its names
+
+
+def chosen(content: Any, which: str | None, source: str) -> Weights:
+    """Choose among the sets of weights of a file: "raw" ones, or averaged ones if there are any.
+
+    Raises WeightsError if there are none, several of a kind, or not those asked for.
+    """
+    every = list(_sets(content))
+    if not every:
+        raise WeightsError(f"{source}: holds no state dict")
+    sets = [each for each in every if names.STEM in each.state]
+    if not sets:
+        return Weights(every[0].state, {})  # of another network
+    averaged = [each for each in sets if each.is_averaged]
+    raw = [each for each in sets if not each.is_averaged]
+    taken, left = (raw, averaged) if which == "raw" else (averaged, raw)
+    if which is None and not averaged:
+        taken, left = raw, []
+    check_which(which, "raw" if not averaged else None if raw else "ema", source)
+    if len(taken) > 1:
+        places = enumeration([each.place for each in taken])
+        raise WeightsError(f"{source}: holds several sets of weights ({places}): keep one in it")
+    (one,) = taken
+    remarks = [f"{source}: {line}" for line in one.remarks]
+    if left:
+        kinds = ("averaged", "raw") if one.is_averaged else ("raw", "averaged")
+        others = enumeration([each.place for each in left])
+        remarks.append(
+            f"{source}: its {kinds[0]} weights are taken ({one.place}), not the {kinds[1]} ones "
+            f"beside them ({others})"
+        )
+    is_known = averaged or which
+    kind = json.dumps({"weights": "ema" if one.is_averaged else "raw"})
+    return Weights(one.state, {"result": kind} if is_known else {}, remarks)
+
+
+def check_which(asked: str | None, there: str | None, source: str) -> None:
+    """Raise WeightsError if a file holds only the other kind of weights: "ema" or "raw"."""
+    if None not in (asked, there) and asked != there:
+        kinds = {"ema": "averaged", "raw": "raw"}
+        raise WeightsError(f"{source}: holds {kinds[there]} weights alone, no {kinds[asked]} ones")
+
+
+def _sets(content: Any, place: str = "", depth: int = DEEPEST) -> Iterator[Set]:
+    """Find the state dicts in a file's content, those of other networks among them."""
+    if not isinstance(content, dict):
+        return
+    if _is_state(content):
+        parts = names.split(content)
+        left_out = len(content) - sum(map(len, parts.values())) - (COUNTER in content)
+        for prefix, state in parts.items():
+            where = ": ".join(part for part in (place, prefix) if part)
+            is_averaged = COUNTER in content or AVERAGED.search(where) is not None
+            yield Set(where, is_averaged, state, names.remarks(content, prefix, left_out))
+    elif depth:
+        for key, value in content.items():
+            yield from _sets(value, f"{place}.{key}" if place else str(key), depth - 1)
+
+
+def _is_state(content: dict[Any, Any]) -> bool:
+    return bool(content) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    )

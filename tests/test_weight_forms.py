@@ -1,0 +1,476 @@
+"""Weights in the forms that people have: each read as what it is, or refused by its name."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import programs
+import pytest
+import safetensors
+import timm
+import torch
+from calling import call
+from huggingface_hub.errors import EntryNotFoundError
+from small_network import copied, randomised
+from small_weights import SYNSETS, VIEW
+from timm.data import IMAGENET_DEFAULT_MEAN
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+import validate
+from irv2.network import imagenet_names, weights
+from irv2.network.forms.base import WeightsError
+from irv2.network.model import inception_resnet_v2
+from irv2.run import trained
+from irv2.training import finetune
+from scripts import export, predict
+
+BLOCKS = (1, 1, 1)
+State = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that do not say how many blocks they hold have one of each kind here."""
+    monkeypatch.setattr(trained, "BLOCKS", BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    return randomised(inception_resnet_v2(3, blocks=BLOCKS, width=0.25))
+
+
+class Ends(nn.Module):
+    """The first and the last layer of a network, by which it is known and told from others."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        outputs, features = state["classif.weight"].shape
+        self.conv2d_1a = nn.Module()
+        self.conv2d_1a.conv = nn.Conv2d(3, 32, 3, bias=False)
+        self.classif = nn.Linear(features, outputs)
+        self.load_state_dict(state)
+        self.num_classes, self.in_chans = outputs, 3
+
+
+def ends(outputs: int = 3) -> State:
+    return {
+        "conv2d_1a.conv.weight": torch.randn(32, 3, 3, 3),
+        "classif.weight": torch.randn(outputs, 4),
+        "classif.bias": torch.randn(outputs),
+    }
+
+
+@pytest.fixture
+def state(monkeypatch: pytest.MonkeyPatch) -> State:
+    """Weights of `Ends`, which is built in the place of a whole network."""
+    monkeypatch.setattr(trained, "_network", lambda state, source, blocks: Ends(state))
+    return ends()
+
+
+@pytest.fixture
+def averaged() -> State:
+    """Other weights of the same."""
+    return ends()
+
+
+def saved(path: Path, content: Any) -> str:
+    torch.save(content, path)
+    return str(path)
+
+
+def is_same(found: trained.Trained, state: State) -> bool:
+    ours = found.model.state_dict()
+    return ours.keys() == state.keys() and all(torch.equal(ours[k], state[k]) for k in state)
+
+
+def prefixed(state: State, prefix: str) -> State:
+    return {prefix + name: value for name, value in state.items()}
+
+
+# ---------------------------------------------------------------------- trainers' checkpoints
+
+
+def timms_checkpoint(state: State, averaged: State | None, **arguments: Any) -> dict[str, Any]:
+    """What timm's CheckpointSaver writes."""
+    content = {
+        "epoch": 3,
+        "arch": "inception_resnet_v2",
+        "state_dict": state,
+        "optimizer": {"state": {0: {"square_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]},
+        "version": 2,
+        "args": argparse.Namespace(model="inception_resnet_v2", **arguments),
+        "metric": 71.3,
+    }
+    return content | ({} if averaged is None else {"state_dict_ema": averaged})
+
+
+def torchvisions_checkpoint(state: State, averaged: State) -> dict[str, Any]:
+    """What torchvision's references/classification/train.py writes with --model-ema."""
+    ema = AveragedModel(Ends(averaged))
+    arguments = argparse.Namespace(
+        model="x", val_crop_size=299, val_resize_size=342, interpolation="bilinear"
+    )
+    return {
+        "model": state,
+        "optimizer": {"state": {}, "param_groups": []},
+        "lr_scheduler": {"last_epoch": 3},
+        "epoch": 3,
+        "args": arguments,
+        "model_ema": ema.state_dict(),
+    }
+
+
+@pytest.mark.parametrize("trainer", ["timm", "torchvision"])
+def test_a_trainers_averaged_weights_are_taken_unless_raw_ones_are_asked_for(
+    tmp_path, state, averaged, trainer
+):
+    content = {
+        "timm": timms_checkpoint(state, averaged),
+        "torchvision": torchvisions_checkpoint(state, averaged),
+    }[trainer]
+    path = saved(tmp_path / "last.pth.tar", content)
+    for which, expected, kind in (
+        (None, averaged, "ema"),
+        ("ema", averaged, "ema"),
+        ("raw", state, "raw"),
+    ):
+        found = trained.load_weights(path, which)
+        assert is_same(found, expected) and found.which == kind
+        words = "averaged weights are taken" if kind == "ema" else "raw weights are taken"
+        assert any(words in line for line in found.remarks), found.remarks
+    theirs = timm.models.load_state_dict(path)
+    assert all(torch.equal(theirs[name], value) for name, value in averaged.items())
+
+
+def test_a_kind_of_weights_that_is_not_there_is_refused(tmp_path, state, averaged):
+    path = saved(tmp_path / "raw.pth", timms_checkpoint(state, None))
+    with pytest.raises(WeightsError, match=r"raw\.pth: holds raw weights alone, no averaged ones"):
+        trained.load_weights(path, "ema")
+    path = saved(tmp_path / "ema.pth", {"state_dict_ema": averaged})
+    with pytest.raises(WeightsError, match=r"ema\.pth: holds averaged weights alone, no raw ones"):
+        trained.load_weights(path, "raw")
+    weights.write(tmp_path / "b.safetensors", averaged, {"result": '{"weights": "ema"}'})
+    with pytest.raises(WeightsError, match=r"holds averaged weights alone, no raw ones"):
+        trained.load_weights(str(tmp_path / "b.safetensors"), "raw")
+
+
+def test_several_sets_of_one_kind_are_refused_by_their_places(tmp_path, state, averaged):
+    path = saved(tmp_path / "a.pth", {"teacher": averaged, "student": state})
+    with pytest.raises(WeightsError, match=r"several sets of weights \(teacher, student\)"):
+        trained.load_weights(path)
+
+
+def test_a_trainers_arguments_say_how_images_are_seen(tmp_path, state, averaged):
+    content = timms_checkpoint(
+        state,
+        averaged,
+        input_size=[3, 75, 75],
+        crop_pct=0.9,
+        interpolation="bilinear",
+        mean=[0.1, 0.2, 0.3],
+        std=None,
+        dataset="",
+    )
+    data = trained.load_weights(saved(tmp_path / "a.pth", content)).data
+    assert (data.image_size, data.eval_crop, data.eval_interpolation) == (75, 0.9, "bilinear")
+    assert (data.mean, data.std) == ([0.1, 0.2, 0.3], [0.5, 0.5, 0.5])
+    content = torchvisions_checkpoint(state, averaged)
+    data = trained.load_weights(saved(tmp_path / "b.pth", content)).data
+    assert int(data.image_size / data.eval_crop) == 342
+    assert (data.image_size, data.eval_interpolation) == (299, "bilinear")
+    assert data.mean == list(IMAGENET_DEFAULT_MEAN)
+    odd = timms_checkpoint(state, None, interpolation="lanczos", crop_mode="border")
+    found = trained.load_weights(saved(tmp_path / "c.pth", odd))
+    assert found.data.eval_interpolation == "bicubic"
+    assert "lanczos" in found.remarks[0] and "border" in found.remarks[1]
+    oblong = timms_checkpoint(state, None, input_size=[3, 75, 99])
+    with pytest.raises(WeightsError, match=r"d\.pth: is for images of 99x75 px"):
+        trained.load_weights(saved(tmp_path / "d.pth", oblong))
+
+
+# ---------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "model._orig_mod.module."]
+)
+def test_prefixes_are_left_out_and_said(tmp_path, state, prefix):
+    found = trained.load_weights(saved(tmp_path / "a.pth", prefixed(state, prefix)))
+    assert is_same(found, state)
+    (line,) = found.remarks
+    assert "is left out of its tensors' names" in line
+    assert all(part in line for part in prefix.split(".") if part)
+
+
+def test_a_lightning_checkpoint_is_read_without_what_is_beside_the_network(tmp_path, state):
+    beside = {"criterion.weight": torch.ones(3), "train_metric.total": torch.tensor(1)}
+    content = {"state_dict": prefixed(state, "model.") | beside, "loops": {}, "epoch": 3}
+    found = trained.load_weights(saved(tmp_path / "last.ckpt", content))
+    assert is_same(found, state)
+    assert "2 tensors that are not the network's are passed over" in found.remarks[1]
+    both = {"state_dict": prefixed(state, "model.") | prefixed(state, "ema_model.module.")}
+    assert trained.load_weights(saved(tmp_path / "both.ckpt", both)).which == "ema"
+
+
+def test_layers_that_were_compiled_have_their_names(tmp_path, state):
+    odd = {name.replace("repeat.0.", "repeat.0._orig_mod."): value for name, value in state.items()}
+    assert is_same(trained.load_weights(saved(tmp_path / "a.pth", odd)), state)
+
+
+def test_cadenes_classifier_is_read_and_the_background_left_out(tmp_path, state):
+    state = ends(1001)
+    older = {name.replace("classif.", "last_linear."): value for name, value in state.items()}
+    found = trained.load_weights(saved(tmp_path / "a.pth", older))
+    assert torch.equal(found.model.classif.weight, state["classif.weight"][1:])
+    assert torch.equal(found.model.classif.bias, state["classif.bias"][1:])
+    assert found.classes == imagenet_names.synsets()
+    assert "TensorFlow's background, is left out" in found.remarks[0]
+    named = {"classes": json.dumps([f"c{i}" for i in range(1001)])}
+    weights.write(tmp_path / "own.safetensors", state, named)
+    assert trained.load_weights(str(tmp_path / "own.safetensors")).model.num_classes == 1001
+
+
+# ---------------------------------------------------------------------- timm's folders and hub
+
+
+def write_folder(folder: Path, state: State, **changes: Any) -> Path:
+    """A folder as timm's save_for_hf writes it, with its own view and classes."""
+    folder.mkdir()
+    torch.save(state, folder / "pytorch_model.bin")
+    view = {
+        "input_size": [3, 75, 75],
+        "crop_pct": VIEW["eval_crop"],
+        "interpolation": VIEW["eval_interpolation"],
+        "mean": VIEW["mean"],
+        "std": VIEW["std"],
+    }
+    config = {
+        "architecture": "inception_resnet_v2",
+        "num_classes": 3,
+        "label_names": SYNSETS,
+        "pretrained_cfg": view,
+    }
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_a_timm_folder_says_its_view_and_classes(tmp_path, state, monkeypatch):
+    folder = write_folder(tmp_path / "a", state)
+
+    def download(repository: str, file: str, revision: str | None = None) -> str:
+        assert (repository, revision) == ("org/name", "main")
+        if not (folder / file).exists():
+            raise EntryNotFoundError(file)
+        return str(folder / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    sources = ["local-dir:", "timm:local-dir:", "timm:hf-hub:", "hf-hub:", "hf_hub:"]
+    for source in [str(folder)] + [
+        s + (str(folder) if "dir" in s else "org/name@main") for s in sources
+    ]:
+        found = trained.load_weights(source)
+        assert is_same(found, state)
+        assert {key: getattr(found.data, key) for key in VIEW} == VIEW
+        assert found.classes == SYNSETS
+
+
+def test_a_hub_that_cannot_be_reached_gives_advice(monkeypatch):
+    def download(*_arguments: object, **_options: object) -> str:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(WeightsError, match=r"^hf-hub:org/name: .*give the file's path instead"):
+        weights.read("timm:hf-hub:org/name")
+
+
+def test_what_a_folder_says_goes_before_its_weights_and_is_said(tmp_path, state):
+    folder = write_folder(tmp_path / "a", state)
+    told = {"classes": json.dumps(["a", "b", "c"]), "data": json.dumps(VIEW | {"eval_crop": 0.7})}
+    weights.write(folder / "model.safetensors", state, told)
+    found = trained.load_weights(str(folder))
+    assert (found.classes, found.data.eval_crop) == (SYNSETS, 0.8)
+    assert "differ in eval_crop, classes; config.json is followed" in found.remarks[0]
+
+
+def test_odd_configs_are_followed_or_refused(tmp_path, state):
+    wide = state | {"classif.weight": torch.randn(4, 4), "classif.bias": torch.randn(4)}
+    by_number = {"2": "c", "0": "a", "1": "b"}
+    flat = {"architecture": "inception_resnet_v2", "input_size": [3, 75, 75], "labels": [*"abc"]}
+    folder = write_folder(tmp_path / "dict", state, label_names=by_number)
+    assert trained.load_weights(str(folder)).classes == [*"abc"]
+    (folder / "config.json").write_text(json.dumps(flat))
+    found = trained.load_weights(str(folder))
+    assert (found.classes, found.data.image_size) == ([*"abc"], 75)
+    assert found.data.mean == list(IMAGENET_DEFAULT_MEAN)  # timm's, where none is said
+    offset = {"input_size": [3, 75, 75], "label_offset": 1}
+    found = trained.load_weights(str(write_folder(tmp_path / "o", wide, pretrained_cfg=offset)))
+    assert torch.equal(found.model.classif.weight, wide["classif.weight"][1:])
+    for number, (changes, message) in enumerate(
+        (
+            ({"architecture": "resnet50"}, "is for resnet50"),
+            ({"model_args": {"norm_eps": 1e-5}}, "asks for another norm_eps"),
+            ({"global_pool": "max"}, "asks for another global_pool"),
+            ({"label_names": {"0": "a", "2": "c"}}, "does not name every class"),
+            ({"label_names": ["a"]}, "has 3 outputs, but names for 1"),
+            ({"pretrained_cfg": {"input_size": 75}}, "what it says of its images is damaged"),
+            ({"pretrained_cfg": [1]}, "damaged or not timm's"),
+            ({"pretrained_cfg": {"input_size": [3, 30000, 30000]}}, "data.image_size"),
+        )
+    ):
+        folder = write_folder(tmp_path / str(number), state, **changes)
+        with pytest.raises(WeightsError, match=message):
+            trained.load_weights(str(folder))
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(WeightsError, match=r"config\.json: damaged or not timm's"):
+        trained.load_weights(str(folder))
+
+
+# ---------------------------------------------------------------------- in programs
+
+
+@pytest.fixture
+def explosive(tmp_path, network) -> Path:
+    """Weights that are finite, and whose logits are not."""
+    state = copied(network.state_dict())
+    state["classif.weight"][0] = 3e38
+    told = {"blocks": json.dumps(BLOCKS), "classes": json.dumps(SYNSETS), "data": json.dumps(VIEW)}
+    weights.write(tmp_path / "explosive.safetensors", state, told)
+    return tmp_path / "explosive.safetensors"
+
+
+def test_predict_says_which_logits_are_not_finite_and_prints_no_nan(tmp_path, explosive):
+    photographs = programs.write_images(tmp_path / "images", ["a"], 2)
+    for options in ((), ("--json",)):
+        status, out, error = call(predict, photographs, "--weights", explosive, *options)
+        assert status == 1 and "nan" not in out.lower()
+        assert error.count("0.png: the network's logits of it are not finite") == 1
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [set(line) for line in lines] == [{"image", "error"}] * 2
+
+
+def test_validate_ends_with_the_first_image_whose_scores_are_not_finite(tmp_path, explosive):
+    photographs = programs.write_images(tmp_path / "images", SYNSETS, 1)
+    told = ("--weights", explosive, "--data", photographs, "--json", tmp_path / "result.json")
+    status, out, error = call(validate, *told)
+    assert (status, out) == (1, "")
+    first = photographs / SYNSETS[0] / "0.png"
+    assert f"its scores of 3 of 3 images are not finite, first of {first}" in error
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_programs_take_and_name_the_weights_that_are_asked_for(tmp_path, network):
+    state = network.state_dict()
+    averaged = state | {"classif.bias": state["classif.bias"] + 1}
+    content = timms_checkpoint(state, averaged, input_size=[3, 75, 75])
+    path = saved(tmp_path / "last.pth.tar", content)
+    photographs = programs.write_images(tmp_path / "images", SYNSETS, 1)
+    told = ("--weights", path, "--data", photographs, "--mean", 0.1, 0.2, 0.3)
+    status, out, error = call(validate, *told)
+    assert status == 0, error
+    assert f"weights  {path} (ema)" in out
+    assert "75 px, crop 0.8975, bicubic, mean 0.1 0.2 0.3" in out
+    assert f"note: {path}: its averaged weights are taken" in out
+    out = tmp_path / "out.safetensors"
+    options = ("--which", "raw", "--crop", 0.5, "--format", "safetensors", "--out", out)
+    status, _, error = call(export, "--weights", path, *options)
+    assert status == 0 and "its raw weights are taken" in error
+    found = trained.load_weights(str(out))
+    assert is_same(found, state) and (found.which, found.data.eval_crop) == ("raw", 0.5)
+    status, _, error = call(validate, *told, "--std", 0, 1, 1)
+    assert (status, error.count("\n")) == (1, 1) and "such a view cannot be (data.std" in error
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def test_members_that_are_compressed_are_refused(tmp_path, network):
+    buffer = io.BytesIO()
+    torch.save({"conv2d_1a.conv.weight": torch.zeros(1000)}, buffer)
+    with (
+        zipfile.ZipFile(buffer) as stored,
+        zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for member in stored.namelist():
+            packed.writestr(member, stored.read(member))
+    with pytest.raises(WeightsError, match=r"a\.pth: .*members are compressed"):
+        weights.read(str(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.int64, torch.complex64])
+def test_weights_that_are_no_floats_are_refused_by_name_and_type(tmp_path, network, kind):
+    state = copied(network.state_dict())
+    state["repeat.0.conv2d.weight"] = state["repeat.0.conv2d.weight"].to(kind)
+    path = saved(tmp_path / "a.pth", state)
+    message = rf"a\.pth: repeat\.0\.conv2d\.weight holds {str(kind)[6:]} numbers"
+    with pytest.raises(WeightsError, match=message):
+        trained.load_weights(path)
+    with pytest.raises(WeightsError, match=message):
+        finetune.load(network, state, None, [*"abc"], path)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_are_read_as_float32(tmp_path, network, kind):
+    state = {
+        name: value.to(kind) if value.is_floating_point() else value
+        for name, value in network.state_dict().items()
+    }
+    found = trained.load_weights(saved(tmp_path / "a.pth", state))
+    assert is_same(found, {k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+
+
+def test_weights_that_are_not_finite_are_refused_also_to_begin_from(tmp_path, network):
+    for value in (float("nan"), float("-inf")):
+        state = copied(network.state_dict())
+        state["mixed_5b.branch0.bn.running_var"][3] = value
+        path = saved(tmp_path / "a.pth", state)
+        message = r"mixed_5b\.branch0\.bn\.running_var holds numbers that are not finite"
+        with pytest.raises(WeightsError, match=message):
+            trained.load_weights(path)
+        with pytest.raises(WeightsError, match=message):
+            finetune.load(network, state, None, [*"abc"], path)
+
+
+def test_claims_of_more_than_is_stored_take_no_memory(tmp_path, network, monkeypatch):
+    state = network.state_dict()
+    vast = torch.empty(1).expand(10**9, 1536)
+    with pytest.raises(WeightsError, match=r"classif\.weight has the shape \[1000000000, 1536\]"):
+        trained.load_weights(saved(tmp_path / "a.pth", {**state, "classif.weight": vast}))
+    weights.write(tmp_path / "b.safetensors", state, {"blocks": f"[1, {10**9}, 1]"})
+    with pytest.raises(WeightsError, match="says that it has"):
+        trained.load_weights(str(tmp_path / "b.safetensors"))
+    weights.write(tmp_path / "c.safetensors", state, {"data": '{"image_size": 30000}'})
+    with pytest.raises(WeightsError, match=r"data\.image_size"):
+        trained.load_weights(str(tmp_path / "c.safetensors"))
+
+
+def test_odd_dicts_are_refused_in_one_line(tmp_path, network):
+    state = network.state_dict()
+    for content, message in (
+        ({7: torch.zeros(3)}, "holds no state dict"),
+        ({**state, "conv2d_1a.conv.weight": torch.zeros(32)}, "no conv2d_1a.conv.weight of 4 dim"),
+        ({**state, "conv2d_1a.conv.weight": torch.zeros(32, 3, 3)}, "of 4 dim"),
+        ({**state, "classif.weight": torch.tensor(1.0)}, "no classif.weight of 2 dim"),
+        ({**state, "conv2d_2a.conv.weight": torch.zeros(32)}, "size mismatch"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            trained.load_weights(saved(tmp_path / "a.pth", content))
+
+
+def test_a_panic_of_safetensors_is_an_error_of_the_file(tmp_path, network, monkeypatch):
+    class PanicException(BaseException):  # pyo3's is no Exception either
+        pass
+
+    def panic(*_arguments: object, **_options: object) -> None:
+        raise PanicException("index out of range")
+
+    weights.write(tmp_path / "a.safetensors", network.state_dict(), {})
+    monkeypatch.setattr(safetensors, "safe_open", panic)
+    with pytest.raises(WeightsError, match=r"a\.safetensors: damaged .*index out of range"):
+        weights.read(str(tmp_path / "a.safetensors"))
