@@ -266,7 +266,7 @@ def test_parallel_pointwise_convolutions_are_merged_in_the_accelerated_network()
 
 
 def test_an_accelerated_block35_reads_its_input_with_one_convolution():
-    for model, readers in ((accelerate(small()), 1), (small(), 3)):
+    for model, readers in ((accelerate(small(width=1)), 1), (small(width=1), 3)):
         block, x = model.repeat[0].eval(), torch.zeros(1, 320, 5, 5)
         reading = []
         handles = [
@@ -452,7 +452,7 @@ def test_auxiliary_head_answers_in_training_only():
 
 @torch.no_grad()
 def test_auxiliary_head_reads_the_end_of_the_block17_stack():
-    model = small(aux_logits=True).train()
+    model = small(aux_logits=True, width=1).train()
     stack, seen = record_outputs(model.repeat_1), []
     model.aux.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].clone()))
     _, aux_logits = model(images(2, 3, 299, 299))
@@ -464,7 +464,7 @@ def test_auxiliary_head_reads_the_end_of_the_block17_stack():
 @torch.no_grad()
 def test_auxiliary_head_is_slim():
     """5x5 average with stride 3, 1x1x128, 5x5x768 without padding, linear: one position at 299."""
-    head = randomised(small(aux_logits=True)).aux
+    head = randomised(small(aux_logits=True, width=1)).aux
     state = head.state_dict()
 
     def layer(x, name):
@@ -507,7 +507,7 @@ def test_image_under_299_px_is_refused_where_the_auxiliary_head_runs():
 
 def test_75_px_leaves_one_position():
     with torch.device("meta"):
-        model, image = small().eval(), torch.empty(2, 3, 75, 75)
+        model, image = small(width=1).eval(), torch.empty(2, 3, 75, 75)
     output = record_outputs(model.conv2d_7b)
     assert model(image).shape == (2, 10)
     assert output[0].shape == (2, 1536, 1, 1)
