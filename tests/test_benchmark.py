@@ -124,7 +124,7 @@ def test_results_that_differ_are_told(small_networks, monkeypatch):
 @pytest.mark.parametrize("spoilt", ["clipping", "average"])
 def test_updates_that_differ_are_told(small_networks, monkeypatch, spoilt):
     if spoilt == "clipping":
-        monkeypatch.setattr(end_of_step, "gradient_norm", lambda parameters: torch.tensor(1e-3))
+        monkeypatch.setattr(end_of_step, "gradient_norm", lambda parameters: torch.tensor(1e3))
     else:
         average = network.running_average
         monkeypatch.setattr(network, "running_average", lambda model, _: average(model, 0.05))

@@ -249,7 +249,7 @@ def test_mistakes_are_one_line_and_leave_nothing(small_weights, tmp_path, call, 
         (good, "safetensors", "nowhere/a.safetensors", "no such folder"),
         (good, "safetensors", "taken.onnx/a.safetensors", "no such folder"),
         (good, "onnx", "a.onnx", "needs onnxscript: pip install -r requirements-export.txt"),
-        (good, "timm", "folder", "this one [1, 1, 1]"),
+        (good, "timm", "folder", "this one (1, 1, 1)"),
         (truncated, "torch-export", "a.pt2", "damaged or not a safetensors file"),
         (("--run", tmp_path), "torch-export", "a.pt2", "no checkpoint in it"),
         (
