@@ -12,6 +12,7 @@ from typing import TextIO
 
 from data import strict_json
 from data.errors import DataError
+from data.files import open_regular
 from data.names import shown
 from data.prepare.progress import byte_bar
 
@@ -50,7 +51,7 @@ def check_md5(path: Path, md5: str, memory: TextIO) -> None:
         print(shown(f"{path}: md5 was right"))
         return
     digest = hashlib.md5(usedforsecurity=False)
-    with byte_bar(f"md5 of {path.name}", status.st_size) as bar, open(path, "rb") as file:
+    with byte_bar(f"md5 of {path.name}", status.st_size) as bar, open_regular(path) as file:
         while block := file.read(BLOCK):
             digest.update(block)
             bar.update(len(block))
