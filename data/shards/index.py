@@ -164,7 +164,7 @@ class IndexedImages(Source):
         return np.lexsort((self._block, self._shard)).astype(np.int32)
 
     def where(self, index: int) -> str:
-        return self.describe(index, None)
+        return os.path.join(self.root or "", self.describe(index, None))
 
     def place(self, index: int) -> tuple[str, int, int]:
         """Find an image: its shard, and there the first byte and the size of its content."""
