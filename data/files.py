@@ -15,6 +15,8 @@ from errno import EFBIG, EINVAL, ELOOP
 from pathlib import Path
 from typing import Any, BinaryIO
 
+LARGEST_TEXT = 1 << 28  # bytes; no text that is read as a whole comes near
+
 
 class NotAFileError(OSError):
     """A pipe, a device or a socket under the name of a file."""
@@ -26,6 +28,11 @@ class NotAFileError(OSError):
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a file for reading. Raises OSError that names it, for a pipe or a device, too."""
     return open(path, "rb", opener=_opener)
+
+
+def read_text(path: str | Path) -> str:
+    """Read a file of UTF-8. Raises OSError as `read_regular`, and UnicodeDecodeError."""
+    return read_regular(path, LARGEST_TEXT).decode("utf-8-sig")
 
 
 def read_regular(path: str | Path, limit: int = sys.maxsize) -> bytes:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data.errors import DataError
+from data.files import open_regular
+from data.prepare.members import TarInfo
 
 DEVKIT_FOLDER = "ILSVRC2012_devkit_t12/data"
 META, LABELS = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
@@ -177,7 +179,10 @@ def _read_files(path: Path) -> dict[str, bytes]:
     wanted = {f"{DEVKIT_FOLDER}/{name}": name for name in (META, LABELS, BLACKLIST)}
     files = {}
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with (
+            open_regular(path) as file,
+            tarfile.open(fileobj=file, mode="r:gz", tarinfo=TarInfo) as archive,
+        ):
             for member in archive:
                 if member.name in wanted and member.isreg() and member.size <= MAX_DEVKIT_FILE:
                     files[wanted[member.name]] = archive.extractfile(member).read()

@@ -19,6 +19,8 @@ FORMATS = {
     "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB",
 }  # fmt: skip
 MAX_BYTES = 1 << 30  # of a file; 100 megapixels of 16-bit colour, not compressed, have 0.6 GB
+JPEG_START, SCAN = b"\xff\xd8\xff", b"\xff\xda"
+SEQUENTIAL_FRAMES = (0xC0, 0xC1, 0xC9)  # their markers' second byte
 OPTIONAL = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}  # format -> Pillow's feature
 
 
@@ -47,6 +49,23 @@ def begins_an_image(head: bytes) -> bool:
     """True for the first bytes of a file that Pillow would try to decode."""
     acceptors = (Image.OPEN[kind][1] for kind in decoded_formats())
     return any(accept is not None and accept(head[:16]) for accept in acceptors)
+
+
+def count_scans(jpeg: bytes) -> int:
+    """Count the passes over all its pixels that decoding a JPEG takes; a forged one has thousands.
+
+    That is one if the first scan holds all colours in full (ITU-T T.81, B.2), and else as many as
+    bytes look like the start of one.
+    """
+    place, colours = len(JPEG_START) - 1, None
+    while jpeg[place : place + 1] == b"\xff" and place + 9 < len(jpeg):
+        marker = jpeg[place + 1]
+        if marker in SEQUENTIAL_FRAMES:
+            colours = jpeg[place + 9]
+        if marker == SCAN[1]:
+            return 1 if jpeg[place + 4] == colours else jpeg.count(SCAN)
+        place += 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
+    return jpeg.count(SCAN)
 
 
 def open_image(encoded: bytes) -> Image.Image:

@@ -15,6 +15,7 @@ from torch import Tensor
 from data import strict_json
 from data.base import Source
 from data.errors import DataError
+from data.files import read_text
 from data.ilsvrc import SYNSET, VALIDATION_IMAGE, validation_name
 from data.image_formats import image_extensions
 from data.names import in_nfc
@@ -231,7 +232,7 @@ def _names(path: str) -> list[str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise DataError(f"{path}: cannot be read ({reason})") from None

@@ -16,7 +16,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from data.image_formats import open_image
+from data.image_formats import JPEG_START, count_scans, open_image
 from data.resample import Box, resize
 from data.stream import VIEW
 from data.to_input import Colour
@@ -28,8 +28,8 @@ MAX_ATTEMPTS = 100
 
 # 400 MB in a worker, as PIL holds them; the average image of ImageNet has 0.2 million.
 MAX_PIXELS = 100_000_000
+MAX_DECODED = 10 * MAX_PIXELS  # progressive JPEGs decode each pixel ten times
 MAX_ASPECT = 1000  # evaluation scales the shorter side up to some 333 px, and the longer with it
-JPEG_START = b"\xff\xd8\xff"
 JPEG_COLOURS = {"YCbCr", "RGB", "Gray"}  # of which two decoders make the same RGB
 
 # ---------------------------------------------------------------------------------- decoding
@@ -63,7 +63,7 @@ def _decode_jpeg(encoded: bytes) -> np.ndarray | None:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
         if colours in JPEG_COLOURS:
-            _check_size(width, height)
+            _check_size(width, height, count_scans(encoded))
             return simplejpeg.decode_jpeg(encoded, "RGB")
     except ValueError:  # damaged, or merely odd
         pass
@@ -75,16 +75,18 @@ def _decode_any(encoded: bytes) -> Image.Image:
     with warnings.catch_warnings():  # PIL would warn of a file's oddities anew in every epoch
         warnings.simplefilter("ignore")
         image = open_image(encoded)
-        _check_size(*image.size)
+        _check_size(*image.size, count_scans(encoded) if encoded.startswith(JPEG_START) else 1)
         return _to_rgb(image)
 
 
-def _check_size(width: int, height: int) -> None:
-    """Raise ValueError for a size that no sane data set holds."""
+def _check_size(width: int, height: int, passes: int) -> None:
+    """Raise ValueError for a size, or passes over the pixels, that no sane data set holds."""
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width} x {height} px, over {MAX_PIXELS:,} in all")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"{width} x {height} px, over {MAX_ASPECT} to 1")
+    if width * height * passes > MAX_DECODED:
+        raise ValueError(f"{passes:,} scans of {width} x {height} px, over {MAX_DECODED:,} in all")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

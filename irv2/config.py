@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from data.errors import UserError
+from data.files import read_text
 from data.names import without_secrets
 from data.paths import expanded
 from data.urls import check_url
@@ -353,8 +354,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """YAML file + "section.key=value" overrides -> Config. Raises ConfigError with every fault."""
     path = Path(path)
     try:
-        with path.open(encoding="utf-8") as file:
-            tree = _parse(file.read(strict_yaml.MAX_LENGTH + 1), str(path))
+        tree = _parse(read_text(path), str(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -307,7 +308,10 @@ def test_a_file_that_is_no_config_is_an_error_to_act_on_not_a_crash(tmp_path, te
         load(tmp_path, text)
 
 
-def test_a_missing_file_and_a_directory_are_refused_by_name(tmp_path):
+def test_a_missing_file_a_directory_and_a_pipe_are_refused_by_name(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match=r"pipe\.yaml: cannot be read: .*not a regular file"):
+        config.load(tmp_path / "pipe.yaml")
     with pytest.raises(ConfigError, match=r"absent\.yaml: no such config file"):
         config.load(tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match=re.escape(str(tmp_path))):

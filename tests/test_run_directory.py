@@ -350,3 +350,11 @@ def test_what_a_run_writes_follows_no_link(tmp_path, victim):
     assert "is a symbolic link" in said[0]
     assert [path.name for path in directory.checkpoints(run)] == ["step-000000004"]
     assert not list(run.glob(".*.tmp")) and not (run / "config.yaml").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "bad_images.jsonl", ".lock"])
+def test_a_pipe_among_a_runs_files_is_told_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match=f"not a regular file: '.*{name}'"):
+        directory.lock(tmp_path)
+        jsonl.JsonLines(tmp_path / name, 0, print)

@@ -33,7 +33,7 @@ from tars import special
 
 from data import sources
 from data.errors import DataError, ImageError
-from data.prepare.shard_scan import index_folder
+from data.prepare.shard_scan import index_folder, scan
 from data.prepare.shard_writer import Options, write_shards
 from data.shards import index as shard_index
 from data.shards import local
@@ -409,6 +409,16 @@ def test_a_tar_that_is_not_whole_is_refused(tmp_path, kept):
     }
     path.write_bytes(harmed[kept])
     assert refusal(tmp_path).startswith(f"{path}: not a whole tar archive")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_that_declares_gigabytes_is_not_read(tmp_path, kind):
+    path = write_tar(tmp_path / "a.tar", sample("x", 0))
+    info = tarfile.TarInfo("long")
+    info.type, info.size = kind, 3 << 30
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + path.read_bytes())
+    with pytest.raises(DataError, match=r"a name or attributes of 3,221,225,472 bytes"):
+        scan(path)
 
 
 def test_a_chain_of_headers_in_a_tar_is_refused(tmp_path):

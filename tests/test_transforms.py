@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import timm.data
 import torch
-from image_zoo import ROTATED, picture, saved, zoo
+from image_zoo import ROTATED, jpeg, picture, saved, zoo
 from photographs import CHINA, write_photographs
 from PIL import EpsImagePlugin, Image
 from torchvision.transforms import RandomResizedCrop
 
 from data import transforms
+from data.image_formats import count_scans
 from data.prepare.shard_writer import kind_and_size
 from data.resample import Box, resize
 from data.to_input import Colour, ToInput
@@ -402,6 +403,26 @@ def test_no_image_starts_another_program(tmp_path, monkeypatch):
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded():
     with pytest.raises(DecodeError, match=f"10001 x 10000 px, over {MAX_PIXELS:,} in all"):
         decode(ZOO["large.png"].encoded)  # its pixels are missing: never looked at
+
+
+@pytest.mark.parametrize(
+    ("progressive", "repeats", "scans"),
+    [(False, 0, 1), (False, 9, 1), (True, 0, 10), (True, 9, 19)],
+)
+def test_the_scans_that_a_jpeg_decoder_goes_through_are_counted(progressive, repeats, scans):
+    encoded = jpeg(Image.fromarray(picture()), progressive=progressive)
+    scan = encoded[encoded.rindex(b"\xff\xda") : -2]
+    assert count_scans(encoded[:-2] + repeats * scan + encoded[-2:]) == scans
+    assert count_scans(b"\xff\xd8\xff") == 0
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded(monkeypatch):
+    monkeypatch.setattr(transforms, "MAX_DECODED", 12 * 1200)
+    encoded = jpeg(Image.fromarray(picture()), progressive=True)
+    assert decode(encoded).shape == (30, 40, 3)
+    scan = encoded[encoded.rindex(b"\xff\xda") : -2]
+    with pytest.raises(DecodeError, match="3,010 scans of 40 x 30 px"):
+        decode(encoded[:-2] + 3000 * scan + encoded[-2:])
 
 
 def test_the_limit_itself_is_allowed(monkeypatch):

@@ -8,10 +8,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from data import strict_json
 from data.errors import DataError
+from data.files import open_own, open_regular
 from data.names import shown
 from data.prepare.progress import byte_bar
 
@@ -19,13 +20,13 @@ BLOCK = 1 << 20  # bytes read at a time
 
 
 @contextmanager
-def remembered(path: Path) -> Iterator[TextIO]:
+def remembered(path: Path) -> Iterator[BinaryIO]:
     """Open the file that remembers, for this process alone; its folder is made if need be.
 
     Raises DataError where another process has it open.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
+    with open_own(path, "rb+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -33,7 +34,7 @@ def remembered(path: Path) -> Iterator[TextIO]:
         yield file
 
 
-def check_md5(path: Path, md5: str, memory: TextIO) -> None:
+def check_md5(path: Path, md5: str, memory: BinaryIO) -> None:
     """Raise DataError unless a file has this MD5; with a progress bar.
 
     A file of the same path, size and time of change as one that was right is not read again.
@@ -50,13 +51,14 @@ def check_md5(path: Path, md5: str, memory: TextIO) -> None:
         print(shown(f"{path}: md5 was right"))
         return
     digest = hashlib.md5(usedforsecurity=False)
-    with byte_bar(f"md5 of {path.name}", status.st_size) as bar, open(path, "rb") as file:
+    with byte_bar(f"md5 of {path.name}", status.st_size) as bar, open_regular(path) as file:
         while block := file.read(BLOCK):
             digest.update(block)
             bar.update(len(block))
     if digest.hexdigest() != md5:
         raise DataError(f"{path}: its md5 is {digest.hexdigest()}, not {md5}; download it anew")
     print(shown(f"{path}: md5 is right"))
-    memory.truncate(0)
-    json.dump({**known, name: stamp}, memory)
+    memory.seek(0)
+    memory.truncate()
+    memory.write(json.dumps({**known, name: stamp}).encode())
     memory.flush()

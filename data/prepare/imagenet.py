@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data.errors import DataError
+from data.files import open_regular
 from data.ilsvrc import Devkit, Expected, added_synset
 from data.label_files import label_of
 from data.prepare.listed import ArchiveSource, Listing, listing
@@ -38,7 +39,7 @@ def train_source(
 
     Raises DataError if the archive or one within it is damaged or does not hold what is expected.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         descriptor = file.fileno()
         parts = list_members(descriptor, 0, os.fstat(descriptor).st_size, str(path))
         check_names(parts, {f"{synset}.tar" for synset in devkit.synsets}.__contains__, str(path))
@@ -66,7 +67,7 @@ def val_source(path: Path, devkit: Devkit) -> ArchiveSource:
 
     Raises DataError if the archive is damaged or does not hold an image for each label.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         descriptor = file.fileno()
         images = list_members(descriptor, 0, os.fstat(descriptor).st_size, str(path))
     check_names(images, {f"{name}.JPEG" for name in devkit.val_labels}.__contains__, str(path))

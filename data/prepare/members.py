@@ -14,7 +14,23 @@ from data.errors import DataError
 from data.shards.index import BLOCK
 
 MAX_MEMBER = 100 << 20  # bytes of one file in an archive; the largest of those read here has 31 MB
+MAX_NAME = 1 << 20  # bytes
+NAMES_AND_ATTRIBUTES = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
 READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+class TarInfo(tarfile.TarInfo):
+    """Header of a member, for `tarfile.open`: with no names and attributes of gigabytes."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in NAMES_AND_ATTRIBUTES and info.size > MAX_NAME:  # tarfile would read them
+            raise tarfile.ReadError(f"a name or attributes of {info.size:,} bytes")
+        return info
 
 
 class Member(NamedTuple):
@@ -91,7 +107,7 @@ def files_in_tar(file: BinaryIO, where: object) -> Iterator[Member]:
 
     Raises DataError for a member that is not harmless, and tarfile's errors.
     """
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=TarInfo) as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # else it keeps all it has seen: gigabytes, of two million
             if not is_harmless(member):

@@ -23,7 +23,8 @@ from PIL import Image
 from torchvision.datasets.utils import check_integrity, download_url
 
 from data.errors import DataError
-from data.prepare.members import is_harmless, refuse
+from data.files import open_regular, read_regular
+from data.prepare.members import TarInfo, is_harmless, refuse
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = (  # in the order of the archives' labels
@@ -163,7 +164,7 @@ def png_files(split: str, pixels: np.ndarray, names: Iterable[str]) -> Iterator[
 def read_idx(path: Path) -> np.ndarray:
     """Read an IDX archive as a uint8 array of the shape its header states. Raises DataError."""
     try:
-        content = gzip.decompress(path.read_bytes())
+        content = gzip.decompress(read_regular(path))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: not a whole gzip archive ({error})") from None
     if content[:3] != b"\0\0\x08":
@@ -226,8 +227,8 @@ def tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
     place it would be unpacked at.
     """
     try:
-        with gzip.open(path) as stream:
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
+        with open_regular(path) as file, gzip.open(file) as stream:
+            with tarfile.open(fileobj=stream, mode="r|", tarinfo=TarInfo) as tar:
                 for member in tar:
                     if not is_harmless(member):
                         raise refuse(path, member.name)

@@ -22,8 +22,9 @@ import numpy as np
 
 from data import strict_json
 from data.errors import DataError
-from data.files import open_regular
+from data.files import open_regular, read_text
 from data.image_formats import image_extensions
+from data.prepare.members import TarInfo
 from data.prepare.processes import run_all, take_in_hand
 from data.shards import index as shard_index
 from data.shards.index import BLOCK, COLUMNS, INDEX, PLAN, Index, Shard
@@ -107,7 +108,7 @@ def _by_key(path: Path, members: list[tarfile.TarInfo]) -> dict[str, dict[str, t
 def _members(path: Path, file: BinaryIO) -> list[tarfile.TarInfo]:
     """List the files in a tar. Raises DataError for a damaged or truncated one."""
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=TarInfo) as tar:
             members = tar.getmembers()
             end = tar.offset
     except (tarfile.TarError, ValueError, RecursionError) as error:  # a chain of long names
@@ -217,7 +218,7 @@ def read_classes(path: Path) -> list[str]:
     if path.is_dir():
         return shard_index.load(path).classes
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        names = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: class names cannot be read ({error})") from None
     if not names or "" in names or len(set(names)) < len(names):

@@ -30,7 +30,7 @@ from PIL import Image
 from data import strict_json
 from data.base import Source
 from data.errors import DataError, ImageError
-from data.files import open_own, remove_leftovers, write_atomically
+from data.files import open_own, read_text, remove_leftovers, write_atomically
 from data.image_formats import open_image
 from data.prepare.listed import ListedSource
 from data.prepare.processes import run_all, take_in_hand
@@ -134,7 +134,7 @@ def check_plan(out: Path, plan: dict[str, object]) -> None:
     """Raise DataError unless a folder's shards are made by the same plan."""
     path = out / PLAN
     try:
-        planned = strict_json.parse(path.read_bytes())
+        planned = strict_json.parse(read_text(path))
     except FileNotFoundError:
         raise DataError(
             f"{out}: holds something else already; name a new or empty folder"

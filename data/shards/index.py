@@ -25,7 +25,7 @@ from typing_extensions import TypedDict
 from data import strict_json
 from data.base import Source
 from data.errors import DataError
-from data.files import write_atomically
+from data.files import read_regular, write_atomically
 from data.strict_json import Count
 
 INDEX = "index.safetensors"
@@ -88,8 +88,7 @@ def load(root: str | Path) -> Index:
     """Read the index of the shards in a folder. Raises DataError if it is damaged."""
     path = os.path.join(root, INDEX)
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = read_regular(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     return parse(content, path)
@@ -165,7 +164,7 @@ class IndexedImages(Source):
         return np.lexsort((self._block, self._shard)).astype(np.int32)
 
     def where(self, index: int) -> str:
-        return self.describe(index, None)
+        return os.path.join(self.root or "", self.describe(index, None))
 
     def place(self, index: int) -> tuple[str, int, int]:
         """Find an image: its shard, and there the first byte and the size of its content."""

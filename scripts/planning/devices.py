@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.errors import UserError
+from data.files import read_text
 from irv2 import strict_yaml
 from scripts.planning import steptime
 
@@ -103,7 +104,7 @@ def nearest(what: str, name: str, known: Iterable[str]) -> str:
 def load(path: Path = TABLE) -> Table:
     """Read the table. Raises UserError with every fault in it."""
     try:
-        return Table.model_validate(strict_yaml.parse(path.read_text(encoding="utf-8")))
+        return Table.model_validate(strict_yaml.parse(read_text(path)))
     except ValidationError as error:
         faults = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
         lines = (f"{path}: {place or 'table'}: {words}" for place, words in faults)
@@ -122,7 +123,7 @@ def with_measured(table: Table, path: Path, image_size: int) -> Table:
     UserError if the file is none of that command's.
     """
     try:
-        cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+        cases = json.loads(read_text(path))["cases"]
         case = min(cases, key=lambda case: abs(case["image_size"] - image_size))
         cpu, gloo = measured(case, str(path))
     except OSError as error:
