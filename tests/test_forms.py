@@ -28,6 +28,7 @@ from data.errors import DataError
 from data.ilsvrc import BLACKLIST
 from data.label_files import LabelledFolder
 from data.prepare import folder_writer
+from data.prepare import parquet as parquet_reader
 from data.sources import open_source
 from scripts import prepare_imagenet
 from scripts.prepare_imagenet import STATE
@@ -349,6 +350,18 @@ def test_rows_of_parquet_files_that_contradict_their_names_are_refused(tmp_path,
     table = pa.table({"pixels": [b"x"], "label": [0]})
     parquet.write_table(table, file)
     assert "no column of images" in refusal(tmp_path, tmp_path, capsys, "--only", "val")
+
+
+def test_images_of_parquet_files_may_be_read_in_any_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_reader, "ROWS", 1)  # of row groups of two
+    path = forms.write_parquet(tmp_path)
+    files = sorted(path.glob("data/train*"))
+    source = parquet_reader.imagenet_source(path, "train", files, expected())
+    contents = [source.read(i) for i in range(14)]
+    assert contents == [source.read(i) for i in reversed(range(14))][::-1]
+    assert sorted(content for content, _ in contents) == sorted(
+        content for images in train_images().values() for _, content in images
+    )
 
 
 def test_signs_of_another_encoding_and_lost_names_are_told(tmp_path, capsys):
