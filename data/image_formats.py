@@ -6,6 +6,7 @@ The content of a file decides which it is, not its name.
 from __future__ import annotations
 
 import io
+import os
 from functools import cache
 
 from PIL import Image, features
@@ -18,7 +19,11 @@ FORMATS = {
     "ICO", "IM", "IMT", "JPEG", "JPEG2000", "MCIDAS", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM",
     "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB",
 }  # fmt: skip
-MAX_BYTES = 1 << 30  # of a file; 100 megapixels of 16-bit colour, not compressed, have 0.6 GB
+MAX_BYTES = 2 << 30  # of a file; 250 megapixels of 16-bit colour, not compressed, have 1.5 GB
+LIMIT = "MAX_MEGAPIXELS"  # variable of the environment
+MEGAPIXELS = 250  # if it is not set: 1 GB in a worker, as PIL holds them; telephones make 200
+MAX_PASSES = 10  # over the pixels of the largest image: progressive JPEGs take ten
+MAX_ASPECT = 1000  # evaluation scales the shorter side up to some 333 px, and the longer with it
 JPEG_START, SCAN = b"\xff\xd8\xff", b"\xff\xda"
 SEQUENTIAL_FRAMES = (0xC0, 0xC1, 0xC9)  # their markers' second byte
 OPTIONAL = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}  # format -> Pillow's feature
@@ -71,6 +76,38 @@ def count_scans(jpeg: bytes) -> int:
 def open_image(encoded: bytes) -> Image.Image:
     """Open an image, with its pixels still to be decoded.
 
-    Raises UnidentifiedImageError for another format, and whatever Pillow raises for a damaged one.
+    Raises UnidentifiedImageError for another format, ValueError as `check_size`, and whatever
+    Pillow raises for a damaged one.
     """
-    return Image.open(io.BytesIO(encoded), formats=decoded_formats())
+    Image.MAX_IMAGE_PIXELS = max_pixels()  # Pillow's own, of twice as many, for images within files
+    image = Image.open(io.BytesIO(encoded), formats=decoded_formats())
+    check_size(*image.size, count_scans(encoded) if encoded.startswith(JPEG_START) else 1)
+    return image
+
+
+def check_size(width: int, height: int, passes: int) -> None:
+    """Raise ValueError for an image that would take more memory, or time, than is meant for one.
+
+    passes: how often decoding goes over all pixels.
+    """
+    if width * height > max_pixels():
+        megapixels = width * height / 1e6
+        raise ValueError(
+            f"{width} x {height} px, {megapixels:,.0f} megapixels: over {LIMIT}, which is "
+            f"{max_pixels() / 1e6:g}; set it in the environment"
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{width} x {height} px, over {MAX_ASPECT} to 1")
+    if width * height * passes > MAX_PASSES * max_pixels():
+        raise ValueError(
+            f"{passes:,} scans of {width} x {height} px: over {MAX_PASSES} times {LIMIT}"
+        )
+
+
+def max_pixels() -> int:
+    """Return how many pixels an image may have. Raises ValueError if it is set to no number."""
+    text = os.environ.get(LIMIT, str(MEGAPIXELS))
+    try:
+        return int(float(text) * 1e6)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{LIMIT}={text} in the environment is no number") from None

@@ -16,7 +16,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from data.image_formats import JPEG_START, count_scans, open_image
+from data.image_formats import JPEG_START, check_size, count_scans, open_image
 from data.resample import Box, resize
 from data.stream import VIEW
 from data.to_input import Colour
@@ -26,10 +26,6 @@ SATURATION_RANGE = (0.5, 1.5)
 MIN_COVERED = 0.1  # TF-slim's min_object_covered, with the whole image as the object
 MAX_ATTEMPTS = 100
 
-# 400 MB in a worker, as PIL holds them; the average image of ImageNet has 0.2 million.
-MAX_PIXELS = 100_000_000
-MAX_DECODED = 10 * MAX_PIXELS  # progressive JPEGs decode each pixel ten times
-MAX_ASPECT = 1000  # evaluation scales the shorter side up to some 333 px, and the longer with it
 JPEG_COLOURS = {"YCbCr", "RGB", "Gray"}  # of which two decoders make the same RGB
 
 # ---------------------------------------------------------------------------------- decoding
@@ -44,8 +40,7 @@ def decode(encoded: bytes) -> np.ndarray:
 
     As timm's and torchvision's ImageFolder (and TF-slim), on which published results rest: an EXIF
     orientation is not applied, and transparency is dropped, not blended. Unlike theirs, 16 bits are
-    scaled to 8. Raises DecodeError, before decoding if it has over MAX_PIXELS or is more than
-    MAX_ASPECT times as long as wide.
+    scaled to 8. Raises DecodeError, before decoding if it is too large or too long (`check_size`).
     """
     try:
         pixels = _decode_jpeg(encoded) if encoded.startswith(JPEG_START) else None
@@ -63,7 +58,7 @@ def _decode_jpeg(encoded: bytes) -> np.ndarray | None:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
         if colours in JPEG_COLOURS:
-            _check_size(width, height, count_scans(encoded))
+            check_size(width, height, count_scans(encoded))
             return simplejpeg.decode_jpeg(encoded, "RGB")
     except ValueError:  # damaged, or merely odd
         pass
@@ -74,19 +69,7 @@ def _decode_any(encoded: bytes) -> Image.Image:
     """Decode whatever PIL reads."""
     with warnings.catch_warnings():  # PIL would warn of a file's oddities anew in every epoch
         warnings.simplefilter("ignore")
-        image = open_image(encoded)
-        _check_size(*image.size, count_scans(encoded) if encoded.startswith(JPEG_START) else 1)
-        return _to_rgb(image)
-
-
-def _check_size(width: int, height: int, passes: int) -> None:
-    """Raise ValueError for a size, or passes over the pixels, that no sane data set holds."""
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} px, over {MAX_PIXELS:,} in all")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(f"{width} x {height} px, over {MAX_ASPECT} to 1")
-    if width * height * passes > MAX_DECODED:
-        raise ValueError(f"{passes:,} scans of {width} x {height} px, over {MAX_DECODED:,} in all")
+        return _to_rgb(open_image(encoded))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

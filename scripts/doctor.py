@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.errors import DataError
 from data.files import write_atomically
 from data.names import shown
+from data.optional import needed
 from irv2 import build, cli, config
 from irv2.config import ConfigError
 from irv2.training import batch, distributed
@@ -125,6 +126,11 @@ def parse_arguments() -> argparse.Namespace:
         help="images of each split to decode and compare, evenly spread (default: 1000)",
     )
     parser.add_argument(
+        "--near-duplicates",
+        action="store_true",
+        help="also find val images that look like train images, by a perceptual hash (imagehash)",
+    )
+    parser.add_argument(
         "--seconds", type=float, default=10, help="for each measurement of pace (default: 10)"
     )
     parser.add_argument(
@@ -149,6 +155,8 @@ def main() -> int:
     options = vars(parse_arguments())
     report = options.pop("json")
     request = Request(**options)
+    if request.near_duplicates:
+        needed("imagehash", "--near-duplicates")
     distributed.place()  # what train.py would find, before a first rank's place is taken
     os.environ.update(Place(local_size=request.ranks).variables())  # alone, with a rank's share
     findings = examine(Case(request))

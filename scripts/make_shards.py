@@ -60,9 +60,10 @@ def write(arguments: argparse.Namespace) -> str:
 
 def index_existing(arguments: argparse.Namespace) -> str:
     """Index existing shards; returns the summary."""
+    given = None if arguments.classes is None else shard_scan.read_classes(arguments.classes)
     with progress(len(shard_scan.shards_in(arguments.index)), "shard") as bar:
         index = shard_scan.index_folder(
-            arguments.index, arguments.classes, arguments.workers, lambda _: bar.update()
+            arguments.index, given, arguments.workers, lambda _: bar.update()
         )
     return summary(arguments.index, index)
 

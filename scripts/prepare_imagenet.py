@@ -13,6 +13,8 @@ PATH is one of these, and the program says which:
     unpacks to; labels of the validation images come from LOC_val_solution.csv in or beside it
   a folder of parquet files as Hugging Face's ILSVRC/imagenet-1k has them, or hf:ILSVRC/imagenet-1k,
     which is downloaded; names lose the synset that they carry, ILSVRC2012_val_00000001_n01751748
+  a folder of tar shards as timm/imagenet-1k-wds has them, or hf:timm/imagenet-1k-wds: OUT/train and
+    OUT/val get an index, and links to the shards that do not lie there; nothing is copied
   a folder of validation images, with --labels FILE and --only val
 
 The images become OUT/train/<synset>/<name>.JPEG and OUT/val/<synset>/<name>.JPEG, byte for byte as
@@ -53,7 +55,9 @@ from data.prepare.folder_writer import (
     partial_of,
     present_folder,
     write_folder,
+    written,
 )
+from data.prepare.foreign_shards import index_shards
 from data.prepare.forms import Asked, Form
 from data.prepare.listed import FileSource, ListedSource, StreamSource
 from data.shards.index import INDEX, PLAN
@@ -77,14 +81,14 @@ class ClassFolders:
         """Raise DataError if a folder holds anything else."""
         present_folder(folder, classes)
 
-    def bytes_missing(self, folder: Path, archive_bytes: int, classes: int) -> float:
-        """Estimate how much is still to be written."""
+    def bytes_missing(self, folder: Path, size: int, classes: int, images: int) -> float:
+        """Estimate how much of `size` bytes is still to be written."""
         if self.is_linked:
             return 0.0
         present = folder if folder.exists() else partial_of(folder)
         names = os.listdir(present) if present.is_dir() else []
-        done = sum("." not in name for name in names)
-        return OVERHEAD * archive_bytes * max(0, 1 - done / classes)
+        done = sum("." not in name for name in names) / classes
+        return OVERHEAD * size * max(0.0, 1 - max(done, written(present) / images))
 
     def write(self, source: ListedSource, folder: Path) -> None:
         """Write what is missing. Raises DataError."""
@@ -107,10 +111,10 @@ class Shards:
             if PLAN not in names and any(name[0] != "." for name in names):
                 raise DataError(f"{place}: holds other things than shards; name another --out")
 
-    def bytes_missing(self, folder: Path, archive_bytes: int, classes: int) -> float:
+    def bytes_missing(self, folder: Path, size: int, classes: int, images: int) -> float:
         if self.shorter_side is not None or (folder / INDEX).exists():
             return 0.0  # finished, or of a size that is unknown beforehand
-        return OVERHEAD * archive_bytes - sum(p.stat().st_size for p in folder.glob("*.tar"))
+        return OVERHEAD * size - sum(p.stat().st_size for p in folder.glob("*.tar"))
 
     def write(self, source: ListedSource, folder: Path) -> None:
         if isinstance(source, StreamSource):
@@ -156,6 +160,19 @@ def prepare(
             write_atomically(out / name, lambda file, content=content: file.write(content))
 
 
+def index_in_place(
+    form: Form, out: Path, splits: Sequence[str], expected: Expected, workers: int
+) -> None:
+    """Index the shards of a form. Raises DataError or OSError."""
+    for split in splits:
+        tars = form.tars[split]
+        with tqdm(desc=split, total=len(tars), unit="shard", disable=None) as bar:
+            source = index_shards(
+                tars, out / split, split, expected, workers, lambda _, bar=bar: bar.update()
+            )
+        cli.say(f"{out / split}: {len(source):,} images of {len(source.classes):,} classes")
+
+
 # ---------------------------------------------------------------------------------- beforehand
 
 
@@ -186,10 +203,10 @@ def content_fault(out: Path) -> str:
 
 def space_fault(out: Path, splits: Sequence[str], layout: Layout, expected: Expected) -> str:
     """Describe a disk without room for what is not written yet; empty if it has enough."""
-    needed = sum(  # the images are those of the archives, whatever the form
-        layout.bytes_missing(out / split, getattr(expected, split).size or 0, expected.classes)
-        for split in splits
-    )
+    needed = 0.0
+    for split in splits:  # the images are those of the archives, whatever the form
+        size, images = getattr(expected, split).size or 0, getattr(expected, f"{split}_images")
+        needed += layout.bytes_missing(out / split, size, expected.classes, images)
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free >= needed:
@@ -262,7 +279,13 @@ def main(arguments: Sequence[str] | None = None, expected: Expected = ILSVRC2012
             path = hub.download(given.path, names)
         form = forms.recognise(Asked(path, splits, given.labels, expected, layout.workers))
         cli.say(f"{path}: {form.words}")
-        prepare(form, given.out, splits, layout, expected, not given.skip_md5)
+        if form.tars:
+            if given.link or given.images_per_shard or given.shorter_side:
+                raise DataError(f"{path}: its shards stay as they are; make_shards.py changes them")
+            workers = given.workers or usable_cores()
+            index_in_place(form, given.out, splits, expected, workers)
+        else:
+            prepare(form, given.out, splits, layout, expected, not given.skip_md5)
     except KeyboardInterrupt:
         cli.remark("prepare_imagenet.py: stopped; the same command goes on from here")
         raise

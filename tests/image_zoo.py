@@ -142,7 +142,7 @@ def zoo() -> dict[str, Specimen]:
         "thread.png": Specimen(png(1, 1001, 8, PNG_GREY, b"\0\0" * 1001), None),
         "huge.png": Specimen(png(60_000, 60_000, 8, PNG_GREY, row), None),
         "int32.tif": Specimen(saved(Image.fromarray(deep.astype(np.int32) * 9), "TIFF"), None),
-        "large.png": Specimen(png(10_001, 10_000, 8, PNG_GREY, row), None),
+        "large.png": Specimen(png(25_001, 10_000, 8, PNG_GREY, row), None),
         "text.jpg": Specimen(b"<html>404 Not Found</html>" * 40, None),
         "text_bomb.png": Specimen(png(WIDTH, HEIGHT, 8, PNG_GREY, row * HEIGHT, text_bomb), None),
         "truncated.jpg": Specimen(plain_jpeg[:-300], None),

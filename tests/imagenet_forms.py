@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 from imagenet_miniature import IDS, VAL_IDS, devkit_files, train_images, val_images, write_archives
 from pyarrow import parquet
+from shard_makers import sample
 from tars import tar
 
 VAL_SYNSETS = [IDS[i] for i in VAL_IDS]
@@ -127,6 +128,20 @@ def write_parquet(folder: Path) -> Path:
     for split, rows in parquet_rows().items():
         for number, part in enumerate((rows[:5], rows[5:])):
             files[f"data/{split}-{number:05d}-of-00002.parquet"] = parquet_file(part)
+    return write_files(folder, files)
+
+
+def write_shards(folder: Path) -> Path:
+    """As timm/imagenet-1k-wds has them: shards of both splits in one folder, keys as files."""
+    files = {"README.md": b"---", "_info.json": b"{}"}
+    for split, rows in parquet_rows().items():
+        for number, part in enumerate((rows[:5], rows[5:])):
+            members = []
+            for name, content, label in part:
+                stem, synset = name.removesuffix(".JPEG").rsplit("_", 1)
+                about = {"filename": f"{synset}/{stem}.JPEG", "label": label}
+                members += sample(stem, label, content, json=json.dumps(about).encode())
+            files[f"imagenet1k-{split}-{number:04d}.tar"] = tar(members)
     return write_files(folder, files)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import programs
 import pytest
 import torch
 from calling import Called, call
+from PIL import Image
 
 from data import sources
 from data.base import Source
@@ -290,6 +292,34 @@ def test_images_of_both_splits_are_found_by_content(project, tmp_path):
     assert finding.level == FAIL
     assert finding.figures == {"same": 1, "val_images": 12, "train_images": 22}
     assert finding.details == [f"{tmp_path / 'val/b/1.png'} = {tmp_path / 'train/c/copy.png'}"]
+
+
+def photograph(seed: int) -> Image.Image:
+    """Soft blots, 64 x 48 px."""
+    blots = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(blots).resize((64, 48), Image.Resampling.BICUBIC)
+
+
+def test_images_that_look_like_those_of_the_other_split_are_found_if_asked(project, tmp_path):
+    for number, folder in enumerate(["train/a", "train/b", "val/a", "val/b"]):
+        photograph(number).save(tmp_path / folder / f"photo{number}.png")
+    photograph(0).resize((40, 30)).save(tmp_path / "val" / "c" / "smaller.jpg", quality=70)
+    shutil.copyfile(tmp_path / "train/b/photo1.png", tmp_path / "val" / "c" / "same.png")
+    (tmp_path / "val" / "c" / "broken.png").write_bytes(b"no image")
+    _, finding = images.check_duplicates(case_of(project, near_duplicates=True))
+    assert finding.level == WARN
+    assert "1 of 17 val images look like one of 23 (all: 23) train images" in finding.what
+    assert finding.figures == {"alike": 1, "val_images": 17, "train_images": 23}
+    pair = f"{tmp_path / 'val/c/smaller.jpg'} ~ {tmp_path / 'train/a/photo0.png'} ("
+    assert len(finding.details) == 1 and finding.details[0].startswith(pair)
+    assert len(list(images.check_duplicates(case_of(project)))) == 1
+
+
+def test_without_imagehash_it_is_said_how_to_install_it(project, examine, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imagehash", None)
+    status, out, error = examine(project, "--near-duplicates")
+    assert (status, out) == (1, "")
+    assert "--near-duplicates needs imagehash: pip install -r requirements-data.txt" in error
 
 
 def test_sources_without_files_are_compared_as_far_as_asked():

@@ -20,14 +20,15 @@ from imagenet_forms import DATA, FORMS, write_files, zipped
 from imagenet_miniature import IDS, VAL_IDS, expected, train_images, tree, val_images
 from pyarrow import parquet
 from scipy.io import savemat
-from shard_makers import encoded, flip
+from shard_makers import encoded, flip, sample
 from tars import special, tar
 
-from data import label_files
+from data import label_files, label_sets
 from data.errors import DataError
 from data.ilsvrc import BLACKLIST
 from data.label_files import LabelledFolder
 from data.prepare import folder_writer
+from data.prepare import parquet as parquet_reader
 from data.sources import open_source
 from scripts import prepare_imagenet
 from scripts.prepare_imagenet import STATE
@@ -107,6 +108,64 @@ def test_files_are_linked_where_that_is_asked(tmp_path, capsys, monkeypatch):
     archives = forms.write_archives_alone(tmp_path / "archives")
     assert prepare(archives, tmp_path / "none", "--link") == 1
     assert "holds no files to link to" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- shards
+
+
+def content(root: Path) -> list[tuple[str, str, bytes]]:
+    """Class, name without ending, and bytes of every image, in no order."""
+    source = open_source(str(root))
+    return sorted(
+        (source.classes[source.label(i)], Path(source.name(i)).stem.split(": ")[-1], file)
+        for i, (file, _) in enumerate(map(source.read, range(len(source))))
+    )
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "beside", "in folders of their own"])
+def test_shards_of_others_are_indexed_where_they_lie(place, tmp_path, capsys):
+    path = forms.write_shards(tmp_path / "given")
+    out = path if place != "elsewhere" else tmp_path / "out"
+    if place == "in folders of their own":
+        for split, name in (("train", "train"), ("val", "validation")):
+            (path / split).mkdir()
+            for tar_file in path.glob(f"*{name}*.tar"):
+                tar_file.rename(path / split / tar_file.name)
+    assert prepare(path, out) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.startswith(f"{path}: WebDataset's tar shards\n")
+    write_files(tmp_path / "folders", whole())
+    for split in ("train", "val"):
+        assert content(out / split) == content(tmp_path / "folders" / split)
+    links = [file for file in out.glob("*/*.tar") if file.is_symlink()]
+    assert len(links) == (0 if place == "in folders of their own" else 4)
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
+    assert prepare(path, out) == 0
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
+    (tmp_path / "list").write_text("2\n5\n")
+    labels = label_sets.from_folders(source := open_source(str(out / "val")), "", None, 4, "net")
+    left = label_sets.without(labels, source, tmp_path / "list")
+    assert sorted(int(source.name(i)[-12:-4]) for i in left.indices) == [1, 3, 4, 6, 7, 8]
+
+
+def test_shards_that_contradict_or_lack_images_are_refused_and_left_without_an_index(
+    tmp_path, capsys
+):
+    path = forms.write_shards(tmp_path / "given")
+    last = path / "imagenet1k-validation-0001.tar"
+    whole = last.read_bytes()
+    last.unlink()
+    assert "5 images, 8 expected" in refusal(path, tmp_path, capsys, "--only", "val")
+    last.write_bytes(tar(sample("ILSVRC2012_val_9", 0, json=b'{"filename": "n02119789/x.JPEG"}')))
+    assert "of class n02119789, but the classes given" in refusal(
+        path, tmp_path, capsys, "--only", "val"
+    )
+    last.write_bytes(whole)
+    assert prepare(path, tmp_path / "out", "--only", "val") == 0
+    assert prepare(path, tmp_path / "out", "--only", "val", "--link") == 1
+    assert "as they are; make_shards.py changes them" in capsys.readouterr().err
+    (tmp_path / "out" / "train" / "cats").mkdir(parents=True)
+    assert prepare(path, tmp_path / "out") == 1
+    assert "train: holds other things (cats)" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------- labels
@@ -190,7 +249,8 @@ def test_ids_are_read_with_the_meta_of_a_later_devkit(tmp_path):
 def refusal(path: Path, folder: Path, capsys, *more: str) -> str:
     """The message of a run that is refused with no image written."""
     assert prepare(path, folder / "out", *more) == 1
-    assert images(folder / "out") == {}
+    assert not any(name.endswith("JPEG") for name in images(folder / "out"))
+    assert not list((folder / "out").glob("*/index.safetensors"))
     return capsys.readouterr().err
 
 
@@ -290,6 +350,18 @@ def test_rows_of_parquet_files_that_contradict_their_names_are_refused(tmp_path,
     table = pa.table({"pixels": [b"x"], "label": [0]})
     parquet.write_table(table, file)
     assert "no column of images" in refusal(tmp_path, tmp_path, capsys, "--only", "val")
+
+
+def test_images_of_parquet_files_may_be_read_in_any_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_reader, "ROWS", 1)  # of row groups of two
+    path = forms.write_parquet(tmp_path)
+    files = sorted(path.glob("data/train*"))
+    source = parquet_reader.imagenet_source(path, "train", files, expected())
+    contents = [source.read(i) for i in range(14)]
+    assert contents == [source.read(i) for i in reversed(range(14))][::-1]
+    assert sorted(content for content, _ in contents) == sorted(
+        content for images in train_images().values() for _, content in images
+    )
 
 
 def test_signs_of_another_encoding_and_lost_names_are_told(tmp_path, capsys):

@@ -33,7 +33,7 @@ from tars import special
 
 from data import sources
 from data.errors import DataError, ImageError
-from data.prepare.shard_scan import index_folder, scan
+from data.prepare.shard_scan import index_folder, read_classes, scan
 from data.prepare.shard_writer import Options, write_shards
 from data.shards import index as shard_index
 from data.shards import local
@@ -43,7 +43,7 @@ from data.sources import FolderSource, SyntheticSource, open_source
 
 
 def index_here(root: Path, classes: Path | None = None) -> ShardSource:
-    index_folder(root, classes, 1, ignore)
+    index_folder(root, classes and read_classes(classes), 1, ignore)
     return ShardSource(root)
 
 
@@ -51,7 +51,7 @@ def refusal(root: Path, classes: Path | None = None) -> str:
     """What is said of shards that cannot be indexed; nothing is written."""
     before = sorted(path.name for path in root.iterdir())
     with pytest.raises(DataError) as error:
-        index_folder(root, classes, 1, ignore)
+        index_folder(root, classes and read_classes(classes), 1, ignore)
     assert sorted(path.name for path in root.iterdir()) == before
     return str(error.value)
 

@@ -10,18 +10,17 @@ import numpy as np
 import pytest
 import timm.data
 import torch
-from image_zoo import ROTATED, jpeg, picture, saved, zoo
+from image_zoo import PNG_GREY, ROTATED, jpeg, picture, png, saved, zoo
 from photographs import CHINA, write_photographs
 from PIL import EpsImagePlugin, Image
 from torchvision.transforms import RandomResizedCrop
 
 from data import transforms
-from data.image_formats import count_scans
+from data.image_formats import count_scans, open_image
 from data.prepare.shard_writer import kind_and_size
 from data.resample import Box, resize
 from data.to_input import Colour, ToInput
 from data.transforms import (
-    MAX_PIXELS,
     VIEW,
     DecodeError,
     EvalView,
@@ -401,7 +400,8 @@ def test_no_image_starts_another_program(tmp_path, monkeypatch):
 
 
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded():
-    with pytest.raises(DecodeError, match=f"10001 x 10000 px, over {MAX_PIXELS:,} in all"):
+    words = "25001 x 10000 px, 250 megapixels: over MAX_MEGAPIXELS, which is 250; set it in the env"
+    with pytest.raises(DecodeError, match=words):
         decode(ZOO["large.png"].encoded)  # its pixels are missing: never looked at
 
 
@@ -417,7 +417,7 @@ def test_the_scans_that_a_jpeg_decoder_goes_through_are_counted(progressive, rep
 
 
 def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded(monkeypatch):
-    monkeypatch.setattr(transforms, "MAX_DECODED", 12 * 1200)
+    monkeypatch.setenv("MAX_MEGAPIXELS", "0.00144")  # 12 scans
     encoded = jpeg(Image.fromarray(picture()), progressive=True)
     assert decode(encoded).shape == (30, 40, 3)
     scan = encoded[encoded.rindex(b"\xff\xda") : -2]
@@ -425,25 +425,32 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded(monkeypatc
         decode(encoded[:-2] + 3000 * scan + encoded[-2:])
 
 
-def test_the_limit_itself_is_allowed(monkeypatch):
+def test_telephones_images_are_read():
+    buffer = io.BytesIO()
+    Image.new("L", (12032, 9024), 77).save(buffer, "JPEG")  # 108 megapixels
+    pixels = decode(buffer.getvalue())
+    assert pixels.shape == (9024, 12032, 3) and pixels[9000, 12000].tolist() == [77, 77, 77]
+    assert open_image(png(16320, 12240, 8, PNG_GREY, b"")).size == (16320, 12240)  # 200
+
+
+def test_the_limit_is_set_in_the_environment_and_is_itself_allowed(monkeypatch):
     encoded = saved(Image.fromarray(picture()), "PNG")
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 1200)
+    monkeypatch.setenv("MAX_MEGAPIXELS", "0.0012")
     assert decode(encoded).shape == (30, 40, 3)
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 1199)
-    with pytest.raises(DecodeError):
+    monkeypatch.setenv("MAX_MEGAPIXELS", "0.001199")
+    with pytest.raises(DecodeError, match=r"over MAX_MEGAPIXELS, which is 0\.001199;"):
         decode(encoded)
+    for text in ("many", "nan", "inf"):
+        monkeypatch.setenv("MAX_MEGAPIXELS", text)
+        with pytest.raises(DecodeError, match=f"MAX_MEGAPIXELS={text} in the environment is no n"):
+            decode(encoded)
 
 
-def test_pils_own_limits_neither_warn_nor_change(monkeypatch):
-    encoded = saved(Image.fromarray(picture()), "PNG")  # 1200 px
+def test_pils_own_limit_is_ours_and_never_warns(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # PIL would refuse at 1000
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # PIL warns from here, refuses at 2000
-        assert decode(encoded).shape == (30, 40, 3)
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-        with pytest.raises(DecodeError, match=r"^cannot be decoded \("):
-            decode(encoded)
-        assert Image.MAX_IMAGE_PIXELS == 500
+        assert decode(saved(Image.fromarray(picture()), "PNG")).shape == (30, 40, 3)  # 1200 px
 
 
 def test_no_warning_of_pils_gets_out():

@@ -95,9 +95,14 @@ def _size(source: FolderSource, index: int) -> int:
 def _digest(source: Source, index: int) -> bytes | None:
     """Compute a digest of an image's bytes; None for one that cannot be read."""
     try:
-        return hashlib.blake2b(source.read(index)[0], digest_size=16).digest()
+        return digest_of(source.read(index)[0])
     except ImageError:
         return None
+
+
+def digest_of(encoded: bytes) -> bytes:
+    """Compute a digest that tells contents apart."""
+    return hashlib.blake2b(encoded, digest_size=16).digest()
 
 
 def in_parallel(

@@ -8,7 +8,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO
@@ -31,6 +31,7 @@ from data.prepare.imagenet import PATHS, sort_images, split_of, train_source, va
 from data.prepare.listed import FileSource, ListedSource, Listing, StreamSource, ZipSource
 from data.prepare.members import MAX_MEMBER, Member, Packed, files_in_tar, files_in_zip, refuse
 from data.prepare.progress import byte_bar
+from data.prepare.splits import files_by_split
 
 DOWNLOADS = "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php"
 KAGGLE = "imagenet-object-localization-challenge.zip"
@@ -40,6 +41,7 @@ KNOWN = (
     f"the three original archives (from {DOWNLOADS})",
     f"Kaggle's {KAGGLE}, the tar in it, or its tree",
     "Hugging Face's parquet files, a folder or hf:OWNER/NAME",
+    "timm's imagenet-1k-wds, a folder of tar shards or hf:OWNER/NAME",
     "a folder of validation images, with --labels FILE",
 )
 
@@ -61,7 +63,8 @@ class Form:
 
     words: str
     splits: Sequence[str]  # that it has
-    open: Callable[[str], ListedSource]  # the images of a split; raises DataError
+    open: Callable[[str], ListedSource] | None  # the images of a split; raises DataError
+    tars: Mapping[str, Sequence[Path]] = field(default_factory=dict)  # shards, to be indexed
     faults: Sequence[str] = ()  # that can be seen at first sight
     archives: Sequence[tuple[Path, Archive]] = ()  # files that are compared with their md5
     notes: Callable[[], Mapping[str, bytes]] = dict  # further files for the result, by name
@@ -71,11 +74,11 @@ def recognise(asked: Asked) -> Form:
     """Find out what a path holds. Raises DataError if it is none of the known forms."""
     if not asked.path.exists():
         raise DataError(f"{asked.path}: not there")
-    forms = (make(asked) for make in (_originals, _zip, _tar, _tree, _parquet))
+    forms = (make(asked) for make in (_originals, _zip, _tar, _tree, _parquet, _shards))
     form = next(filter(None, forms), None)
     if form is None:
-        known = "".join(f"\n  {words}" for words in KNOWN)
-        raise DataError(f"{asked.path}: not a form of ImageNet that is known; these are:{known}")
+        what = f"{asked.path}: not a form of ImageNet that is known; these are:"
+        raise DataError(what, *(f"  {words}" for words in KNOWN))
     for split in asked.splits:
         if split not in form.splits:
             rest = " and ".join(form.splits)
@@ -113,9 +116,9 @@ def _originals(asked: Asked) -> Form | None:
         "the original archives",
         ("train", "val"),
         open_split,
-        faults,
-        [(folder / archive.name, archive) for archive in needed],
-        notes,
+        faults=faults,
+        archives=[(folder / archive.name, archive) for archive in needed],
+        notes=notes,
     )
 
 
@@ -252,7 +255,7 @@ def _members(folder: Path, split: str) -> Iterator[Member]:
 
 def _parquet(asked: Asked) -> Form | None:
     """Hugging Face's data set, whose file names say the split."""
-    files = parquet.files_below(asked.path)
+    files = files_by_split(asked.path, parquet.PARQUET)
     if not files:
         return None
     return Form(
@@ -260,6 +263,13 @@ def _parquet(asked: Asked) -> Form | None:
         [split for split in ("train", "val") if split in files],
         lambda split: parquet.imagenet_source(asked.path, split, files[split], asked.expected),
     )
+
+
+def _shards(asked: Asked) -> Form | None:
+    """Tar shards as WebDataset has them, whose names say the split."""
+    tars = files_by_split(asked.path, ".tar")
+    splits = [split for split in ("train", "val") if split in tars]
+    return Form("WebDataset's tar shards", splits, None, tars) if splits else None
 
 
 # ---------------------------------------------------------------------------------- labels

@@ -23,18 +23,10 @@ from data.prepare.imagenet import check_counts
 from data.prepare.listed import UNKNOWN, ListedSource, Listing, listing
 from data.prepare.members import Member, check_names
 from data.prepare.shard_writer import kind_and_size
-from data.prepare.splits import file_names, folder_name, held_out
+from data.prepare.splits import file_names, files_by_split, folder_name, held_out
 
+PARQUET = ".parquet"
 ROWS = 64  # that are read at a time
-SPLITS = {  # words in the names of files or their folders -> split
-    "train": "train",
-    "training": "train",
-    "validation": "val",
-    "valid": "val",
-    "val": "val",
-    "dev": "val",
-    "test": "test",
-}
 
 
 class Columns(NamedTuple):
@@ -48,22 +40,6 @@ class Columns(NamedTuple):
     @property
     def content(self) -> str:
         return f"{self.image}.bytes" if self.is_struct else self.image
-
-
-def files_below(path: Path) -> dict[str, list[Path]]:
-    """Find the parquet files in a folder and below it by split: "train", "val" or "test".
-
-    Files that name no split are for training.
-    """
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        if file.suffix == ".parquet":
-            own = file.name if file == path else str(file.relative_to(path))
-            words = re.split(r"[^a-z]+", own.lower())
-            named = [SPLITS[word] for word in words if word in SPLITS]
-            splits.setdefault(named[-1] if named else "train", []).append(file)
-    return splits
 
 
 def open_file(path: Path) -> Any:
@@ -281,7 +257,7 @@ def open_data_set(
     Validation images are those of a split that is called so, else the test images, else a share
     held out of each class. Raises DataError.
     """
-    splits = files_below(path)
+    splits = files_by_split(path, PARQUET)
     if "train" not in splits:
         raise DataError(f"{path}: no parquet files of training images in it")
     columns = columns_of(splits["train"][0], image, label)

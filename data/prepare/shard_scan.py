@@ -170,15 +170,14 @@ def _class_name(described: bytes, key: str) -> str | None:
 
 
 def index_folder(
-    root: Path, classes_from: Path | None, workers: int, done: Callable[[Scan], None]
+    root: Path, given: list[str] | None, workers: int, done: Callable[[Scan], None]
 ) -> Index:
     """Write the index of a folder of shards and return it.
 
-    `classes_from`: a file with a class name a line, or another folder of shards with an index.
+    `given`: class names in the order of the labels, where the shards' own are not to be taken.
     `done` gets each shard. Raises DataError, or OSError where the index cannot be written.
     """
     paths = shards_in(root)
-    given = None if classes_from is None else read_classes(classes_from)
     scans = run_all([partial(scan, path) for path in paths], workers, done)
     names: dict[int, set[str]] = {}
     for scanned in scans:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
@@ -14,6 +15,32 @@ from data.errors import DataError, enumeration
 from data.image_formats import image_extensions
 from data.prepare.public_sets import Entry
 from data.sources import FolderSource
+
+SPLITS = {  # words in the names of files or their folders -> split
+    "train": "train",
+    "training": "train",
+    "validation": "val",
+    "valid": "val",
+    "val": "val",
+    "dev": "val",
+    "test": "test",
+}
+
+
+def files_by_split(path: Path, ending: str) -> dict[str, list[Path]]:
+    """Find the files of an ending in a folder and below it by split: "train", "val" or "test".
+
+    Files whose names and folders name no split are for training. `path`: or a single file.
+    """
+    files = sorted(path.rglob(f"*{ending}")) if path.is_dir() else [path]
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        if file.suffix == ending:
+            own = file.name if file == path else str(file.relative_to(path))
+            words = re.split(r"[^a-z]+", own.lower())
+            named = [SPLITS[word] for word in words if word in SPLITS]
+            splits.setdefault(named[-1] if named else "train", []).append(file)
+    return splits
 
 
 def held_out(names: Sequence[str], fraction: float, seed: int, where: object) -> set[str]:

@@ -53,6 +53,7 @@ class Request:
     scan: int | None = 1000  # images of each split; None: all
     seconds: float = 10.0  # for each measurement of pace
     bad_files: Path | None = None
+    near_duplicates: bool = False  # also look for images that look alike
 
 
 @dataclass

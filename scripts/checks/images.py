@@ -11,6 +11,7 @@ from data.errors import DataError
 from data.files import write_atomically
 from data.names import in_order, shown
 from data.prepare import checkup
+from data.prepare.look_alikes import NEAR_BITS, look_alikes
 from data.sources import SyntheticSource
 from data.workers import usable_cores
 from irv2 import input_pipeline
@@ -22,6 +23,7 @@ MAX_IMBALANCE = 10  # largest class : smallest class; ImageNet's is 1.8
 MAX_SHARED = 0.01  # share of validation images that may also be training images
 NOTED = "if that is not what you want, mend it there; the run takes what is left"
 SHOWN = 20  # files of a kind
+SHOWN_ALIKE = 10  # pairs
 UNKNOWN_SIZES = 20  # training images compared per validation image where each has to be read
 
 
@@ -140,3 +142,22 @@ def check_duplicates(case: Case) -> Iterator[Finding]:
     todo = "remove them from train: the network would be tested on what it was trained on"
     level = OK if not both else FAIL if len(both) > MAX_SHARED * len(indices) else WARN
     yield Finding(level, what, todo if both else "", details, figures)
+    if case.request.near_duplicates:
+        yield _look_alikes(case, indices, limit)
+
+
+def _look_alikes(case: Case, indices: list[int], limit: int) -> Finding:
+    """Judge validation images that look like training images, of which `limit` are compared."""
+    pairs, compared = look_alikes(case.val, indices, case.train, limit, usable_cores())
+    what = (
+        f"{len(pairs):,} of {len(indices):,} val images look like one of {compared:,} (all: "
+        f"{len(case.train):,}) train images: at most {NEAR_BITS} of 64 bits of a perceptual hash "
+        "differ"
+    )
+    details = [
+        f"{case.val.name(pair.here)} ~ {case.train.name(pair.there)} ({pair.bits} bits)"
+        for pair in pairs[:SHOWN_ALIKE]
+    ]
+    todo = "look at them: a copy, scaled or encoded anew, should not be in both"
+    figures = {"alike": len(pairs), "val_images": len(indices), "train_images": compared}
+    return Finding(WARN if pairs else OK, what, todo if pairs else "", details, figures)
