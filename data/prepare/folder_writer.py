@@ -207,10 +207,10 @@ def _compare(source: ListedSource, folder: Path, labels: Sequence[int], workers:
     if listed:
         if len(listed) > MAX_LISTED:
             listed[MAX_LISTED:] = [f"… and {len(listed) - MAX_LISTED:,} classes more"]
-        lines = "".join(f"\n  {line}" for line in listed)
         raise DataError(
-            f"{folder}: not what {source.root} holds:{lines}\n"
-            f"Move these classes' folders away; the same command then writes them anew."
+            f"{folder}: not what {source.root} holds:",
+            *(f"  {line}" for line in listed),
+            "Move these classes' folders away; the same command then writes them anew.",
         )
 
 

@@ -74,8 +74,8 @@ def recognise(asked: Asked) -> Form:
     forms = (make(asked) for make in (_originals, _zip, _tar, _tree, _parquet))
     form = next(filter(None, forms), None)
     if form is None:
-        known = "".join(f"\n  {words}" for words in KNOWN)
-        raise DataError(f"{asked.path}: not a form of ImageNet that is known; these are:{known}")
+        known = [f"  {words}" for words in KNOWN]
+        raise DataError(f"{asked.path}: not a form of ImageNet that is known; these are:", *known)
     for split in asked.splits:
         if split not in form.splits:
             rest = " and ".join(form.splits)
