@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import strict_json
 from data.errors import UserError
+from data.files import read_regular
 from data.names import shown
 from irv2 import cli, strict_yaml
 from irv2.report import page, runs
@@ -31,6 +32,7 @@ from irv2.report.runs import Run
 from irv2.run import jsonl
 
 COPIED = ("log.jsonl", "config.yaml", "validate.json")
+MAX_RESULT = 1 << 20  # bytes
 SECTIONS = TypeAdapter(dict[str, dict[str, Any]])
 
 
@@ -46,10 +48,9 @@ def read_run(directory: Path) -> Run:
     config, validated = {}, {}
     try:
         if (path := directory / "config.yaml").exists():
-            text = path.read_text(encoding="utf-8")
-            config = strict_json.checked(strict_yaml.parse(text), SECTIONS)
+            config = strict_json.checked(strict_yaml.load(path), SECTIONS)
         if (path := directory / "validate.json").exists():
-            validated = strict_json.checked(strict_json.parse(path.read_bytes()), runs.MEASURED)
+            validated = strict_json.checked(strict_json.load(path, MAX_RESULT), runs.MEASURED)
     except ValueError as error:
         raise RunError(f"{path}: cannot be read ({error})") from None
     return Run(directory, log, config, validated)
@@ -70,7 +71,7 @@ def write_pages(read: list[Run], out: Path) -> None:
     directory = read[0].directory
     for name in COPIED:
         if (directory / name).exists() and directory.resolve() != out.resolve():
-            page.write(out / name, (directory / name).read_bytes())
+            page.write(out / name, read_regular(directory / name))
     command = ["python", "scripts/report.py", str(directory), "--out", str(out)]
     runs.write_readme(out, read[0], shlex.join(command))
 

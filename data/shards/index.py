@@ -25,7 +25,7 @@ from typing_extensions import TypedDict
 from data import strict_json
 from data.base import Source
 from data.errors import DataError
-from data.files import write_atomically
+from data.files import read_regular, write_atomically
 from data.strict_json import Count
 
 INDEX = "index.safetensors"
@@ -88,8 +88,7 @@ def load(root: str | Path) -> Index:
     """Read the index of the shards in a folder. Raises DataError if it is damaged."""
     path = os.path.join(root, INDEX)
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = read_regular(path, MAX_BYTES)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     return parse(content, path)

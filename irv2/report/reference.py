@@ -47,8 +47,7 @@ class Distance(NamedTuple):
 def read(path: Path) -> list[Reference]:
     """Read a file of published results. Raises PublishedError."""
     try:
-        content = strict_yaml.parse(path.read_text(encoding="utf-8"))
-        return strict_json.checked(content, _REFERENCES)
+        return strict_json.checked(strict_yaml.load(path), _REFERENCES)
     except OSError as error:
         raise PublishedError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:

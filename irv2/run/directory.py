@@ -135,7 +135,7 @@ def write_config(directory: Path, config: dict[str, Any]) -> None:
 def micro_batch_before(directory: Path) -> int | None:
     """Micro-batch with which the run was last started; None if it was not."""
     try:
-        config = strict_yaml.parse((directory / "config.yaml").read_text(encoding="utf-8"))
+        config = strict_yaml.load(directory / "config.yaml")
         micro_batch = config["train"]["micro_batch"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
