@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, Strict, TypeAdapter, ValidationError
+
+from data.files import read_regular
 
 Made = TypeVar("Made")
 
@@ -20,6 +23,11 @@ Count = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 Number = Annotated[float, Strict(), Field(ge=-FLOAT32, le=FLOAT32)]
 NonNegative = Annotated[float, Strict(), Field(ge=0, le=FLOAT32)]
 Percent = Annotated[float, Strict(), Field(ge=0, le=100)]
+
+
+def load(path: Path, limit: int) -> Any:
+    """Read a file of at most `limit` bytes of JSON. Raises OSError, or ValueError in one line."""
+    return parse(read_regular(path, limit))
 
 
 def parse(text: str | bytes) -> Any:

@@ -69,11 +69,7 @@ def _take_closed_numbers() -> None:
         try:
             os.fstat(number)
         except OSError:
-            nothing = os.open(os.devnull, os.O_RDWR)
-            if nothing != number:
-                os.dup2(nothing, number)
-                os.close(nothing)
-            os.set_inheritable(number, True)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free one
 
 
 def _fit(stream: TextIO, is_vital: bool) -> TextIO:

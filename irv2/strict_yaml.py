@@ -8,9 +8,12 @@ and anchors, by which a short file becomes an endless value, are told by the key
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
+
+from data.files import read_regular
 
 MAX_LENGTH = 32_000  # characters, ten times the longest of configs/
 MAX_DEPTH = 8  # a config has 3: section, key, item
@@ -69,6 +72,11 @@ class _Loader(yaml.SafeLoader):
         where = [_CONTROL.sub("?", ".".join(self.path))] if self.path else []
         line = self.peek_event().start_mark.line + 1
         return _Refusal(": ".join([*where, f"line {line}", reason]))
+
+
+def load(path: Path) -> Any:
+    """Read a file of such YAML. Raises OSError, or ValueError in one line."""
+    return parse(read_regular(path, 4 * MAX_LENGTH).decode())
 
 
 def parse(text: str) -> Any:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import strict_json
 from data.errors import UserError
-from data.files import read_regular, read_text
+from data.files import read_regular
 from data.names import shown
 from irv2 import cli, strict_yaml
 from irv2.report import page, runs
@@ -32,6 +32,7 @@ from irv2.report.runs import Run
 from irv2.run import jsonl
 
 COPIED = ("log.jsonl", "config.yaml", "validate.json")
+MAX_RESULT = 1 << 20  # bytes
 SECTIONS = TypeAdapter(dict[str, dict[str, Any]])
 
 
@@ -47,9 +48,9 @@ def read_run(directory: Path) -> Run:
     config, validated = {}, {}
     try:
         if (path := directory / "config.yaml").exists():
-            config = strict_json.checked(strict_yaml.parse(read_text(path)), SECTIONS)
+            config = strict_json.checked(strict_yaml.load(path), SECTIONS)
         if (path := directory / "validate.json").exists():
-            validated = strict_json.checked(strict_json.parse(read_text(path)), runs.MEASURED)
+            validated = strict_json.checked(strict_json.load(path, MAX_RESULT), runs.MEASURED)
     except ValueError as error:
         raise RunError(f"{path}: cannot be read ({error})") from None
     return Run(directory, log, config, validated)

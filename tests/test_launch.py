@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,29 @@ def test_slurm_reads_every_option_of_the_script():
     first_command = next(i for i, line in enumerate(lines) if line and line[0] != "#")
     options = [i for i, line in enumerate(lines) if line.startswith("#SBATCH")]
     assert len(options) == 10 and max(options) < first_command
+
+
+# What the script asks of Slurm: an address, ranks that leave their status, a place in the queue.
+SLURM = {
+    "scontrol": 'case "$*" in *hostnames*) echo here ;; *node*) echo NodeAddr=localhost ;; esac',
+    "srun": 'for rank in 0 1; do echo 75 > "$STATUSES/rank-$rank"; done; exit 1',
+}
+
+
+def test_ranks_are_counted_wherever_their_files_lie(tmp_path):
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    facts = {"JOB_ID": 7, "NNODES": 1, "JOB_NODELIST": "here"}
+    environment = {f"SLURM_{name}": str(value) for name, value in facts.items()}
+    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RANKS_PER_NODE": "2"}
+    environment |= {"PYTHON": sys.executable, "PROGRAM": str(LAUNCH.parents[1] / "train.py")}
+    environment["LOGS"] = str(tmp_path / "logs\nof two lines")
+    done = subprocess.run(
+        ["bash", LAUNCH / "slurm.sbatch"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 75, done.stderr
+    assert "all 2 ranks stopped with a checkpoint (75): requeued" in done.stdout
 
 
 def test_slurm_warns_earlier_than_torchrun_loses_patience():

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import calling
 import programs
 import pytest
 import timm
@@ -282,11 +283,11 @@ def test_weights_that_will_not_do_are_told_in_one_line(photographs, small_weight
         assert message in error and error.count("\n") == 1, error
 
 
-def test_a_url_is_no_picture_and_its_secrets_are_not_repeated(tmp_path, small_weights, call):
+def test_a_url_is_no_picture_and_its_secrets_are_not_repeated(tmp_path, small_weights):
     url = "https://me:secret@host/x.jpg?sig=secret"
     (tmp_path / "list").write_text(url)
     for words in ((url,), ("--files-from", tmp_path / "list"), ("--run", url, "x.jpg")):
         network = () if "--run" in words else ("--weights", small_weights)
         for form in ((), ("--json",)):
-            status, out, error = call(*words, *network, *form)
+            status, out, error = calling.call(predict, *words, *network, *form)
             assert status in (1, 2) and "secret" not in out + error

@@ -30,8 +30,9 @@ from PIL import Image
 from data import strict_json
 from data.base import Source
 from data.errors import DataError, ImageError
-from data.files import open_own, read_text, remove_leftovers, write_atomically
+from data.files import open_own, remove_leftovers, write_atomically
 from data.image_formats import open_image
+from data.names import LONGEST, shown
 from data.prepare.listed import ListedSource
 from data.prepare.processes import run_all, take_in_hand
 from data.prepare.shard_scan import Sample, Scan, build_index, image_kinds, scan
@@ -42,6 +43,7 @@ from data.transforms import DecodeError, decode
 
 SEED = 0  # of the images' way into the shards
 MAX_STEM = 60  # characters of a file's name in its key; tar's header has room for 100
+MAX_PLAN = 1 << 20  # bytes of the plan
 RECORD = 20 * BLOCK  # tar archives are filled up to a multiple of it
 
 
@@ -134,7 +136,7 @@ def check_plan(out: Path, plan: dict[str, object]) -> None:
     """Raise DataError unless a folder's shards are made by the same plan."""
     path = out / PLAN
     try:
-        planned = strict_json.parse(read_text(path))
+        planned = strict_json.load(path, MAX_PLAN)
     except FileNotFoundError:
         raise DataError(
             f"{out}: holds something else already; name a new or empty folder"
@@ -144,7 +146,7 @@ def check_plan(out: Path, plan: dict[str, object]) -> None:
     if not isinstance(planned, dict):
         raise DataError(f"{path}: damaged; remove {out} and start anew")
     changes = [
-        f"{key} is {planned.get(key)}, not {value}"
+        f"{key} is {shown(str(planned.get(key)), LONGEST)}, not {value}"
         for key, value in plan.items()
         if planned.get(key) != value
     ]

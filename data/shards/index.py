@@ -88,7 +88,7 @@ def load(root: str | Path) -> Index:
     """Read the index of the shards in a folder. Raises DataError if it is damaged."""
     path = os.path.join(root, INDEX)
     try:
-        content = read_regular(path)
+        content = read_regular(path, MAX_BYTES)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     return parse(content, path)

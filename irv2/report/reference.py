@@ -9,7 +9,6 @@ from pydantic import TypeAdapter
 
 from data import strict_json
 from data.errors import UserError
-from data.files import read_text
 from data.strict_json import Count, NonNegative, Percent
 from irv2 import strict_yaml
 from irv2.report.statistics import Interval
@@ -48,8 +47,7 @@ class Distance(NamedTuple):
 def read(path: Path) -> list[Reference]:
     """Read a file of published results. Raises PublishedError."""
     try:
-        content = strict_yaml.parse(read_text(path))
-        return strict_json.checked(content, _REFERENCES)
+        return strict_json.checked(strict_yaml.load(path), _REFERENCES)
     except OSError as error:
         raise PublishedError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:

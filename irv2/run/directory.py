@@ -26,7 +26,7 @@ import torch
 import torchvision
 import yaml
 
-from data.files import open_own, read_text, remove_leftovers, write_atomically
+from data.files import open_own, remove_leftovers, write_atomically
 from irv2 import strict_yaml
 from irv2.run import checkpoint, jsonl
 from irv2.run.checkpoint import CheckpointError
@@ -135,7 +135,7 @@ def write_config(directory: Path, config: dict[str, Any]) -> None:
 def micro_batch_before(directory: Path) -> int | None:
     """Micro-batch with which the run was last started; None if it was not."""
     try:
-        config = strict_yaml.parse(read_text(directory / "config.yaml"))
+        config = strict_yaml.load(directory / "config.yaml")
         micro_batch = config["train"]["micro_batch"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
