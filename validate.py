@@ -149,6 +149,11 @@ def parse_arguments() -> argparse.Namespace:
         help="which class folder is which output, if only some outputs compete (ImageNet-A, -R): "
         'folder names one a line, or JSON, {"0": ["n01440764", "tench"]} or {"n01440764": 0}',
     )
+    labels.add_argument(
+        "--class-order",
+        choices=["alphabetical", "natural"],
+        help="order of class folders, if the network names no classes; natural: class2, class10",
+    )
 
     add = parser.add_argument_group("evaluation")
     add.add_argument("--protocol", choices=list(PROTOCOLS), default="timm", help="see below")

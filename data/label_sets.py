@@ -18,7 +18,7 @@ from data.errors import DataError
 from data.files import read_regular
 from data.ilsvrc import SYNSET, VALIDATION_IMAGE, validation_name
 from data.image_formats import image_extensions
-from data.names import in_nfc
+from data.names import in_nfc, natural
 from data.sources import check_same_classes
 
 MAX_BYTES = 64 << 20  # of a file of labels
@@ -29,7 +29,7 @@ _NUMBER = re.compile(r"[0-9]{1,9}")  # of an output or an image, as text
 class LabelSet:
     """Images that an evaluation asks about, and the right answers."""
 
-    name: str  # "folders" by name, in "order", "numbered", "class index" or "real"
+    name: str  # "folders" by name, in "order", "natural order", "numbered", "class index", "real"
     indices: np.ndarray  # int64 [n], the images that count, ascending
     outputs: np.ndarray  # int64 [folders], the network's output that stands for a class folder
     competing: np.ndarray | None = None  # bool [C], outputs that may be answers; None: all
@@ -43,13 +43,19 @@ class LabelSet:
 
 
 def from_folders(
-    source: Source, where: str, classes: list[str] | None, num_outputs: int, network: str
+    source: Source,
+    where: str,
+    classes: list[str] | None,
+    num_outputs: int,
+    network: str,
+    order: str | None = None,
 ) -> LabelSet:
     """Take class folders for the network's classes of the same name.
 
     For networks of ImageNet, and those that do not know their classes, folders named by all numbers
     from 0 on are outputs by number, as ImageNetV2's; other folders are the outputs of a network
-    that does not know its classes in their order. Raises DataError unless each output has a folder.
+    that does not know its classes in their `order`: "natural", or "alphabetical" as they come.
+    Raises DataError unless each output has a folder.
     """
     folders, everything = source.classes, np.arange(len(source))
     numbers = [int(name) if name.isdecimal() else -1 for name in folders]
@@ -57,6 +63,8 @@ def from_folders(
     if may_be_numbered and sorted(numbers) == list(range(num_outputs)):
         return LabelSet("numbered", everything, np.array(numbers))
     if classes is not None:
+        if order is not None:
+            raise DataError(f"{network}: names its classes, so that they need no --class-order")
         try:
             outputs = check_same_classes(folders, classes, where, network)
         except DataError as error:
@@ -67,7 +75,17 @@ def from_folders(
             f"{where}: {len(folders)} classes, but {network} distinguishes {num_outputs}; "
             "--class-index FILE can say which folder is which output"
         )
+    if order == "natural":
+        listed = sorted(range(num_outputs), key=lambda folder: natural(folders[folder]))
+        return LabelSet("natural order", everything, np.argsort(listed))
     return LabelSet("order", everything, np.arange(num_outputs))
+
+
+def order_matters(labels: LabelSet, folders: list[str]) -> bool:
+    """True where a network's classes are known by the order of their folders alone, which has two
+    readings."""
+    is_by_order = labels.name in ("order", "natural order")
+    return is_by_order and sorted(folders, key=natural) != sorted(folders)
 
 
 def _subset_hint(folders: list[str], classes: list[str]) -> str:

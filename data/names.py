@@ -85,6 +85,15 @@ def are_same(names: Sequence[str] | None, others: Sequence[str] | None) -> bool:
     return list(map(in_nfc, names)) == list(map(in_nfc, others))
 
 
+def natural(name: str) -> list[str | int]:
+    """Make a key that sorts digits as numbers, and upper case as lower: class2 before class10.
+
+    So timm sorts class folders (timm/utils/misc.py, natural_key).
+    """
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part[:4000]) if i % 2 else part for i, part in enumerate(parts)]  # Python's limit
+
+
 def in_order(classes: Sequence[str]) -> str:
     """The first and the last of a network's classes, as its outputs are numbered."""
     names = [shown(name, LONGEST) for name in classes]

@@ -44,13 +44,14 @@ MANY_IMAGES = 1000  # of which the 95 % interval is 6 % wide at most, and is not
 
 
 class LabelFiles(NamedTuple):
-    """Files that select images or give right answers where class folders do not."""
+    """What selects images, or gives right answers where class folders do not: files, an order."""
 
     labels: Path | None = None
     class_index: Path | None = None
     real: Path | None = None
     subset: Path | None = None
     exclude: Path | None = None
+    class_order: str | None = None  # of class folders: "natural" or "alphabetical"
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,6 @@ def prepare(
     allow_resized: bool = False,
 ) -> Evaluation:
     """Open the images of an evaluation; `stated` keys of section "data" override its own.
-
     Raises DataError if its images cannot be used, or none is left.
     """
     images = stated.get("val", network.images)
@@ -133,7 +133,8 @@ def prepare(
     if files.class_index is not None:
         labels = label_sets.from_class_index(source, images, *outputs, files.class_index)
     else:
-        labels = label_sets.from_folders(source, images, *outputs, network.name)
+        order = files.class_order or (network.class_order if network.classes is None else None)
+        labels = label_sets.from_folders(source, images, *outputs, network.name, order)
     if files.real is not None:
         labels = label_sets.with_real_labels(labels, source, files.real)
     if files.subset is not None:
@@ -179,7 +180,7 @@ def say_remarks(evaluations: list[Evaluation], say: Callable[[str], None]) -> No
     lines = [
         line
         for each in evaluations
-        for line in (*each.network.remarks, *each.source.remarks, *_other_form(each))
+        for line in (*each.network.remarks, *each.source.remarks, *_other_form(each), *_order(each))
     ]
     for line in dict.fromkeys(lines):
         say(f"note: {line}")
@@ -190,6 +191,18 @@ def _other_form(each: Evaluation) -> list[str]:
     missing = set(each.source.classes) - set(each.classes)
     is_by_name = each.labels.name == "folders" and missing
     return [sources.other_form(each.images, each.network.name)] if is_by_name else []
+
+
+def _order(each: Evaluation) -> list[str]:
+    """A remark, where nothing but a guess says which class folder is which output."""
+    is_known = each.files.class_order or each.network.class_order
+    if is_known or not label_sets.order_matters(each.labels, each.source.classes):
+        return []
+    return [
+        f"{each.network.name}: does not name its classes, and their folders have two orders; "
+        "alphabetical is taken (class10 before class2), as torchvision and train.py sort, while "
+        "timm sorts naturally (class2 first): --class-order says which, or --class-index FILE"
+    ]
 
 
 # ------------------------------------------------------------------------ scores

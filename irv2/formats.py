@@ -39,7 +39,7 @@ def metadata(network: Trained) -> dict[str, str]:
     content["result"] = {"weights": network.which, "step": network.step}
     if network.classes is not None:
         content["classes"] = network.classes
-        content["names"] = [imagenet_names.in_words(name) for name in network.classes]
+        content["names"] = imagenet_names.in_words(network.classes)
     return {key: json.dumps(value) for key, value in content.items()}
 
 
@@ -94,9 +94,8 @@ def timm_config(network: Trained) -> dict[str, Any]:
     }
     if network.classes is not None:
         content["label_names"] = network.classes
-        content["label_descriptions"] = {
-            name: imagenet_names.in_words(name) for name in network.classes
-        }
+        words = imagenet_names.in_words(network.classes)
+        content["label_descriptions"] = dict(zip(network.classes, words))
     return content
 
 

@@ -59,7 +59,8 @@ def outcome(
 def _paired(each: Evaluation) -> str:
     """How many class folders stand for how many outputs, and the first and last of them."""
     folders, outputs = each.source.classes, each.network.model.num_classes
-    return f"{len(folders):,} folders for {outputs:,} outputs: {in_order(folders)}"
+    ordered = [folders[place] for place in each.labels.outputs.argsort()]
+    return f"{len(folders):,} folders for {outputs:,} outputs: {in_order(ordered)}"
 
 
 def ensemble_result(
@@ -139,7 +140,7 @@ def write_pages(folder: Path, evaluations: list[Evaluation], results: list[Resul
             facts=result.rows(each),
             predictions=each.predictions,
             classes=evaluation.classes,
-            names=[imagenet_names.in_words(name) for name in evaluation.classes],
+            names=imagenet_names.in_words(evaluation.classes),
             image_name=evaluation.source.name,
             thumbnail=_thumbnails(evaluation.source),
             log=[] if each.step is None else log_beside(evaluation.network.name),

@@ -62,7 +62,7 @@ class Predictor:
         self.model = model.to(device, memory_format=torch.channels_last)
         self.to_input = ToInput(network.data.mean, network.data.std, device)
         self.labels = network.classes or [str(i) for i in range(model.num_classes)]
-        self.names = [imagenet_names.in_words(label) for label in self.labels]
+        self.names = imagenet_names.in_words(self.labels)
         self.top = top
 
     @torch.inference_mode()

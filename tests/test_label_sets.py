@@ -7,7 +7,9 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
+import timm
 import torch
 
 from data import label_sets
@@ -69,6 +71,21 @@ def test_folders_stand_for_classes_by_name(validation):
 def test_the_pairing_of_folders_and_outputs_is_said(validation):
     assert plain(validation).name == "folders"
     assert plain(validation, None).name == "order"
+
+
+def test_class_folders_have_two_orders(tmp_path):
+    classes = ["a1", "a10", "a2", "B"]
+    source = FolderSource(programs.write_images(tmp_path / "x", classes, 1))
+    assert source.classes == ["B", "a1", "a10", "a2"]
+    theirs = timm.data.create_dataset("", root=str(source.root)).reader.class_to_idx
+    labels = label_sets.from_folders(source, "x", None, 4, "net", "natural")
+    assert [theirs[name] for name in source.classes] == labels.outputs.tolist() == [3, 0, 2, 1]
+    plain = label_sets.from_folders(source, "x", None, 4, "net", "alphabetical")
+    assert plain.outputs.tolist() == [0, 1, 2, 3]
+    assert label_sets.order_matters(plain, source.classes)
+    assert not label_sets.order_matters(plain, ["a", "b"])
+    with pytest.raises(DataError, match=r"^net: names its classes"):
+        label_sets.from_folders(source, "x", classes, 4, "net", "natural")
 
 
 def test_a_network_of_more_outputs_than_folders_is_never_paired_by_chance(tmp_path):

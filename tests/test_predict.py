@@ -110,7 +110,17 @@ def test_one_line_a_picture_with_classes_in_words(photographs, small_weights, ca
     first = json.loads(out.splitlines()[0])["predictions"]
     assert {(p["class"], p["name"]) for p in first} == set(zip(SYNSETS, WORDS))
     assert sum(p["probability"] for p in first) == pytest.approx(1)
-    assert imagenet_names.in_words("n00000000") == "n00000000"  # a folder that is no synset
+    assert imagenet_names.in_words(["n00000000"]) == ["n00000000"]  # a folder that is no synset
+
+
+def test_no_two_classes_of_imagenet_have_one_name():
+    names = imagenet_names.in_words(imagenet_names.synsets())
+    assert len(set(names)) == 1000
+    assert [name for name in names if name.startswith("crane")] == [
+        "crane (n02012849)",
+        "crane (n03126707)",
+    ]
+    assert names[0] == "tench"
 
 
 @pytest.mark.slow

@@ -387,6 +387,26 @@ def test_programs_take_and_name_the_weights_that_are_asked_for(tmp_path, network
     assert (status, error.count("\n")) == (1, 1) and "such a view cannot be (data.std" in error
 
 
+def test_an_order_of_classes_that_is_a_guess_is_said_and_one_that_is_known_is_taken(
+    tmp_path, network
+):
+    state, folders = network.state_dict(), ["c1", "c10", "c2"]
+    photographs = programs.write_images(tmp_path / "images", folders, 1)
+    plain = saved(tmp_path / "plain.pth", state)
+    timms = saved(tmp_path / "timms.pth", timms_checkpoint(state, None, dataset=""))
+    listed, natural = "3 outputs: c1, c10, c2", "3 outputs: c1, c2, c10"
+    for path, options, order, is_said in (
+        (plain, (), listed, True),
+        (plain, ("--class-order", "alphabetical"), listed, False),
+        (plain, ("--class-order", "natural"), natural, False),
+        (timms, (), natural, False),
+    ):
+        told = ("--weights", path, "--data", photographs, "--image-size", 75, *options)
+        status, out, error = call(validate, *told)
+        assert status == 0, error
+        assert order in out and ("their folders have two orders" in out) is is_said
+
+
 # ---------------------------------------------------------------------- what is refused
 
 

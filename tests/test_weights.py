@@ -293,7 +293,7 @@ def test_what_metadata_leaves_open_is_as_published(tmp_path, timm_state):
     path = tmp_path / "a.safetensors"
     found = opened(path, inception_resnet_v2(1000, blocks=BLOCKS, width=0.25).state_dict())
     assert found.classes == imagenet_names.synsets()
-    assert found.classes[0] == "n01440764" and imagenet_names.in_words("n01440764") == "tench"
+    assert found.classes[0] == "n01440764" and imagenet_names.in_words(["n01440764"]) == ["tench"]
     assert (found.which, found.step) == ("as published", None)
     assert found.images is None
     keys = ("image_size", "eval_crop", "eval_interpolation", "mean", "std")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 
 from timm.data import ImageNetInfo
@@ -20,8 +22,18 @@ def synsets() -> list[str]:
     return _info().label_names()
 
 
-def in_words(name: str) -> str:
-    """Readable name of a class: the first word of a synset ("tench"), else the name itself."""
+def in_words(names: Sequence[str]) -> list[str]:
+    """Readable names of classes: "tench" for a synset, with it where two are called alike."""
+    words = list(map(_in_words, names))
+    counts = Counter(words)
+    return [
+        f"{word} ({name})" if counts[word] > 1 and word != name else word
+        for word, name in zip(words, names)
+    ]
+
+
+def _in_words(name: str) -> str:
+    """The first word of a synset, else the name itself."""
     if not _SYNSET.fullmatch(name):
         return name
     try:

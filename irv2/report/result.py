@@ -73,6 +73,7 @@ def _labels(result: Result) -> str:
     kinds = {
         "folders": "class folders, by name",
         "order": "class folders in their order, as the network does not name its classes",
+        "natural order": "class folders in natural order, as the network does not name its classes",
         "numbered": "class folders, numbers of outputs",
         "class index": "class folders, among whose classes alone it chooses",
         "real": "ReaL, any of several",

@@ -42,6 +42,7 @@ class Trained:
     data: Data  # how images are preprocessed
     images: str | None  # its validation images, if known
     remarks: tuple[str, ...] = ()  # what was chosen or changed as it was read
+    class_order: str | None = None  # "natural" or "alphabetical", of class folders in training
 
 
 def load_run(directory: Path, which: str, say: Callable[[str], None]) -> Trained:
@@ -139,12 +140,20 @@ def load_weights(source: str, which: str | None = None) -> Trained:
         classes = imagenet_names.synsets()
     if classes is not None and len(classes) != outputs:
         raise WeightsError(f"{source}: has {outputs} outputs, but names for {len(classes)}")
-    kind = told.result.weights or "as published"
     stored = told.data | {"cache_dir": None}  # it may come from another machine
     data = _data(stored, f"{source}: its metadata is damaged")
     images = None if stored.get("val") is None else data.val
-    step = told.result.step
-    return Trained(model, source, kind, step, classes, data, images, tuple(read.remarks))
+    return Trained(
+        model,
+        source,
+        told.result.weights or "as published",
+        told.result.step,
+        classes,
+        data,
+        images,
+        tuple(read.remarks),
+        told.class_order,
+    )
 
 
 def _data(stored: dict[str, Any], fault: str) -> Data:

@@ -6,7 +6,7 @@ from itertools import chain
 
 from torch import Tensor
 
-from data.names import are_same
+from data.names import are_same, natural
 from irv2.network import weights
 from irv2.network.forms import metadata
 from irv2.network.forms.base import Weights, WeightsError
@@ -81,6 +81,8 @@ def load(
         new, outcome = CLASSIFIERS, f"new classifier for {count}, as it has none"
     elif named is None and len(state["classif.weight"]) == len(classes):
         outcome = f"classifier kept, of {count} that it does not name"
+        if sorted(classes, key=natural) != classes:
+            outcome += ", taken to be in alphabetical order (timm's is class2 before class10)"
     else:
         others = len(state["classif.weight"])
         new, outcome = CLASSIFIERS, f"new classifier for {count}, as its {others:,} are others"
