@@ -131,15 +131,22 @@ def test_what_cannot_be_used_has_a_line_and_the_rest_goes_on(
     shutil.copy(photographs / "a.jpg", odd)
     (tmp_path / "damaged.jpg").write_bytes((photographs / "a.jpg").read_bytes()[:200])
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
     listed = [
         os.fsencode(photographs / "a.jpg"),
         os.fsencode(tmp_path / "missing.jpg"),
         odd,
         os.fsencode(tmp_path / "damaged.jpg"),
         os.fsencode(tmp_path / "empty"),
+        os.fsencode(tmp_path / "pipe.jpg"),
         os.fsencode(photographs / "b.png"),  # no end of line
     ]
-    expected = {1: "cannot be read (No such file", 3: "cannot be decoded (", 4: "no images in it"}
+    expected = {
+        1: "cannot be read (No such file",
+        3: "cannot be decoded (",
+        4: "no images in it",
+        5: "cannot be read (not a regular file)",
+    }
 
     def check_errors(error: str) -> None:
         lines = error.splitlines()
@@ -152,7 +159,7 @@ def test_what_cannot_be_used_has_a_line_and_the_rest_goes_on(
     assert process.returncode == 1
     check_errors(os.fsdecode(error))
     first = [line.partition(b"  ")[0].rstrip().decode() for line in out.splitlines()]
-    as_text = [os.fsdecode(listed[place]) for place in (0, 2, 5)]
+    as_text = [os.fsdecode(listed[place]) for place in (0, 2, 6)]
     assert first == [shown(name, LONGEST) for name in as_text]
 
     status, out, error = call(*map(os.fsdecode, listed), "--weights", small_weights, "--json")
