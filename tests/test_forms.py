@@ -223,6 +223,22 @@ def test_a_name_that_carries_another_class_is_refused(tmp_path, capsys):
     assert "of no class or another: n02105855" in capsys.readouterr().err
 
 
+def test_numbers_beside_names_are_those_of_outputs(tmp_path):
+    val, places = forms.write_flat(tmp_path / "val"), sorted(IDS.values())
+    lines = [
+        f"ILSVRC2012_val_{i:08d}.JPEG {places.index(synset)}\n"
+        for i, synset in enumerate(forms.VAL_SYNSETS, 1)
+    ]
+    (tmp_path / "val.txt").write_text("".join(lines))
+    source = LabelledFolder(val, tmp_path / "val.txt")
+    assert label_sets.from_folders(source, "val", places, 4, "net").name == "numbered"
+    from_1 = [f"{line.split()[0]} {int(line.split()[1]) + 1}\n" for line in lines]
+    (tmp_path / "val.txt").write_text("".join(from_1))
+    source = LabelledFolder(val, tmp_path / "val.txt")
+    with pytest.raises(DataError, match="4 unknown"):
+        label_sets.from_folders(source, "val", places, 4, "net")
+
+
 def test_labels_of_images_that_are_not_there_are_a_remark(tmp_path):
     val = forms.write_flat(tmp_path / "val")
     (val / "ILSVRC2012_val_00000001.JPEG").unlink()
@@ -256,14 +272,15 @@ def refusal(path: Path, folder: Path, capsys, *more: str) -> str:
 
 def test_what_is_no_form_of_imagenet_is_told_the_forms(tmp_path, capsys):
     (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "other.tar").write_bytes(tar([]))
     told = refusal(tmp_path, tmp_path, capsys)
     assert "not a form of ImageNet that is known" in told and "Kaggle's" in told
     assert "not there" in refusal(tmp_path / "nowhere", tmp_path, capsys)
     val = forms.write_flat(tmp_path / "val")
     assert "without train images; --only val" in refusal(val, tmp_path, capsys)
     assert "no labels of the validation images" in refusal(val, tmp_path, capsys, "--only", "val")
-    tar = forms.write_kaggle_tar(tmp_path / "tar")
-    assert "beginning to end" in refusal(tar, tmp_path, capsys, "--shards")
+    stream = forms.write_kaggle_tar(tmp_path / "tar")
+    assert "beginning to end" in refusal(stream, tmp_path, capsys, "--shards")
 
 
 HOSTILE = ["../n01440764_1.JPEG", "/tmp/train/n01440764/n01440764_1.JPEG", "a/../../x"]
@@ -357,8 +374,9 @@ def test_images_of_parquet_files_may_be_read_in_any_order(tmp_path, monkeypatch)
     path = forms.write_parquet(tmp_path)
     files = sorted(path.glob("data/train*"))
     source = parquet_reader.imagenet_source(path, "train", files, expected())
-    contents = [source.read(i) for i in range(14)]
-    assert contents == [source.read(i) for i in reversed(range(14))][::-1]
+    order = np.argsort(source.offsets).tolist()
+    contents = [source.read(i) for i in order]
+    assert contents == [source.read(i) for i in reversed(order)][::-1]
     assert sorted(content for content, _ in contents) == sorted(
         content for images in train_images().values() for _, content in images
     )

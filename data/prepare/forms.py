@@ -74,7 +74,7 @@ def recognise(asked: Asked) -> Form:
     """Find out what a path holds. Raises DataError if it is none of the known forms."""
     if not asked.path.exists():
         raise DataError(f"{asked.path}: not there")
-    forms = (make(asked) for make in (_originals, _zip, _tar, _tree, _parquet, _shards))
+    forms = (make(asked) for make in (_originals, _tree, _zip, _tar, _parquet, _shards))
     form = next(filter(None, forms), None)
     if form is None:
         what = f"{asked.path}: not a form of ImageNet that is known; these are:"
@@ -267,7 +267,7 @@ def _parquet(asked: Asked) -> Form | None:
 
 def _shards(asked: Asked) -> Form | None:
     """Tar shards as WebDataset has them, whose names say the split."""
-    tars = files_by_split(asked.path, ".tar")
+    tars = files_by_split(asked.path, ".tar", unnamed=None)
     splits = [split for split in ("train", "val") if split in tars]
     return Form("WebDataset's tar shards", splits, None, tars) if splits else None
 

@@ -27,19 +27,21 @@ SPLITS = {  # words in the names of files or their folders -> split
 }
 
 
-def files_by_split(path: Path, ending: str) -> dict[str, list[Path]]:
+def files_by_split(path: Path, ending: str, unnamed: str | None = "train") -> dict[str, list[Path]]:
     """Find the files of an ending in a folder and below it by split: "train", "val" or "test".
 
-    Files whose names and folders name no split are for training. `path`: or a single file.
+    unnamed: of files whose names and folders name no split; None: they are left out. `path` may be
+    a single file, too.
     """
     files = sorted(path.rglob(f"*{ending}")) if path.is_dir() else [path]
-    splits: dict[str, list[Path]] = {}
+    splits: dict[str | None, list[Path]] = {}
     for file in files:
         if file.suffix == ending:
             own = file.name if file == path else str(file.relative_to(path))
             words = re.split(r"[^a-z]+", own.lower())
             named = [SPLITS[word] for word in words if word in SPLITS]
-            splits.setdefault(named[-1] if named else "train", []).append(file)
+            splits.setdefault(named[-1] if named else unnamed, []).append(file)
+    splits.pop(None, None)
     return splits
 
 
