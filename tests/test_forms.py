@@ -297,6 +297,9 @@ def test_a_member_that_leads_out_is_refused_in_every_archive(name, tmp_path, cap
 def test_links_in_an_archive_are_refused_in_every_archive(tmp_path, capsys):
     name = f"{DATA}/train/n01440764/n01440764_1.JPEG"
     link = zipfile.ZipInfo(name)
+    chain = [special("x", tarfile.GNUTYPE_LONGNAME)] * 2000
+    (tmp_path / "chain.tar").write_bytes(tar(chain))
+    assert "not a whole archive" in refusal(tmp_path / "chain.tar", tmp_path, capsys)
     link.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(link, "/etc/passwd")
@@ -324,6 +327,14 @@ def test_a_cut_off_archive_of_kaggles_is_named(share, tmp_path, capsys):
     path = forms.write_kaggle_tar(tmp_path) / forms.INNER
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     assert f"{path}: not a whole archive" in refusal(path, tmp_path, capsys)
+
+
+def test_a_zip_with_damaged_labels_is_named(tmp_path, capsys):
+    path = forms.write_kaggle_zip(tmp_path) / "imagenet-object-localization-challenge.zip"
+    with zipfile.ZipFile(path) as archive:
+        place = archive.getinfo("LOC_val_solution.csv").header_offset
+    flip(path, *range(place + 60, place + 90))
+    assert f"{path}: LOC_val_solution.csv in it is damaged" in refusal(path, tmp_path, capsys)
 
 
 def test_damaged_bytes_in_a_zip_are_no_image(tmp_path, capsys):
