@@ -31,7 +31,7 @@ from data.prepare import folder_writer
 from data.prepare import parquet as parquet_reader
 from data.sources import open_source
 from scripts import prepare_imagenet
-from scripts.prepare_imagenet import STATE
+from scripts.prepare_imagenet import STATE, ClassFolders
 
 
 @pytest.fixture(autouse=True)
@@ -473,6 +473,8 @@ def test_a_stream_is_gone_on_with_where_it_was_on_the_disk(form, tmp_path, monke
     monkeypatch.setattr(Path, "write_bytes", full)
     assert prepare(path, tmp_path / "out", "--only", "train") == 1
     assert folder_writer.written(tmp_path / "out" / "train.partial") == 8
+    missing = ClassFolders(1, False).bytes_missing(tmp_path / "out" / "train", 1400, 4, 14)
+    assert missing == pytest.approx(1.02 * 600)
     first = written[:8]
     written.clear()
 

@@ -8,10 +8,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from io import TextIOWrapper
 from itertools import count
 from pathlib import Path
 
 from data.errors import DataError, enumeration
+from data.files import open_regular
 from data.image_formats import image_extensions
 from data.prepare.public_sets import Entry
 from data.sources import FolderSource
@@ -94,7 +96,7 @@ def split_table(
     columns: of paths, which are relative to `root`, and of class names. Raises DataError.
     """
     try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
+        with TextIOWrapper(open_regular(table), "utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             missing = [name for name in columns if name not in (reader.fieldnames or ())]
             if missing:
