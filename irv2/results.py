@@ -59,8 +59,9 @@ def outcome(
 def _paired(each: Evaluation) -> str:
     """How many class folders stand for how many outputs, and the first and last of them."""
     folders, outputs = each.source.classes, each.network.model.num_classes
+    noun = "folders" if each.files.labels is None else "classes"
     ordered = [folders[place] for place in each.labels.outputs.argsort()]
-    return f"{len(folders):,} folders for {outputs:,} outputs: {in_order(ordered)}"
+    return f"{len(folders):,} {noun} for {outputs:,} outputs: {in_order(ordered)}"
 
 
 def ensemble_result(

@@ -271,7 +271,8 @@ def test_no_other_key_of_a_config_may_be_a_path():
     assert texts == {*PATH_KEYS, "run.name"}
 
 
-FREE_TEXTS = {"overrides", "device", "between", "help"}  # of options of any type
+COLUMNS = {"path_column", "image_column", "label_column"}
+FREE_TEXTS = {"overrides", "device", "between", "help", *COLUMNS}  # of options of any type
 PATHS = (cli.path, cli.location, cli.picture)
 
 

@@ -31,7 +31,7 @@ from data.prepare import folder_writer
 from data.prepare import parquet as parquet_reader
 from data.sources import open_source
 from scripts import prepare_imagenet
-from scripts.prepare_imagenet import STATE
+from scripts.prepare_imagenet import STATE, ClassFolders
 
 
 @pytest.fixture(autouse=True)
@@ -223,6 +223,22 @@ def test_a_name_that_carries_another_class_is_refused(tmp_path, capsys):
     assert "of no class or another: n02105855" in capsys.readouterr().err
 
 
+def test_numbers_beside_names_are_those_of_outputs(tmp_path):
+    val, places = forms.write_flat(tmp_path / "val"), sorted(IDS.values())
+    lines = [
+        f"ILSVRC2012_val_{i:08d}.JPEG {places.index(synset)}\n"
+        for i, synset in enumerate(forms.VAL_SYNSETS, 1)
+    ]
+    (tmp_path / "val.txt").write_text("".join(lines))
+    source = LabelledFolder(val, tmp_path / "val.txt")
+    assert label_sets.from_folders(source, "val", places, 4, "net").name == "numbered"
+    from_1 = [f"{line.split()[0]} {int(line.split()[1]) + 1}\n" for line in lines]
+    (tmp_path / "val.txt").write_text("".join(from_1))
+    source = LabelledFolder(val, tmp_path / "val.txt")
+    with pytest.raises(DataError, match="4 unknown"):
+        label_sets.from_folders(source, "val", places, 4, "net")
+
+
 def test_labels_of_images_that_are_not_there_are_a_remark(tmp_path):
     val = forms.write_flat(tmp_path / "val")
     (val / "ILSVRC2012_val_00000001.JPEG").unlink()
@@ -256,14 +272,15 @@ def refusal(path: Path, folder: Path, capsys, *more: str) -> str:
 
 def test_what_is_no_form_of_imagenet_is_told_the_forms(tmp_path, capsys):
     (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "other.tar").write_bytes(tar([]))
     told = refusal(tmp_path, tmp_path, capsys)
     assert "not a form of ImageNet that is known" in told and "Kaggle's" in told
     assert "not there" in refusal(tmp_path / "nowhere", tmp_path, capsys)
     val = forms.write_flat(tmp_path / "val")
     assert "without train images; --only val" in refusal(val, tmp_path, capsys)
     assert "no labels of the validation images" in refusal(val, tmp_path, capsys, "--only", "val")
-    tar = forms.write_kaggle_tar(tmp_path / "tar")
-    assert "beginning to end" in refusal(tar, tmp_path, capsys, "--shards")
+    stream = forms.write_kaggle_tar(tmp_path / "tar")
+    assert "beginning to end" in refusal(stream, tmp_path, capsys, "--shards")
 
 
 HOSTILE = ["../n01440764_1.JPEG", "/tmp/train/n01440764/n01440764_1.JPEG", "a/../../x"]
@@ -280,6 +297,9 @@ def test_a_member_that_leads_out_is_refused_in_every_archive(name, tmp_path, cap
 def test_links_in_an_archive_are_refused_in_every_archive(tmp_path, capsys):
     name = f"{DATA}/train/n01440764/n01440764_1.JPEG"
     link = zipfile.ZipInfo(name)
+    chain = [special("x", tarfile.GNUTYPE_LONGNAME)] * 2000
+    (tmp_path / "chain.tar").write_bytes(tar(chain))
+    assert "not a whole archive" in refusal(tmp_path / "chain.tar", tmp_path, capsys)
     link.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(link, "/etc/passwd")
@@ -307,6 +327,14 @@ def test_a_cut_off_archive_of_kaggles_is_named(share, tmp_path, capsys):
     path = forms.write_kaggle_tar(tmp_path) / forms.INNER
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     assert f"{path}: not a whole archive" in refusal(path, tmp_path, capsys)
+
+
+def test_a_zip_with_damaged_labels_is_named(tmp_path, capsys):
+    path = forms.write_kaggle_zip(tmp_path) / "imagenet-object-localization-challenge.zip"
+    with zipfile.ZipFile(path) as archive:
+        place = archive.getinfo("LOC_val_solution.csv").header_offset
+    flip(path, *range(place + 60, place + 90))
+    assert f"{path}: LOC_val_solution.csv in it is damaged" in refusal(path, tmp_path, capsys)
 
 
 def test_damaged_bytes_in_a_zip_are_no_image(tmp_path, capsys):
@@ -357,8 +385,9 @@ def test_images_of_parquet_files_may_be_read_in_any_order(tmp_path, monkeypatch)
     path = forms.write_parquet(tmp_path)
     files = sorted(path.glob("data/train*"))
     source = parquet_reader.imagenet_source(path, "train", files, expected())
-    contents = [source.read(i) for i in range(14)]
-    assert contents == [source.read(i) for i in reversed(range(14))][::-1]
+    order = np.argsort(source.offsets).tolist()
+    contents = [source.read(i) for i in order]
+    assert contents == [source.read(i) for i in reversed(order)][::-1]
     assert sorted(content for content, _ in contents) == sorted(
         content for images in train_images().values() for _, content in images
     )
@@ -444,6 +473,8 @@ def test_a_stream_is_gone_on_with_where_it_was_on_the_disk(form, tmp_path, monke
     monkeypatch.setattr(Path, "write_bytes", full)
     assert prepare(path, tmp_path / "out", "--only", "train") == 1
     assert folder_writer.written(tmp_path / "out" / "train.partial") == 8
+    missing = ClassFolders(1, False).bytes_missing(tmp_path / "out" / "train", 1400, 4, 14)
+    assert missing == pytest.approx(1.02 * 600)
     first = written[:8]
     written.clear()
 

@@ -24,6 +24,7 @@ from torchvision.datasets import FashionMNIST, Imagenette
 
 from data.prepare import public_sets
 from data.prepare.public_sets import FASHION_CLASSES, Entry, read_idx
+from data.sources import FolderSource
 from scripts import prepare_dataset
 from scripts.prepare_dataset import write
 
@@ -541,6 +542,19 @@ def test_a_data_set_without_validation_images_is_split_by_class(tmp_path, prepar
     files = {name.rpartition("/")[2] for name in tree(tmp_path / "out" / "val")}
     assert prepare("parquet", path, "--out", tmp_path / "again", "--val-fraction", "0.3")[0] == 0
     assert {name.rpartition("/")[2] for name in tree(tmp_path / "again" / "val")} == files
+
+
+def test_names_that_are_no_image_files_are_mended(tmp_path, prepare):
+    names = ["..", "a\0b.png", "../../escaped.png", "no ending", "x.txt", "", "y.jpg", ".png"]
+    rows = [(name, encoded(i, "PNG"), 0) for i, name in enumerate(names)]
+    path = write_parquet(tmp_path / "a" / "train.parquet", [*rows, *pets(2)[1:]], PETS)
+    write_parquet(path.with_name("test.parquet"), pets(2), PETS)
+    assert prepare("parquet", path.parent, "--out", tmp_path / "out") == (0, "")
+    assert sorted(os.listdir(tmp_path / "out" / "train" / "cat")) == sorted([
+        "0000000.png", "0000001.png", "escaped.png", "no ending.png", "x.txt.png", "0000005.png",
+        "y.jpg", ".png"])  # fmt: skip
+    assert len(FolderSource(tmp_path / "out" / "train")) == 9
+    assert sorted(os.listdir(tmp_path)) == ["a", "out"]
 
 
 def test_a_data_set_that_cannot_be_used_is_told_in_a_line(tmp_path, prepare):

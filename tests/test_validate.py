@@ -548,7 +548,7 @@ def test_images_in_one_folder_are_evaluated_by_a_file_of_labels(
     found, told = validated(tmp_path, "--weights", small[1], *arguments)
     same = ("images", "top1_correct", "top5_correct", "loss", "mean_per_class", "classes")
     assert {key: found.get(key) for key in same} == {key: of_folders.get(key) for key in same}
-    assert f"labels   of each image, by name; --labels {tmp_path / 'labels'}; 8 folders" in told
+    assert f"labels   of each image, by name; --labels {tmp_path / 'labels'}; 8 classes" in told
     status, _, error = call(validate, "--weights", small[1], "--data", tmp_path / "flat")
     assert status == 1 and "holds no class folders" in error
 

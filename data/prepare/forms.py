@@ -37,6 +37,11 @@ DOWNLOADS = "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php"
 KAGGLE = "imagenet-object-localization-challenge.zip"
 SOLUTION = "LOC_val_solution.csv"
 TARS = (".tar", ".tar.gz", ".tgz")
+# What a damaged archive raises; the last two for tar's chains of long names.
+UNREADABLE = (
+    *(EOFError, gzip.BadGzipFile, zlib.error, zipfile.BadZipFile, tarfile.TarError),
+    *(ValueError, RecursionError),
+)
 KNOWN = (
     f"the three original archives (from {DOWNLOADS})",
     f"Kaggle's {KAGGLE}, the tar in it, or its tree",
@@ -74,7 +79,7 @@ def recognise(asked: Asked) -> Form:
     """Find out what a path holds. Raises DataError if it is none of the known forms."""
     if not asked.path.exists():
         raise DataError(f"{asked.path}: not there")
-    forms = (make(asked) for make in (_originals, _zip, _tar, _tree, _parquet, _shards))
+    forms = (make(asked) for make in (_originals, _tree, _zip, _tar, _parquet, _shards))
     form = next(filter(None, forms), None)
     if form is None:
         what = f"{asked.path}: not a form of ImageNet that is known; these are:"
@@ -147,10 +152,7 @@ def _zip(asked: Asked) -> Form | None:
             raise refuse(path, packed.member.name)
         else:
             images[split].append(packed)
-    solution = None
-    if SOLUTION in others:
-        with zipfile.ZipFile(path) as archive, archive.open(SOLUTION) as file:
-            solution = label_files.parse(file.read(label_files.MAX_FILE), path / SOLUTION)
+    solution = _solution_in(path) if SOLUTION in others else None
     inner = next((name for name in sorted(others) if name.endswith(TARS)), None)
     if inner is not None:
         words = f"Kaggle's zip with {inner} in it"
@@ -162,6 +164,16 @@ def _zip(asked: Asked) -> Form | None:
         return ZipSource(path, list(asked.expected.synsets()), listings, images[split])
 
     return Form("Kaggle's zip", [split for split in images if images[split]], open_split)
+
+
+def _solution_in(path: Path) -> dict[str, str]:
+    """Read the labels of the validation images that lie in the zip. Raises DataError."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(SOLUTION) as file:
+            content = file.read(label_files.MAX_FILE)
+    except UNREADABLE as error:
+        raise DataError(f"{path}: {SOLUTION} in it is damaged ({error})") from None
+    return label_files.parse(content, path / SOLUTION)
 
 
 def _tar(asked: Asked) -> Form | None:
@@ -199,7 +211,9 @@ def _streamed(
                         found[split].append(member)
                 while stream.read(1 << 20):  # to gzip's own checksum, behind the tar's end
                     pass
-        except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
+        except DataError:
+            raise
+        except UNREADABLE as error:
             raise DataError(f"{path}: not a whole archive ({error}); download it anew") from None
         return found
 
@@ -267,7 +281,7 @@ def _parquet(asked: Asked) -> Form | None:
 
 def _shards(asked: Asked) -> Form | None:
     """Tar shards as WebDataset has them, whose names say the split."""
-    tars = files_by_split(asked.path, ".tar")
+    tars = files_by_split(asked.path, ".tar", unnamed=None)
     splits = [split for split in ("train", "val") if split in tars]
     return Form("WebDataset's tar shards", splits, None, tars) if splits else None
 

@@ -17,8 +17,7 @@ def download(spec: str, patterns: Sequence[str]) -> Path:
     What is there already, whole or in part, is not fetched again; the token is taken from where
     the hub's own programs keep it. Returns the folder. Raises DataError.
     """
-    hub = needed("huggingface_hub", spec)
-    errors = hub.errors
+    hub, errors = needed("huggingface_hub", spec), needed("huggingface_hub.errors", spec)
     name, _, revision = spec.removeprefix(PREFIX).partition("@")
     try:
         return Path(

@@ -140,8 +140,11 @@ class StreamSource(ListedSource):
     def _content(self, index: int) -> bytes:
         if self._stream is None:
             self._stream = self._open()
-        self._stream.seek(int(self.offsets[index]))
-        return self._stream.read(int(self.sizes[index]))
+        try:
+            self._stream.seek(int(self.offsets[index]))
+            return self._stream.read(int(self.sizes[index]))
+        except (EOFError, zlib.error):  # it has changed since it was listed
+            return b""
 
 
 class FileSource(ListedSource):

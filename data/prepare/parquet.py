@@ -18,6 +18,7 @@ import numpy as np
 from data import strict_json
 from data.errors import DataError, ImageError
 from data.ilsvrc import SYNSET, Expected, added_synset, original_name
+from data.image_formats import image_extensions
 from data.optional import needed
 from data.prepare.imagenet import check_counts
 from data.prepare.listed import UNKNOWN, ListedSource, Listing, listing
@@ -173,7 +174,9 @@ class ParquetSource(ListedSource):
 
 # ---------------------------------------------------------------------------------- ImageNet
 
-IMAGENET_NAME = re.compile(r"(n[0-9]{8}_[0-9]+|ILSVRC2012_val_[0-9]{8})\.\w+")
+IMAGENET_NAME = re.compile(
+    r"(n[0-9]{8}_[0-9]+|ILSVRC2012_val_[0-9]{8})\.(jpe?g|png|webp)", re.IGNORECASE
+)
 A_PNG = "n02105855_2933.JPEG"  # among ImageNet's JPEG files
 LOOKED_AT = 4  # images of each file
 MANY = 20  # images of which some would differ in size
@@ -294,9 +297,17 @@ def _classes(files: Sequence[Path], columns: Columns) -> dict[str, list[Member]]
     classes = {}
     for name, some in found.items():
         numbers = [row.number for row in some]
-        names = file_names([row.name or f"{row.number:07d}{ending}" for row in some], numbers)
+        names = file_names([_file_name(row, ending) for row in some], numbers)
         classes[name] = [Member(*each, UNKNOWN) for each in zip(names, numbers)]
     return classes
+
+
+def _file_name(row: Row, ending: str) -> str:
+    """Name the file of an image as its row does, if that is a file's name, and an image's."""
+    name = row.name or ""
+    if "\0" in name or name in ("", ".", ".."):
+        name = f"{row.number:07d}"
+    return name if name.lower().endswith(image_extensions()) else name + ending
 
 
 def _ending(path: Path, columns: Columns) -> str:

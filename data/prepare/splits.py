@@ -8,10 +8,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from io import TextIOWrapper
 from itertools import count
 from pathlib import Path
 
 from data.errors import DataError, enumeration
+from data.files import open_regular
 from data.image_formats import image_extensions
 from data.prepare.public_sets import Entry
 from data.sources import FolderSource
@@ -27,19 +29,21 @@ SPLITS = {  # words in the names of files or their folders -> split
 }
 
 
-def files_by_split(path: Path, ending: str) -> dict[str, list[Path]]:
+def files_by_split(path: Path, ending: str, unnamed: str | None = "train") -> dict[str, list[Path]]:
     """Find the files of an ending in a folder and below it by split: "train", "val" or "test".
 
-    Files whose names and folders name no split are for training. `path`: or a single file.
+    unnamed: of files whose names and folders name no split; None: they are left out. `path` may be
+    a single file, too.
     """
     files = sorted(path.rglob(f"*{ending}")) if path.is_dir() else [path]
-    splits: dict[str, list[Path]] = {}
+    splits: dict[str | None, list[Path]] = {}
     for file in files:
         if file.suffix == ending:
             own = file.name if file == path else str(file.relative_to(path))
             words = re.split(r"[^a-z]+", own.lower())
             named = [SPLITS[word] for word in words if word in SPLITS]
-            splits.setdefault(named[-1] if named else "train", []).append(file)
+            splits.setdefault(named[-1] if named else unnamed, []).append(file)
+    splits.pop(None, None)
     return splits
 
 
@@ -92,7 +96,7 @@ def split_table(
     columns: of paths, which are relative to `root`, and of class names. Raises DataError.
     """
     try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
+        with TextIOWrapper(open_regular(table), "utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             missing = [name for name in columns if name not in (reader.fieldnames or ())]
             if missing:
