@@ -6,13 +6,17 @@ import argparse
 import io
 import json
 import zipfile
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import programs
 import pytest
 import safetensors
+import small_meta
 import timm
 import torch
 from calling import call
@@ -27,7 +31,7 @@ import validate
 from irv2.network import imagenet_names, weights
 from irv2.network.forms.base import WeightsError
 from irv2.network.model import inception_resnet_v2
-from irv2.run import trained
+from irv2.run import checkpoint, trained
 from irv2.training import finetune
 from scripts import export, predict
 
@@ -407,7 +411,102 @@ def test_an_order_of_classes_that_is_a_guess_is_said_and_one_that_is_known_is_ta
         assert order in out and ("their folders have two orders" in out) is is_said
 
 
+def test_one_network_has_one_figure_through_every_form(tmp_path, network):
+    state = network.state_dict()
+    told = {"classes": SYNSETS, "data": VIEW, "blocks": BLOCKS}
+    texts = {key: json.dumps(value) for key, value in told.items()}
+    weights.write(tmp_path / "a.safetensors", state, texts)
+    arguments = {
+        "input_size": [3, VIEW["image_size"], VIEW["image_size"]],
+        "crop_pct": VIEW["eval_crop"],
+        "interpolation": VIEW["eval_interpolation"],
+        "mean": VIEW["mean"],
+        "std": VIEW["std"],
+    }
+    content = timms_checkpoint(state, prefixed(state, "module."), **arguments)
+    config = small_meta.config(data={**VIEW, "train": "x", "val": "y"}, model={"blocks": BLOCKS})
+    meta = small_meta.meta(7, config=config, classes=SYNSETS)
+    checkpoint.save(tmp_path / "run" / "checkpoints", 7, {"ema": state, "model": state}, meta)
+    sources = (
+        ("--weights", tmp_path / "a.safetensors"),
+        ("--weights", saved(tmp_path / "timms.pth.tar", content)),
+        ("--weights", write_folder(tmp_path / "folder", state)),
+        ("--run", tmp_path / "run"),
+    )
+    photographs = programs.write_images(tmp_path / "images", SYNSETS, 3)
+    losses = []
+    for number, source in enumerate(sources):
+        out = tmp_path / f"{number}.json"
+        status, _, error = call(validate, *source, "--data", photographs, "--json", out)
+        assert status == 0, error
+        losses.append(json.loads(out.read_text())["loss"])
+    assert len(set(losses)) == 1 and losses[0] > 0
+
+
 # ---------------------------------------------------------------------- what is refused
+
+
+def torchscript(path: Path) -> None:
+    torch.jit.save(torch.jit.script(nn.ReLU()), path)
+
+
+def exported(path: Path) -> None:
+    torch.export.save(torch.export.export(nn.ReLU(), (torch.zeros(1),)), path)
+
+
+def archive(path: Path) -> None:
+    np.savez(path, weight=np.zeros(3))
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's, of TorchScript
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.pt", torchscript, "is a TorchScript program: load it with torch.jit.load"),
+        ("a.pt2", exported, "is a program of torch.export"),
+        ("a.npz", archive, "is NumPy arrays"),
+        ("a.pth", partial(torch.save, nn.Linear(2, 2)), "a whole pickled module"),
+        ("a.onnx", b"\x08\x07onnx", "is an ONNX graph"),
+        ("a.pb", b"\x0a\x07graph", "is a TensorFlow graph"),
+        ("a.pth", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+        ("a.safetensors", b"<!DOCTYPE html>", "is a web page"),
+        ("a.tar.gz", b"\x1f\x8b\x08", "is packed by gzip: unpack it"),
+        ("a.pth", b"", "damaged or not a PyTorch file"),
+    ],
+)
+def test_other_forms_are_refused_by_their_names(tmp_path, name, content, message):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        content(f=path) if isinstance(content, partial) else content(path)
+    with pytest.raises(WeightsError, match=f"{name}: .*{message}") as raised:
+        weights.read(str(path))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("saved_model.pb", "is TensorFlow's SavedModel"),
+        ("checkpoint", "give one, as FOLDER/model.ckpt-123"),
+        (".metadata", "dcp_to_torch_save"),
+        ("config.yaml", "is a run: give it as --run"),
+        ("meta.json", "is a checkpoint of a run"),
+        ("else", "is a folder without config.json"),
+    ],
+)
+def test_other_folders_are_refused_by_what_they_are(tmp_path, name, message):
+    (tmp_path / name).touch()
+    with pytest.raises(WeightsError, match=message):
+        weights.read(str(tmp_path))
+
+
+def test_what_a_pickle_wants_beside_tensors_is_named(tmp_path, state):
+    path = saved(tmp_path / "a.pth", {"state_dict": state, "when": Decimal(3)})
+    message = r"a\.pth: not a file of tensors .*decimal\.Decimal.*nothing in it was run"
+    with pytest.raises(WeightsError, match=message):
+        weights.read(path)
 
 
 def test_members_that_are_compressed_are_refused(tmp_path, network):

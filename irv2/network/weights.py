@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data.files import write_atomically
-from irv2.network.forms import hub, names, pytorch, views
+from irv2.network.forms import hub, keras, kinds, names, pytorch, tensorflow, views
 from irv2.network.forms.base import State, Weights, WeightsError
 from irv2.network.model import BLOCKS, InceptionResnetV2, inception_resnet_v2
 
@@ -31,6 +31,8 @@ def read(source: str, which: str | None = None) -> Weights:
     elif kind == "local-dir" or Path(source).is_dir():
         folder = Path(name if kind == "local-dir" else source)
         found = hub.read_folder(folder, lambda path: _read_file(path, which))
+    elif tensorflow.prefix(source) is not None:
+        found = tensorflow.read(source, which)
     elif source.startswith("timm:"):
         found = hub.read_registered(source.removeprefix("timm:"))
     else:
@@ -42,7 +44,12 @@ def _read_file(path: Path, which: str | None) -> Weights:
     """Read a file by its form. Raises WeightsError."""
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file")
-    if path.suffix == ".safetensors":
+    kind = kinds.of_file(path)
+    if kind == "keras":
+        return keras.read(path)
+    if kind == "tensorflow":
+        return tensorflow.read(str(path), which)
+    if kind == "safetensors":
         stored = pytorch.read_safetensors(path)
         content, (texts, remarks) = stored.state, (stored.metadata, [])
     else:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from data import strict_json
 from data.files import read_regular
-from irv2.network.forms import metadata, names, views
+from irv2.network.forms import kinds, metadata, names, views
 from irv2.network.forms.base import Weights, WeightsError, in_one_line
 
 CONFIG = "config.json"
@@ -83,10 +83,7 @@ def read_folder(folder: Path, read: ReadFile) -> Weights:
     """
     weights = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if weights is None or not (folder / CONFIG).is_file():
-        raise WeightsError(
-            f"{folder}: a folder without {CONFIG} and {' or '.join(FILES)}: give a file of "
-            "weights, or a run's folder as --run"
-        )
+        kinds.refuse_folder(folder, f"{CONFIG} and {' or '.join(FILES)}")
     return _with_config(folder / CONFIG, read(weights), str(folder))
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from data.errors import enumeration, panics_as_errors
 from irv2.network.forms import names
 from irv2.network.forms.base import State, Weights, WeightsError, in_one_line
+from irv2.network.forms.kinds import STATE_DICT
 
 AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?)(?![a-z])", re.IGNORECASE)
 COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 DEEPEST = 2  # keys above a state dict, as in content["state_dict"]["model"]
-SAVE_STATE_DICT = "save its state_dict() alone with torch.save"
 
 
 def read_safetensors(path: Path) -> Weights:
@@ -74,9 +74,9 @@ def _unwanted(path: Path) -> str:
     except Exception:  # an older form, or a damaged one
         found = []
     if any(name.startswith("torch.nn.modules.") for name in found):
-        return f"a whole pickled module, whose classes would be run: {SAVE_STATE_DICT}"
+        return f"a whole pickled module, whose classes would be run: {STATE_DICT}"
     what = f", but also {enumeration(found)}" if found else ""
-    return f"not a file of tensors and numbers only{what}: {SAVE_STATE_DICT}"
+    return f"not a file of tensors and numbers only{what}: {STATE_DICT}"
 
 
 # ------------------------------------------------------------------------ sets of weights
