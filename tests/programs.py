@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-from fork_server import Program, environment
+from fork_server import OtherProgram, Program, environment
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,15 +98,30 @@ def _start(
     return kind(command, env=environment() | env, **{**pipes, **options})
 
 
-def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    """Wait for the end of a program; one that does not come within 300 s is killed."""
+def finish(
+    process: subprocess.Popen[str], timeout_s: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Wait for the end of a program; one that does not come in time is killed."""
     try:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         for pid in (*children(process.pid), process.pid):
             os.kill(pid, signal.SIGKILL)
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_elsewhere(
+    folder: Path, *command: str, timeout_s: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in another folder, to which nothing of this checkout leaks, nor back.
+
+    command: "-m", a module and its arguments; or "-c", a text.
+    """
+    ours = {name: value for name, value in environment().items() if not name.startswith("PYT")}
+    cache = {"XDG_CACHE_HOME": f"{folder}-cache"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return finish(OtherProgram(command, cwd=folder, env=ours | cache, **pipes), timeout_s)
 
 
 def run(program: str, *arguments: object, **options) -> subprocess.CompletedProcess[str]:

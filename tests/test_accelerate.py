@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
-import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run_elsewhere
 from small_network import copied, randomised, relative
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -245,10 +242,8 @@ def test_without_the_folder_for_cpus_networks_and_optimizer_do_the_same(tmp_path
     checkout = tmp_path / "checkout"
     shutil.copytree(ROOT, checkout, ignore=LEFT_OUT)
     shutil.rmtree(checkout / "irv2" / "network" / "cpu")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ran = partial(subprocess.run, cwd=checkout, env=environment, capture_output=True, text=True)
-    assert ran([sys.executable, "-c", PROBE]).returncode == 0
-    pytest_ = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    options = ["-m", "not slow and not soak", f"--basetemp={tmp_path / 'tmp'}"]
-    result = ran([*pytest_, *options, *(f"tests/{name}" for name in TESTED)])
+    assert run_elsewhere(checkout, "-c", PROBE).returncode == 0
+    options = ["-q", "-x", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'tmp'}"]
+    chosen = ["-m", "not slow and not soak", *(f"tests/{name}" for name in TESTED)]
+    result = run_elsewhere(checkout, "-m", "pytest", *options, *chosen)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

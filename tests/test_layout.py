@@ -6,11 +6,11 @@ import ast
 import functools
 import graphlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from programs import run_elsewhere
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"irv2", "data"}
@@ -44,7 +44,7 @@ settings = lambda: [
 before = settings()
 sys.argv = ["probe", "--no-such-argument"]
 import importlib
-for name in json.loads(sys.stdin.read()):
+for name in NAMES:
     importlib.import_module(name)
 effects = {
     "CUDA initialised": torch.cuda.is_initialized(),
@@ -242,14 +242,8 @@ def test_a_program_does_nothing_unless_it_is_started():
 def test_importing_every_module_has_no_effects(tmp_path):
     modules = [*MODULES, *STORIES]
     names = sorted(map(dotted, modules))
-    finished = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{PROBE}"],
-        input=json.dumps(names),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    head = f"import sys; sys.path.insert(0, {str(ROOT)!r}); NAMES = {names}"
+    finished = run_elsewhere(tmp_path, "-c", f"{head}\n{PROBE}")
     assert finished.returncode == 0, finished.stderr
     assert json.loads(finished.stdout) == []
     assert finished.stderr == ""

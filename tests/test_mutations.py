@@ -7,7 +7,6 @@ all.
 from __future__ import annotations
 
 import functools
-import os
 import random
 import re
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fork_server import OtherProgram
+from programs import run_elsewhere
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = {".git", ".venv", "runs", "datasets"}  # of a copy that was made without git
@@ -109,23 +108,9 @@ def places(names: Iterable[str]) -> list[str]:
 def ran(
     checkout: Path, names: Iterable[str], timeout_s: float = TIMEOUT_S
 ) -> subprocess.CompletedProcess[str]:
-    """Run tests in another checkout, to which nothing of this one leaks, nor back."""
+    """Run tests in another checkout."""
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={checkout}-tmp"]
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYT")}
-    with OtherProgram(
-        ["-m", "pytest", *options, *places(names)],
-        cwd=checkout,
-        env=ours | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": f"{checkout}-cache"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return run_elsewhere(checkout, "-m", "pytest", *options, *places(names), timeout_s=timeout_s)
 
 
 @pytest.mark.mutation
