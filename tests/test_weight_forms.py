@@ -163,6 +163,8 @@ def test_a_kind_of_weights_that_is_not_there_is_refused(tmp_path, state, average
     weights.write(tmp_path / "b.safetensors", averaged, {"result": '{"weights": "ema"}'})
     with pytest.raises(WeightsError, match=r"holds averaged weights alone, no raw ones"):
         trained.load_weights(str(tmp_path / "b.safetensors"), "raw")
+    weights.write(tmp_path / "c.safetensors", averaged, {"result": '{"weights": "as published"}'})
+    assert trained.load_weights(str(tmp_path / "c.safetensors"), "raw").which == "as published"
 
 
 def test_several_sets_of_one_kind_are_refused_by_their_places(tmp_path, state, averaged):
@@ -409,6 +411,10 @@ def test_an_order_of_classes_that_is_a_guess_is_said_and_one_that_is_known_is_ta
         status, out, error = call(validate, *told)
         assert status == 0, error
         assert order in out and ("their folders have two orders" in out) is is_said
+    out = tmp_path / "out.safetensors"
+    told = ("--image-size", 75, "--format", "safetensors", "--out", out)
+    assert call(export, "--weights", timms, *told).status == 0
+    assert trained.load_weights(str(out)).class_order == "natural"
 
 
 def test_one_network_has_one_figure_through_every_form(tmp_path, network):
