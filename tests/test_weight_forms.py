@@ -361,6 +361,13 @@ def test_predict_says_which_logits_are_not_finite_and_prints_no_nan(tmp_path, ex
     assert [set(line) for line in lines] == [{"image", "error"}] * 2
 
 
+def test_a_network_whose_logits_are_not_finite_is_not_exported(tmp_path, explosive):
+    out = tmp_path / "out.safetensors"
+    status, _, error = call(export, "--weights", explosive, "--format", "safetensors", "--out", out)
+    assert status == 1 and "its logits of scikit-learn's photographs are not finite" in error
+    assert not out.exists()
+
+
 def test_validate_ends_with_the_first_image_whose_scores_are_not_finite(tmp_path, explosive):
     photographs = programs.write_images(tmp_path / "images", SYNSETS, 1)
     told = ("--weights", explosive, "--data", photographs, "--json", tmp_path / "result.json")
