@@ -37,6 +37,8 @@ def metadata(network: Trained) -> dict[str, str]:
     content: dict[str, Any] = {"blocks": list(network.model.blocks)}
     content["data"] = {key: getattr(network.data, key) for key in VIEW}
     content["result"] = {"weights": network.which, "step": network.step}
+    if network.class_order is not None:
+        content["class_order"] = network.class_order
     if network.classes is not None:
         content["classes"] = network.classes
         content["names"] = imagenet_names.in_words(network.classes)

@@ -59,6 +59,8 @@ def export(arguments: argparse.Namespace) -> None:
         images, where = check_images(network, arguments.check_images)
         with torch.inference_mode():
             expected = network.model.eval()(images)
+        if not expected.isfinite().all():
+            raise ExportError(f"{network.name}: its logits of {where} are not finite")
 
         row("format", arguments.format + (", batch norm folded" if folded else ""))
         made = Path(folder) / out.name

@@ -107,6 +107,11 @@ def test_an_image_whose_scores_are_not_finite_is_wrong_and_named():
             evaluation.check_finite(result, "net", lambda index: f"image {index}")
     sound = evaluate(network, numbered([images(8)]))
     evaluation.check_finite(sound, "net", str)
+    network[5].bias.data[0] = float("nan")  # of one class, beside which all others are finite
+    others = torch.where(labels == 0, 1, labels)
+    for options in (EvalOptions(), EvalOptions(mirrored=True)):
+        result = evaluate(network, numbered([(images(8)[0], others)]), options=options)
+        assert len(result.unscored) == 8 and result.top5_correct == 0
 
 
 def test_an_ensemble_with_scores_that_are_not_finite_gets_them_wrong():

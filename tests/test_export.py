@@ -175,6 +175,9 @@ def test_timm_opens_its_export_in_both_ways(tmp_path, call, images):
     config = json.loads((out / "config.json").read_text())
     assert config["label_names"] == SYNSETS
     assert config["label_descriptions"] == dict(zip(SYNSETS, WORDS))
+    ours = trained.load_weights(str(out))
+    assert ours.classes == SYNSETS and ours.remarks == ()
+    assert {key: getattr(ours.data, key) for key in VIEW} == VIEW
 
 
 def test_a_run_is_checked_on_its_own_validation_images(tmp_path, call):

@@ -490,7 +490,10 @@ def test_mistakes_are_one_line_and_leave_no_result(
         (("--run", run_directory, "--subset", tmp_path / "list"), "such as 7"),
         (("--run", run_directory, "--exclude", tmp_path / "none"), "cannot be read"),
         (("--run", run_directory, "--real", tmp_path / "list"), "list of lists"),
-        (("--run", run_directory, "--reference", small_weights), "no list of published results"),
+        (
+            ("--run", run_directory, "--reference", tmp_path / "list"),
+            "no list of published results",
+        ),
         (
             ("--weights", "timm:inception_resnet_v2", "--data", "x"),
             "not available (no route to the hub); the hub needs a network",

@@ -163,6 +163,8 @@ def test_a_kind_of_weights_that_is_not_there_is_refused(tmp_path, state, average
     weights.write(tmp_path / "b.safetensors", averaged, {"result": '{"weights": "ema"}'})
     with pytest.raises(WeightsError, match=r"holds averaged weights alone, no raw ones"):
         trained.load_weights(str(tmp_path / "b.safetensors"), "raw")
+    weights.write(tmp_path / "c.safetensors", averaged, {"result": '{"weights": "as published"}'})
+    assert trained.load_weights(str(tmp_path / "c.safetensors"), "raw").which == "as published"
 
 
 def test_several_sets_of_one_kind_are_refused_by_their_places(tmp_path, state, averaged):
@@ -359,6 +361,13 @@ def test_predict_says_which_logits_are_not_finite_and_prints_no_nan(tmp_path, ex
     assert [set(line) for line in lines] == [{"image", "error"}] * 2
 
 
+def test_a_network_whose_logits_are_not_finite_is_not_exported(tmp_path, explosive):
+    out = tmp_path / "out.safetensors"
+    status, _, error = call(export, "--weights", explosive, "--format", "safetensors", "--out", out)
+    assert status == 1 and "its logits of scikit-learn's photographs are not finite" in error
+    assert not out.exists()
+
+
 def test_validate_ends_with_the_first_image_whose_scores_are_not_finite(tmp_path, explosive):
     photographs = programs.write_images(tmp_path / "images", SYNSETS, 1)
     told = ("--weights", explosive, "--data", photographs, "--json", tmp_path / "result.json")
@@ -409,6 +418,10 @@ def test_an_order_of_classes_that_is_a_guess_is_said_and_one_that_is_known_is_ta
         status, out, error = call(validate, *told)
         assert status == 0, error
         assert order in out and ("their folders have two orders" in out) is is_said
+    out = tmp_path / "out.safetensors"
+    told = ("--image-size", 75, "--format", "safetensors", "--out", out)
+    assert call(export, "--weights", timms, *told).status == 0
+    assert trained.load_weights(str(out)).class_order == "natural"
 
 
 def test_one_network_has_one_figure_through_every_form(tmp_path, network):

@@ -326,6 +326,7 @@ def test_files_that_contradict_themselves_are_refused(monkeypatch, timm_state):
         (timm_state, {"data": '{"image_size": "x"}'}, r"metadata is damaged \(data\.image_size"),
         (timm_state, {"data": '{"eval_crop": 0}'}, r"metadata is damaged \(data\.eval_crop"),
         (timm_state, {"classes": "[0, 1]"}, r"metadata is damaged \(classes"),
+        (timm_state, {"blocks": '["1", 1, 1]'}, r"metadata is damaged \(blocks"),
         (timm_state, {"blocks": "[1, 1]"}, r"metadata is damaged \(blocks"),
         (timm_state, {"result": '{"weights": 3}'}, r"metadata is damaged \(result"),
     ):

@@ -105,7 +105,7 @@ def load_into(model: nn.Module, state: State, source: str, assign: bool = False)
             raise WeightsError(f"{source}: {name} {fault}")
     if assign:
         as_own = {"copy": True, "memory_format": torch.contiguous_format}
-        state = {name: value.to(kinds.get(name), **as_own) for name, value in state.items()}
+        state = {n: value.detach().to(kinds.get(n), **as_own) for n, value in state.items()}
     try:
         model.load_state_dict(state, strict=True, assign=assign)
     except RuntimeError as error:

@@ -92,7 +92,8 @@ def _read_hdf5(file: BinaryIO) -> tuple[Kinds, bytes | str | None]:
     found: dict[str, Layer] = defaultdict(dict)
 
     def visit(path: str, item: Any) -> None:
-        if not isinstance(item, h5py.Dataset) or path.startswith("optimizer"):
+        is_values = isinstance(item, h5py.Dataset) and item.dtype.kind == "f"
+        if not is_values or path.startswith("optimizer"):
             return
         if item.is_virtual or item.external or item.id.get_storage_size() < item.nbytes:
             raise ValueError(f"{path} is not stored plainly")

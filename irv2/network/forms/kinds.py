@@ -64,7 +64,9 @@ def of_file(path: Path) -> str:
     ]
     if refusals:
         raise WeightsError(f"{path}: is {refusals[0]}")
-    return "safetensors" if path.suffix == ".safetensors" or start[8:9] == b"{" else "pytorch"
+    header_fits = int.from_bytes(start[:8], "little") < path.stat().st_size
+    is_safetensors = path.suffix == ".safetensors" or (start[8:9] == b"{" and header_fits)
+    return "safetensors" if is_safetensors else "pytorch"
 
 
 def _members(path: Path) -> set[str]:

@@ -127,8 +127,8 @@ def chosen(content: Any, which: str | None, source: str) -> Weights:
 
 def check_which(asked: str | None, there: str | None, source: str) -> None:
     """Raise WeightsError if a file holds only the other kind of weights: "ema" or "raw"."""
-    if None not in (asked, there) and asked != there:
-        kinds = {"ema": "averaged", "raw": "raw"}
+    kinds = {"ema": "averaged", "raw": "raw"}
+    if there in kinds and asked not in (None, there):
         raise WeightsError(f"{source}: holds {kinds[there]} weights alone, no {kinds[asked]} ones")
 
 

@@ -203,6 +203,8 @@ def _shape(message: memoryview) -> tuple[int, ...]:
 def _in_timms(variables: Variables) -> State:
     """Raises KeyError for a variable that is missing, ValueError for another number of layers."""
     own = {n.removeprefix(SCOPE): v for n, v in variables.items() if n.startswith(SCOPE)}
+    if not own:
+        raise ValueError(f"no variables of {SCOPE}; Keras' are read from .h5 and .keras")
     convolutions = [n.removesuffix("/weights") for n in own if n.endswith("/weights")]
     state: State = {}
     for name, place in _places(convolutions).items():
