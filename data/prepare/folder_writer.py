@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.errors import DataError, enumeration
-from data.files import write_atomically
+from data.files import read_regular, write_atomically
 from data.prepare.listed import UNKNOWN, FileSource, ListedSource
 from data.prepare.progress import byte_bar
 
@@ -178,7 +178,7 @@ def _write_in_order(
 def written(folder: Path) -> int:
     """Count the images of a sequential source that an unfinished folder has for certain."""
     try:
-        return int((folder / NOTE).read_bytes())
+        return int(read_regular(folder / NOTE))
     except (FileNotFoundError, ValueError):
         return 0
 

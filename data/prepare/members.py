@@ -23,7 +23,14 @@ READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 class TarInfo(tarfile.TarInfo):
-    """Header of a member, for `tarfile.open`: with no names and attributes of gigabytes."""
+    """Header of a member, for `tarfile.open`: of bearable size, and in no endless chain."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except RecursionError:  # long names of long names
+            raise tarfile.ReadError("a chain of headers") from None
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:

@@ -112,7 +112,7 @@ def _members(path: Path, file: BinaryIO) -> list[tarfile.TarInfo]:
         with tarfile.open(fileobj=file, mode="r:", tarinfo=TarInfo) as tar:
             members = tar.getmembers()
             end = tar.offset
-    except (tarfile.TarError, ValueError, RecursionError) as error:  # a chain of long names
+    except (tarfile.TarError, ValueError) as error:
         raise DataError(f"{path}: not a whole tar archive ({error}); copy it anew") from None
     # tarfile takes anything but a header for the archive's end.
     if os.pread(file.fileno(), BLOCK, end) != bytes(BLOCK):
