@@ -25,9 +25,16 @@ class NotAFileError(OSError):
 # ---------------------------------------------------------------------------------- reading
 
 
-def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file for reading. Raises OSError that names it, for a pipe or a device, too."""
-    return open(path, "rb", opener=_opener)
+def open_regular(path: str | Path, limit: int = sys.maxsize) -> BinaryIO:
+    """Open a file of at most `limit` bytes for reading.
+
+    Raises OSError that names it, for a pipe or a device, too.
+    """
+    file = open(path, "rb", opener=_opener)  # noqa: SIM115 - the caller closes it
+    if os.fstat(file.fileno()).st_size > limit:
+        file.close()
+        raise OSError(EFBIG, f"over {limit:,} bytes", str(path))
+    return file
 
 
 def read_text(path: str | Path) -> str:
@@ -36,10 +43,8 @@ def read_text(path: str | Path) -> str:
 
 
 def read_regular(path: str | Path, limit: int = sys.maxsize) -> bytes:
-    """Read a file of at most `limit` bytes. Raises OSError that names it, as `open_regular`."""
-    with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > limit:
-            raise OSError(EFBIG, f"over {limit:,} bytes", str(path))
+    """Read a file of at most `limit` bytes, as `open_regular` opens it."""
+    with open_regular(path, limit) as file:
         return file.read()
 
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 LONGEST = 60  # columns of a name in a table
+LONGEST_LINE = 4000  # columns of an error, which may repeat what a file holds
 _SCHEME = r"(\w:/{1,2})"  # a URL that was taken for a path has lost a slash
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import user_cache
 from data.errors import DataError, UserError
-from data.names import shown
+from data.names import LONGEST_LINE, shown
 from data.paths import expanded
 from irv2 import streams
 from irv2.config import MAX_IMAGE_SIZE
@@ -198,7 +198,7 @@ def say(text: str) -> None:
 
 def remark(text: str) -> None:
     """Print a remark to stderr, separate from the program's output."""
-    print(shown(text), file=sys.stderr, flush=True)
+    print(shown(text, LONGEST_LINE), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -208,7 +208,7 @@ def progress(name: str, images: int, world: World) -> Iterator[Callable[[int, Co
     It shows this rank's top-1 at most once a second, because that waits for the device.
     """
     hidden = not (world.is_main and sys.stderr.isatty())
-    title = Path(name).name
+    title = shown(Path(name).name)
     with tqdm(total=images, desc=title, unit="image", leave=False, disable=hidden) as bar:
         last = time.perf_counter()
 
@@ -263,4 +263,5 @@ def _place() -> Place:
 def _report(*lines: str) -> None:
     name, rank = Path(sys.argv[0]).name, _place().rank
     speaker = f"{name}: rank {rank}" if rank > 0 else name
-    print(f"{speaker}:", "\n".join(map(shown, lines)), file=sys.stderr, flush=True)
+    text = "\n".join(shown(line, LONGEST_LINE) for line in lines)
+    print(f"{speaker}: {text}", file=sys.stderr, flush=True)

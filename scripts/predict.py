@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import pictures
-from data.names import LONGEST, shown, width, without_secrets
+from data.names import LONGEST, LONGEST_LINE, shown, width, without_secrets
 from data.pictures import Picture
 from data.to_input import ToInput
 from irv2 import cli, input_pipeline
@@ -120,7 +120,8 @@ def predict(arguments: argparse.Namespace, device: torch.device) -> int:
             for picture, _ in results:
                 if picture.error:
                     failed += 1
-                    tqdm.write(shown(f"{picture.path}: {picture.error}"), file=sys.stderr)
+                    line = shown(f"{picture.path}: {picture.error}", LONGEST_LINE)
+                    tqdm.write(line, file=sys.stderr)
             bar.update(len(batch))
     return failed
 

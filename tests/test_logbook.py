@@ -175,6 +175,13 @@ def test_a_line_of_wrong_values_is_left_out(path, line):
 # ---------------------------------------------------------------------------------- the logbook
 
 
+def test_a_log_that_no_run_writes_is_refused_by_its_size(path):
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with pytest.raises(OSError, match=r"over 17,179,869,184 bytes: .*log\.jsonl"):
+        read(path)
+
+
 def test_a_line_without_a_kind_keeps_no_run_from_going_on(path):
     path.write_text('{"step": 1}\n{"step": 1, "kind": ["eval"]}\n{"step": 1, "kind": "else"}\n')
     log = Logbook(path.parent, step=1, total_steps=6)

@@ -14,6 +14,7 @@ from pathlib import Path
 import calling
 import programs
 import pytest
+import small_meta
 import timm
 import torch
 from PIL import Image
@@ -27,6 +28,7 @@ from data.pictures import Picture
 from data.transforms import EvalView
 from irv2.network import imagenet_names, weights
 from irv2.network.model import inception_resnet_v2
+from irv2.run import checkpoint, trained
 from scripts import predict
 
 
@@ -308,3 +310,21 @@ def test_a_url_is_no_picture_and_its_secrets_are_not_repeated(tmp_path, small_we
         for form in ((), ("--json",)):
             status, out, error = calling.call(predict, *words, *network, *form)
             assert status in (1, 2) and "secret" not in out + error
+
+
+def test_a_run_whose_classes_are_not_its_outputs_is_refused(tmp_path, small_weights):
+    state, about = weights.read(str(small_weights)).state, small_meta.meta(1, classes=["a", "b"])
+    checkpoint.save(tmp_path / "checkpoints", 1, {"ema": state}, about)
+    with pytest.raises(weights.WeightsError, match="has 3 outputs, but names for 2"):
+        trained.load_run(tmp_path, "ema", print)
+
+
+def test_a_list_that_fails_in_its_middle_is_not_taken_for_its_end(photographs):
+    def names() -> Iterator[str]:
+        yield str(photographs / "a.jpg")
+        raise OSError(5, "Input/output error")
+
+    with pictures.read_ahead(names(), EvalView(75, 0.9, "bilinear"), 4) as coming:
+        assert next(coming).error == ""
+        with pytest.raises(OSError, match="Input/output"):
+            next(coming)

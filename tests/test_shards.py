@@ -421,6 +421,12 @@ def test_a_header_that_declares_gigabytes_is_not_read(tmp_path, kind):
         scan(path)
 
 
+def test_a_tar_that_goes_on_after_its_end_is_refused_before_it_is_read(tmp_path):
+    path = write_tar(tmp_path / "b-0.tar", sample("x", 0))
+    os.truncate(path, 1 << 40)
+    assert "bytes after the archive's end" in refusal(tmp_path)
+
+
 def test_a_chain_of_headers_in_a_tar_is_refused(tmp_path):
     """Each says that the next header's name is a long one, which follows."""
     long_name = special("././@LongLink", tarfile.GNUTYPE_LONGNAME)

@@ -31,6 +31,7 @@ from data.shards.index import BLOCK, COLUMNS, INDEX, PLAN, Index, Shard
 
 MAX_TEXT = 1 << 20  # bytes of a .cls or .json
 MAX_LABEL = 1 << 20
+MAX_FILLING = 64 << 20  # bytes after the end; archives are filled up to 10 kB, some to 1 MB
 MAX_NAMES = 64 << 20  # bytes of a list of classes
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _SYNSET = re.compile(r"\bn\d{8}(?!\d)")
@@ -76,9 +77,10 @@ def sha256_of(path: Path) -> str:
 def scan(path: Path) -> Scan:
     """Read a shard. Raises DataError, naming shard and key, for a sample that is not whole."""
     try:
-        scanned = Scan(Shard(path.name, path.stat().st_size, sha256_of(path)))
         with open_regular(path) as file:
-            for key, members in _by_key(path, _members(path, file)).items():
+            found = _by_key(path, _members(path, file))
+            scanned = Scan(Shard(path.name, path.stat().st_size, sha256_of(path)))
+            for key, members in found.items():
                 take_in_hand(f"{path}: key {key!r}")
                 sample, name = _sample(path, file, key, members)
                 scanned.samples.append(sample)
@@ -117,6 +119,8 @@ def _members(path: Path, file: BinaryIO) -> list[tarfile.TarInfo]:
     # tarfile takes anything but a header for the archive's end.
     if os.pread(file.fileno(), BLOCK, end) != bytes(BLOCK):
         raise DataError(f"{path}: not a whole tar archive (no end at byte {end:,}); copy it anew")
+    if (more := os.fstat(file.fileno()).st_size - end) > MAX_FILLING:
+        raise DataError(f"{path}: goes on for {more:,} bytes after the archive's end; copy it anew")
     for member in members:
         if not member.isdir() and (not member.isreg() or member.issparse()):
             raise DataError(f"{path}: {member.name!r} is not a plain file")

@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 
 from data import strict_json
 from data.base import Source
-from data.errors import DataError
+from data.errors import DataError, panics_as_errors
 from data.files import read_regular, write_atomically
 from data.strict_json import Count
 
@@ -97,7 +97,8 @@ def load(root: str | Path) -> Index:
 def parse(content: bytes, path: str) -> Index:
     """Read an index from its file's content. Raises DataError, naming `path`, if it is damaged."""
     try:
-        columns = safetensors.numpy.load(content)
+        with panics_as_errors():
+            columns = safetensors.numpy.load(content)
         about = strict_json.parse(content[8 : 8 + int.from_bytes(content[:8], "little")])
         header = strict_json.parse(about["__metadata__"]["header"])
         if header["format"] != FORMAT:

@@ -22,7 +22,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from data.errors import UserError
+from data.errors import UserError, panics_as_errors
 from data.files import NotAFileError, read_regular, sync_folder, write_through
 from irv2.run.meta import Meta, parse_meta
 
@@ -153,7 +153,8 @@ def load(path: Path, only: Iterable[str] | None = None) -> Checkpoint:
     for part in names:
         content = _read(path, f"{part}.safetensors", sums)
         try:
-            parts[part] = safetensors.torch.load(content)
+            with panics_as_errors():
+                parts[part] = safetensors.torch.load(content)
         except Exception as error:  # safetensors has its own types of errors
             raise CheckpointError(f"{path}: {part} cannot be read ({error})") from None
     return Checkpoint(path, parts, meta, sums)
@@ -201,5 +202,7 @@ def _read(path: Path, name: str, sums: dict[str, str]) -> bytes:
 def _read_file(path: Path, name: str) -> bytes:
     try:
         return read_regular(path / name)
+    except MemoryError:
+        raise CheckpointError(f"{path}: {name} is larger than the memory here") from None
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, NotAFileError) as error:
         raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror})") from None

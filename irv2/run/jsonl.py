@@ -18,8 +18,10 @@ from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from data import strict_json
-from data.files import open_own, read_regular, write_atomically
+from data.files import open_own, open_regular, write_atomically
 from data.strict_json import Count, NonNegative, Number, Percent
+
+MAX_BYTES, MAX_LINE = 1 << 34, 1 << 24  # of a file, of a line: ledgers of months hold less
 
 Record = dict[str, Any]
 
@@ -124,9 +126,10 @@ def read(path: Path) -> list[Record]:
     if not path.exists():
         return []
     records = []
-    for text in read_regular(path).splitlines():
-        with suppress(ValueError):
-            records.append(_record(text))
+    with open_regular(path, MAX_BYTES) as file:
+        for text in iter(lambda: file.readline(MAX_LINE), b""):
+            with suppress(ValueError):
+                records.append(_record(text))
     return records
 
 

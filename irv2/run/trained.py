@@ -57,8 +57,17 @@ def from_checkpoint(loaded: Checkpoint, which: str) -> Trained:
     """Build the network of a checkpoint of which `part(which)` was read. Raises WeightsError."""
     cfg, meta, source = loaded.meta["config"], loaded.meta, str(loaded.path)
     model = _network(loaded.parts[part(which)], source, tuple(cfg["model"]["blocks"]))
+    _check_classes(meta["classes"], model, source)
     data = _data(cfg["data"], f"{source}: its metadata is damaged")
     return Trained(model, source, which, meta["step"], meta["classes"], data, data.val)
+
+
+def _check_classes(classes: list[str], model: InceptionResnetV2, source: str) -> None:
+    """Raise WeightsError unless each output of a network has a name."""
+    if len(classes) != model.num_classes:
+        raise WeightsError(
+            f"{source}: has {model.num_classes} outputs, but names for {len(classes)}"
+        )
 
 
 def _network(state: dict[str, Tensor], source: str, blocks: tuple[int, ...]) -> InceptionResnetV2:
@@ -138,8 +147,8 @@ def load_weights(source: str, which: str | None = None) -> Trained:
         raise WeightsError(f"{source}: is for images of {model.in_chans} channels, not for RGB")
     if classes is None and outputs == IMAGENET_CLASSES:
         classes = imagenet_names.synsets()
-    if classes is not None and len(classes) != outputs:
-        raise WeightsError(f"{source}: has {outputs} outputs, but names for {len(classes)}")
+    if classes is not None:
+        _check_classes(classes, model, source)
     stored = told.data | {"cache_dir": None}  # it may come from another machine
     data = _data(stored, f"{source}: its metadata is damaged")
     images = None if stored.get("val") is None else data.val
