@@ -57,11 +57,12 @@ def _refuse(constant: str) -> None:
 
 
 def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise ValueError("nested too deep")
         level = [item for each in level if isinstance(each, (dict, list)) for item in _items(each)]
-    if level:
-        raise ValueError("nested too deep")
+        depth += 1
 
 
 def _items(value: dict | list) -> Iterable[Any]:

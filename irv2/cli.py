@@ -208,7 +208,7 @@ def progress(name: str, images: int, world: World) -> Iterator[Callable[[int, Co
     It shows this rank's top-1 at most once a second, because that waits for the device.
     """
     hidden = not (world.is_main and sys.stderr.isatty())
-    title = Path(name).name
+    title = shown(Path(name).name)
     with tqdm(total=images, desc=title, unit="image", leave=False, disable=hidden) as bar:
         last = time.perf_counter()
 

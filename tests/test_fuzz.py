@@ -29,15 +29,21 @@ def tallies(folder, count: int) -> list[dict]:
     return found
 
 
+def refuse_faults(found: list[dict]) -> None:
+    faults = [f"{tally['kind']}: {fault}" for tally in found for fault in tally["faults"]]
+    if faults:
+        pytest.fail("\n".join(faults), pytrace=False)
+
+
 @pytest.mark.slow
 def test_damaged_files_of_each_kind_end_in_a_line_or_do_no_harm(tmp_path):
-    assert [fault for tally in tallies(tmp_path, FEW) for fault in tally["faults"]] == []
+    refuse_faults(tallies(tmp_path, FEW))
 
 
 @pytest.mark.soak
 def test_two_thousand_damaged_files(tmp_path, request):
     found = tallies(tmp_path, MANY)
-    assert [fault for tally in found for fault in tally["faults"]] == []
+    refuse_faults(found)
     assert sum(tally["read"] + tally["refused"] for tally in found) >= 2000
     if (page := request.config.getoption("--report")) is not None:
         replace_section(page, "fuzz", report(found))
