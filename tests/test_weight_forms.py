@@ -199,6 +199,10 @@ def test_a_trainers_arguments_say_how_images_are_seen(tmp_path, state, averaged)
     oblong = timms_checkpoint(state, None, input_size=[3, 75, 99])
     with pytest.raises(WeightsError, match=r"d\.pth: is for images of 99x75 px"):
         trained.load_weights(saved(tmp_path / "d.pth", oblong))
+    for arguments in ({"interpolation": torch.zeros(2)}, {"input_size": "3x75x75"}):
+        damaged = timms_checkpoint(state, None, **arguments)
+        with pytest.raises(WeightsError, match=r"e\.pth: its trainer's arguments are damaged \("):
+            trained.load_weights(saved(tmp_path / "e.pth", damaged))
 
 
 # ---------------------------------------------------------------------- names

@@ -54,7 +54,7 @@ def of_file(path: Path) -> str:
         return "keras"
     if end == TABLE:
         return "tensorflow"
-    names = _members(path) if zipfile.is_zipfile(path) else set()
+    names = _members(path)
     if "/model.weights.h5" in names:
         return "keras"
     refusals = [
@@ -70,11 +70,12 @@ def of_file(path: Path) -> str:
 
 
 def _members(path: Path) -> set[str]:
+    """Names in an archive, with "/" before them; none of another file."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {f"/{name}" for name in archive.namelist()}
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
-        return set()  # damaged: its reader says so
+        return set()  # of one that is damaged its reader says so
 
 
 def refuse_folder(folder: Path, needed: str) -> None:

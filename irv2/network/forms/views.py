@@ -5,17 +5,50 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import timm
+from pydantic import BaseModel, Field, TypeAdapter
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
-from irv2.network.forms.base import WeightsError
+from data import strict_json
+from irv2.network.forms.base import WeightsError, in_one_line
 
 PUBLISHED = "inception_resnet_v2.tf_in1k"
 INTERPOLATIONS = ("bicubic", "bilinear")
 
 Told = tuple[dict[str, str], list[str]]  # metadata, remarks
+Size = Annotated[int, Field(gt=0)]
+
+
+class View(BaseModel):
+    """A view as timm resolves it."""
+
+    input_size: tuple[int, Size, Size]  # channels, height, width
+    crop_pct: float
+    crop_mode: str
+    interpolation: str
+    mean: list[float]
+    std: list[float]
+
+
+class Arguments(BaseModel):
+    """Arguments of timm's and torchvision's trainers that bear on evaluations."""
+
+    dataset: str | None = None
+    class_map: str | None = None
+    input_size: list[int] | None = None
+    img_size: int | None = None
+    crop_pct: float | None = None
+    crop_mode: str | None = None
+    interpolation: str | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    val_crop_size: Size | None = None
+    val_resize_size: Size | None = None
+
+
+_VIEW, _ARGUMENTS = TypeAdapter(View), TypeAdapter(Arguments)
 
 
 def of_config(config: dict[str, Any], arguments: dict[str, Any], source: str) -> Told:
@@ -25,24 +58,21 @@ def of_config(config: dict[str, Any], arguments: dict[str, Any], source: str) ->
     """
     try:
         found = resolve_data_config(arguments, config, use_test_size=True)
-        _, height, width = found["input_size"]
-        data = {
-            "image_size": height,
-            "eval_crop": found["crop_pct"],
-            "eval_interpolation": found["interpolation"],
-            "mean": [float(value) for value in found["mean"]],
-            "std": [float(value) for value in found["std"]],
-        }
-    except (AssertionError, AttributeError, LookupError, TypeError, ValueError):
-        raise WeightsError(f"{source}: what it says of its images is damaged") from None
+        view = strict_json.checked(found, _VIEW)
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+        reason = f"{source}: what it says of its images is damaged ({in_one_line(error)})"
+        raise WeightsError(reason) from None
+    _, height, width = view.input_size
     if height != width:
         raise WeightsError(f"{source}: is for images of {width}x{height} px; here they are square")
+    data = {"image_size": height, "eval_crop": view.crop_pct, "mean": view.mean, "std": view.std}
     remarks = []
-    if data["eval_interpolation"] not in INTERPOLATIONS:
-        asked = data.pop("eval_interpolation")
-        remarks.append(f"{source}: asks for {asked} interpolation, which is not here: bicubic")
-    if found["crop_mode"] != "center":
-        remarks.append(f"{source}: asks for the crop {found['crop_mode']}, not here: the centre")
+    if view.interpolation in INTERPOLATIONS:
+        data["eval_interpolation"] = view.interpolation
+    else:
+        remarks.append(f"{source}: asks for {view.interpolation} interpolation, here it is bicubic")
+    if view.crop_mode != "center":
+        remarks.append(f"{source}: asks for the crop {view.crop_mode}, here it is the centre")
     return {"data": json.dumps(data)}, remarks
 
 
@@ -52,30 +82,28 @@ def of_trainer(content: Any, source: str) -> Told:
     Both see images as their evaluations do. timm sorts class folders naturally (class2 before
     class10), torchvision as text. Raises WeightsError as `of_config`.
     """
-    arguments = content.get("args") if isinstance(content, dict) else None
-    if not isinstance(arguments, argparse.Namespace):
+    stored = content.get("args") if isinstance(content, dict) else None
+    if not isinstance(stored, argparse.Namespace):
         return {}, []
-    arguments = vars(arguments)
+    try:
+        arguments = strict_json.checked(vars(stored), _ARGUMENTS)
+    except ValueError as error:
+        raise WeightsError(f"{source}: its trainer's arguments are damaged ({error})") from None
     if "arch" in content:
         config = timm.get_pretrained_cfg(PUBLISHED).to_dict()
-        metadata, remarks = of_config(config, arguments, source)
-        is_folder = arguments.get("dataset") in (None, "", "folder")
-        if is_folder and not arguments.get("class_map"):
+        metadata, remarks = of_config(config, arguments.model_dump(), source)
+        if arguments.dataset in (None, "", "folder") and not arguments.class_map:
             metadata["class_order"] = json.dumps("natural")
         return metadata, remarks
-    if {"val_crop_size", "val_resize_size", "interpolation"} <= arguments.keys():
-        config = {
-            "input_size": (3, arguments["val_crop_size"], arguments["val_crop_size"]),
-            "crop_pct": _crop(arguments["val_crop_size"], arguments["val_resize_size"]),
-            "interpolation": arguments["interpolation"],
-            "mean": IMAGENET_DEFAULT_MEAN,  # of its presets, which have no option for it
-            "std": IMAGENET_DEFAULT_STD,
-        }
-        metadata, remarks = of_config(config, {}, source)
-        return metadata | {"class_order": json.dumps("alphabetical")}, remarks
-    return {}, []
-
-
-def _crop(size: int, resized: int) -> float:
-    """The share whose quotient, size / share, rounds down to `resized`."""
-    return math.nextafter(size / resized, 0)
+    size, resized = arguments.val_crop_size, arguments.val_resize_size
+    if size is None or resized is None:
+        return {}, []
+    config = {
+        "input_size": (3, size, size),
+        "crop_pct": math.nextafter(size / resized, 0),  # whose quotient rounds down to `resized`
+        "interpolation": arguments.interpolation,
+        "mean": IMAGENET_DEFAULT_MEAN,  # of its presets, which have no option for it
+        "std": IMAGENET_DEFAULT_STD,
+    }
+    metadata, remarks = of_config(config, {}, source)
+    return metadata | {"class_order": json.dumps("alphabetical")}, remarks
