@@ -578,6 +578,9 @@ def test_claims_of_more_than_is_stored_take_no_memory(tmp_path, network, monkeyp
     vast = torch.empty(1).expand(10**9, 1536)
     with pytest.raises(WeightsError, match=r"classif\.weight has the shape \[1000000000, 1536\]"):
         trained.load_weights(saved(tmp_path / "a.pth", {**state, "classif.weight": vast}))
+    counter = "conv2d_2a.bn.num_batches_tracked"
+    with pytest.raises(WeightsError, match=rf"{counter} has the shape \[1000000000, 1536\]"):
+        trained.load_weights(saved(tmp_path / "a.pth", {**state, counter: vast}))
     weights.write(tmp_path / "b.safetensors", state, {"blocks": f"[1, {10**9}, 1]"})
     with pytest.raises(WeightsError, match="says that it has"):
         trained.load_weights(str(tmp_path / "b.safetensors"))

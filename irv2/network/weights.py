@@ -99,13 +99,13 @@ def load_into(model: nn.Module, state: State, source: str, assign: bool = False)
     Raises WeightsError, naming `source` and a tensor, if it is another network's, of another kind
     of numbers, or not finite.
     """
-    kinds = {name: value.dtype for name, value in model.state_dict().items()}
-    for name, value in state.items():
-        if kinds.get(name, torch.int64).is_floating_point and (fault := _fault(value)):
+    kinds = {name: value.dtype for name, value in model.state_dict().items() if name in state}
+    for name, kind in kinds.items():
+        if fault := _fault(state[name], kind.is_floating_point):
             raise WeightsError(f"{source}: {name} {fault}")
     if assign:
         as_own = {"copy": True, "memory_format": torch.contiguous_format}
-        state = {n: value.detach().to(kinds.get(n), **as_own) for n, value in state.items()}
+        state = state | {n: state[n].detach().to(kind, **as_own) for n, kind in kinds.items()}
     try:
         model.load_state_dict(state, strict=True, assign=assign)
     except RuntimeError as error:
@@ -113,13 +113,14 @@ def load_into(model: nn.Module, state: State, source: str, assign: bool = False)
         raise WeightsError(f"{source}: does not fit this network: {reason}") from None
 
 
-def _fault(value: Tensor) -> str | None:
-    """Say what is wrong with a tensor that should hold a layer's weights."""
-    if value.dtype not in FLOATS or value.layout is not torch.strided:
+def _fault(value: Tensor, is_weight: bool) -> str | None:
+    """Say what is wrong with a tensor that should hold a layer's weights, or else a counter."""
+    if value.layout is not torch.strided or (is_weight and value.dtype not in FLOATS):
         kind = str(value.dtype).removeprefix("torch.")
         return f"holds {kind} numbers, not float32, float16, bfloat16 or float64"
     if value.untyped_storage().nbytes() < value.numel() * value.element_size():
         return f"has the shape {list(value.shape)}, and fewer numbers are stored"
-    if value.numel() and not torch.stack(value.float().aminmax()).isfinite().all():
+    is_filled = is_weight and value.numel() > 0
+    if is_filled and not torch.stack(value.float().aminmax()).isfinite().all():
         return "holds numbers that are not finite"
     return None

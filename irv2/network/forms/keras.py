@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -24,6 +25,7 @@ ENDS = [  # of residual blocks
     *(f"block8_{i}_conv" for i in range(1, 11)),
 ]
 LAST = "conv2d_7b"  # the one unit that Keras gives a name
+DAMAGES = (AttributeError, LookupError, TypeError, ValueError, RuntimeError, OSError, BadZipFile)
 BATCH_NORM = ("gamma", "beta", "moving_mean", "moving_variance")
 
 Layer = dict[str, np.ndarray]  # variable, by name or by number -> values
@@ -65,11 +67,11 @@ def read(path: Path) -> Weights:
         raise WeightsError(
             f"{path}: Keras' files need h5py: pip install -r requirements-keras.txt"
         ) from None
-    except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+    except DAMAGES as error:
         raise WeightsError(f"{path}: damaged or not Keras' ({in_one_line(error)})") from None
     try:
         return Weights(in_timms(found), metadata)
-    except (KeyError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         reason = f"no {error} in it" if isinstance(error, KeyError) else in_one_line(error)
         raise WeightsError(f"{path}: not Keras' Inception-ResNet-v2 ({reason})") from None
 
