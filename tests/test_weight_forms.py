@@ -600,6 +600,8 @@ def test_odd_dicts_are_refused_in_one_line(tmp_path, network):
     ):
         with pytest.raises(WeightsError, match=message):
             trained.load_weights(saved(tmp_path / "a.pth", content))
+    with pytest.raises(WeightsError, match=r"^file: classif\.weight is no matrix"):
+        finetune.load(network, {"classif.weight": torch.tensor(1.0)}, None, [*"abc"], "file")
 
 
 def test_a_panic_of_safetensors_is_an_error_of_the_file(tmp_path, network, monkeypatch):

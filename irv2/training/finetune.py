@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from itertools import chain
 
+import torch
 from torch import Tensor
 
 from data.names import are_same, natural
 from irv2.network import weights
 from irv2.network.forms import metadata
 from irv2.network.forms.base import Weights, WeightsError
+from irv2.network.forms.names import CLASSIFIERS
 from irv2.network.model import InceptionResnetV2
 from irv2.training.distributed import World
 from irv2.training.state import TrainState
 
 # The part of the network's stages, counted from the classifier, that is not trained.
 FROZEN = {"stem": slice(-1, None), "backbone": slice(1, None)}
-CLASSIFIERS = ("classif.", "aux.classif.")  # whose shapes depend on the classes
 AUX = "aux."
 
 
@@ -73,6 +74,8 @@ def load(
     name them and has as many. An auxiliary head that the file lacks stays new, one that the model
     lacks is left out. Raises WeightsError, naming a tensor, where anything else does not fit.
     """
+    if state.get("classif.weight", torch.empty(0, 0)).ndim != 2:
+        raise WeightsError(f"{source}: classif.weight is no matrix")
     count = f"{len(classes):,} classes"
     new: tuple[str, ...] = ()
     if are_same(named, classes):

@@ -10,7 +10,7 @@ from irv2.network.forms.base import State, Weights
 STEM = "conv2d_1a.conv.weight"  # in every form of PyTorch's; what stands before it is a prefix
 COMPILED = "_orig_mod."
 CLASSIFIER, OTHER_CLASSIFIER = "classif.", "last_linear."
-CLASSIFIERS = (CLASSIFIER, f"aux.{CLASSIFIER}")
+CLASSIFIERS = (CLASSIFIER, f"aux.{CLASSIFIER}")  # whose shapes depend on the classes
 IMAGENET_WITH_BACKGROUND = 1001
 
 
