@@ -27,6 +27,7 @@ WITHIN = 0.25  # of what was measured, the model must predict
 MICRO_BATCH, CLASSES = 4, 2
 RECIPE = (
     f"train.micro_batch={MICRO_BATCH}",
+    "model.width=1",  # so that there is something to send
     "train.max_steps=10",
     "train.epochs=99",
     "eval.every_epochs=99",

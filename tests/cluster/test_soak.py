@@ -135,10 +135,10 @@ def test_a_newest_checkpoint_of_another_network_is_passed_over(
 
 
 def test_a_file_system_that_is_full(config, undisturbed, tmp_path, inject: Inject):
-    """2 checkpoints of 248 MB and best.safetensors fit, the third checkpoint does not."""
+    """2 checkpoints of 16 MB and best.safetensors fit, the third checkpoint does not."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600m", "none", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=42m", "none", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("no right to mount a small file system")
     try:
