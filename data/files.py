@@ -37,9 +37,9 @@ def open_regular(path: str | Path, limit: int = sys.maxsize) -> BinaryIO:
     return file
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, limit: int = LARGEST_TEXT) -> str:
     """Read a file of UTF-8. Raises OSError as `read_regular`, and UnicodeDecodeError."""
-    return read_regular(path, LARGEST_TEXT).decode("utf-8-sig")
+    return read_regular(path, limit).decode("utf-8-sig")
 
 
 def read_regular(path: str | Path, limit: int = sys.maxsize) -> bytes:

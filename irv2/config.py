@@ -354,7 +354,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """YAML file + "section.key=value" overrides -> Config. Raises ConfigError with every fault."""
     path = Path(path)
     try:
-        tree = _parse(read_text(path), str(path))
+        tree = _parse(read_text(path, strict_yaml.MAX_BYTES), str(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
