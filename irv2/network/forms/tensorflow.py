@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.native import native
 from irv2.network.forms import layers
 from irv2.network.forms.base import State, Weights, WeightsError, in_one_line
 from irv2.network.forms.pytorch import check_which
@@ -26,6 +27,30 @@ INDEX = ".index"
 SCOPE = "InceptionResnetV2/"
 AVERAGE = "/ExponentialMovingAverage"
 STACKS = {"repeat": "block35", "repeat_1": "block17", "repeat_2": "block8"}
+
+# ------------------------------------------------------------------------ checksums
+
+POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), reflected
+CRC_OF_BYTE = np.arange(256, dtype=np.uint32)
+for _ in range(8):
+    CRC_OF_BYTE = (CRC_OF_BYTE >> 1) ^ np.where(CRC_OF_BYTE & 1, POLYNOMIAL, 0).astype(np.uint32)
+
+
+@native
+def _crc32c(data: np.ndarray, crc_of_byte: np.ndarray) -> int:
+    crc = np.uint32(0xFFFFFFFF)
+    for byte in data:
+        crc = crc_of_byte[(crc ^ byte) & 0xFF] ^ (crc >> np.uint32(8))
+    return crc ^ np.uint32(0xFFFFFFFF)
+
+
+def _check(data: memoryview | np.ndarray, stored: bytes, what: str) -> None:
+    """Raise ValueError unless data match their checksum, masked as LevelDB does (crc32c.h)."""
+    crc = int(_crc32c(np.frombuffer(data, np.uint8), CRC_OF_BYTE))
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    if masked.to_bytes(4, "little") != bytes(stored):
+        raise ValueError(f"{what} does not match its checksum")
+
 
 # ------------------------------------------------------------------------ protocol buffers
 
@@ -99,6 +124,7 @@ def _block(data: memoryview, handle: Handle) -> Iterator[tuple[bytes, memoryview
     end = handle.offset + handle.size
     if data[end] != 0:
         raise ValueError("compressed by snappy, which TensorFlow's own savers do not use")
+    _check(data[handle.offset : end + 1], data[end + 1 : end + 5], f"block {handle.offset}")
     block, key, place = data[handle.offset : end], b"", 0
     restarts = int.from_bytes(block[-4:], "little")
     entries = block[: len(block) - 4 * (restarts + 1)]
@@ -171,6 +197,7 @@ def _version_2(name: str) -> Variables:
             path = f"{name}.data-{shard:05d}-of-{shards:05d}"
             files[shard] = np.memmap(path, np.uint8, "r")
         content = files[shard][offset : offset + entry.get(5, 0)]
+        _check(content, entry.get(6, b""), key.decode())
         variables[key.decode()] = content.view("<f4").reshape(_shape(entry.get(2, b"")))
     return variables
 
