@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec, Protocol
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -81,6 +81,12 @@ class Parser(argparse.ArgumentParser):
         super().error(shown(message))
 
 
+class Options(Protocol):
+    """A parser, or a group of its options."""
+
+    def add_argument(self, *names: str, **description: Any) -> argparse.Action: ...
+
+
 def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
     """Type of an argument that is a whole number from `least` to `most`."""
 
@@ -145,22 +151,22 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     add_view(parser)
 
 
-def add_which(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+def add_which(options: Options) -> None:
     """Add --which, of a run and of files that hold both kinds of weights."""
-    parser.add_argument(
+    options.add_argument(
         "--which",
         choices=["ema", "raw"],
         help="averaged weights (default, if there are any) or raw",
     )
 
 
-def add_view(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+def add_view(options: Options) -> None:
     """Add how images are seen, where that is not to be as the weights say."""
-    parser.add_argument("--image-size", type=image_size, metavar="PX", help="side of the input")
-    parser.add_argument("--crop", type=share, help="centre crop's share of the resized side")
-    parser.add_argument("--interpolation", choices=["bicubic", "bilinear"])
+    options.add_argument("--image-size", type=image_size, metavar="PX", help="side of the input")
+    options.add_argument("--crop", type=share, help="centre crop's share of the resized side")
+    options.add_argument("--interpolation", choices=["bicubic", "bilinear"])
     for name in ("mean", "std"):
-        parser.add_argument(
+        options.add_argument(
             f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in [0, 1]"
         )
 
