@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import small_meta
 import torch
 
 from irv2.run import checkpoint, saving
@@ -41,7 +42,7 @@ def loaded(directory: Path, step: int) -> dict[str, torch.Tensor]:
 def test_leaving_waits_until_everything_is_on_the_disk(tmp_path, saver, said):
     with saver:
         for step in (1, 2, 3):
-            saver.begin(step, parts(step), {"step": step})
+            saver.begin(step, parts(step), small_meta.meta(step))
     assert [checkpoint.step_of(path) for path in checkpoint.list_all(tmp_path)] == [2, 3]
     assert torch.equal(loaded(tmp_path, 3)["weight"], torch.full((8,), 3.0))
     assert saver.saved_step == 3
@@ -59,7 +60,7 @@ def test_training_goes_on_while_the_disk_is_slow(tmp_path, saver, gate, monkeypa
     monkeypatch.setattr(checkpoint, "save", slow_save)
     state = parts(1.0)
     with saver:
-        saver.begin(1, state, {"step": 1})
+        saver.begin(1, state, small_meta.meta(1))
         saver.wait_for_copy()
         state["model"]["weight"].fill_(2.0)
         assert saver.saved_step == 0 and checkpoint.list_all(tmp_path) == []
@@ -78,7 +79,7 @@ def test_what_a_forward_changes_is_copied_before_it_begins(tmp_path, saver, gate
     monkeypatch.setattr(BackgroundSaver, "_work", late_work)
     state = parts(1.0)
     with saver:
-        saver.begin(1, state, {"step": 1})
+        saver.begin(1, state, small_meta.meta(1))
         state["model"]["bn.running_mean"].fill_(2.0)  # as a forward does
         assert not saver._copied.is_set()
         gate.set()
@@ -97,12 +98,12 @@ def test_a_save_that_fails_is_said_and_the_next_one_tries_again(tmp_path, saver,
 
     monkeypatch.setattr(checkpoint, "save", fail_once)
     with saver:
-        saver.begin(1, parts(1.0), {"step": 1})
-        saver.begin(2, parts(2.0), {"step": 2})
+        saver.begin(1, parts(1.0), small_meta.meta(1))
+        saver.begin(2, parts(2.0), small_meta.meta(2))
         saver.finish()
         assert saver.saved_step == 1
         assert said == ["NOT SAVED, training goes on: step 2: No space left on device"]
-        saver.begin(3, parts(3.0), {"step": 3})
+        saver.begin(3, parts(3.0), small_meta.meta(3))
     assert saver.saved_step == 3
     assert [checkpoint.step_of(path) for path in checkpoint.list_all(tmp_path)] == [1, 3]
 
@@ -117,7 +118,7 @@ def test_the_time_training_stood_still_is_added_up(saver, gate, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", slow_save)
     monkeypatch.setattr(saving.time, "perf_counter", lambda: now[0])
     with saver:
-        saver.begin(1, parts(1.0), {})
+        saver.begin(1, parts(1.0), small_meta.meta(1))
         saver.wait_for_copy()
         join = saver._thread.join
         monkeypatch.setattr(saver._thread, "join", lambda: gate.set() or join())
@@ -131,6 +132,6 @@ def test_a_save_that_breaks_in_any_way_is_said_and_survived(saver, said, monkeyp
 
     monkeypatch.setattr(checkpoint, "save", fail)
     with saver:
-        saver.begin(1, parts(1.0), {})
+        saver.begin(1, parts(1.0), small_meta.meta(1))
     assert saver.saved_step == 0
     assert said == ["NOT SAVED, training goes on: MemoryError"]
