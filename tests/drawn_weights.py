@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+
+DATA = Path(__file__).parent / "data"
 
 
 def drawn(name: str, shape: Sequence[int]) -> np.ndarray:
@@ -23,3 +28,13 @@ def image(size: int) -> np.ndarray:
     """Waves: float32 [1, size, size, 3] in [-1, 1]."""
     y, x, channel = np.meshgrid(np.arange(size), np.arange(size), np.arange(3), indexing="ij")
     return np.sin(0.1 * x * (channel + 1) + 0.05 * y).astype(np.float32)[None]
+
+
+def write_slim(folder: Path) -> str:
+    """TF-slim's checkpoint of version 2: TensorFlow's own index, and the variables it places."""
+    folder.mkdir()
+    shutil.copy(DATA / "slim.ckpt.index", folder / "model.ckpt.index")
+    variables = json.loads((DATA / "networks.json").read_text())["slim"]["variables"]
+    content = b"".join(drawn(name, shape).tobytes() for name, shape in sorted(variables))
+    (folder / "model.ckpt.data-00000-of-00001").write_bytes(content)
+    return str(folder / "model.ckpt")

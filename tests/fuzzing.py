@@ -8,6 +8,7 @@ folder may change.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ import mutants
 import small_meta
 import torch
 from calling import Called, call
+from drawn_weights import write_slim
 from rude_server import answering, whole
 from shard_makers import write_folder, write_set
 from small_weights import write_small_weights
@@ -53,6 +55,23 @@ LONGEST = 10_000  # characters of what is said of a file
 BLANK_LINE = b"\r\n\r\n"
 STEP = "run/checkpoints/step-000000004"
 PICTURE = "images/zebra/1.jpg"
+
+TIMM = {
+    "architecture": "inception_resnet_v2",
+    "num_classes": 3,
+    "label_names": ["a", "b", "c"],
+    "global_pool": "avg",
+    "model_args": {"norm_eps": 0.001},
+    "pretrained_cfg": {
+        "input_size": [3, 75, 75],
+        "crop_pct": 0.9,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "label_offset": 0,
+    },
+}
 
 Reading = tuple[Any, ...]  # a program and its arguments
 
@@ -85,6 +104,14 @@ def write_sound(root: Path) -> None:
     (run / "validate.json").write_text(json.dumps(eval_line(4, "ema", 50.0)))
     state = weights.read(str(write_small_weights(root)))[0]
     torch.save({"state_dict": state}, root / "small.pth")
+    arguments = argparse.Namespace(input_size=[3, 75, 75], mean=[0.5], interpolation="bicubic")
+    averaged = {f"module.{name}": value for name, value in state.items()}
+    content = {"arch": "x", "args": arguments, "state_dict": state, "state_dict_ema": averaged}
+    torch.save(content, root / "last.pth")
+    write_slim(root / "slim")
+    (root / "timm").mkdir()
+    shutil.copy(root / "small.safetensors", root / "timm" / "model.safetensors")
+    (root / "timm" / "config.json").write_text(json.dumps(TIMM))
     about = small_meta.meta(4, classes=["a", "b", "c"])
     checkpoint.save(run / "checkpoints", 4, {"model": state, "ema": state}, about)
     write_folder(root / "images")
@@ -223,6 +250,21 @@ KINDS = {
     ),
     "weights, .pth": Kind(
         "small.pth", mutants.BYTES, lambda at: asking(weights.read, str(at / "small.pth"))
+    ),
+    "checkpoint of a trainer": Kind(
+        "last.pth", mutants.TORCH, lambda at: asking(weights.read, str(at / "last.pth"))
+    ),
+    "checkpoint of TensorFlow": Kind(
+        "slim/model.ckpt.index",
+        mutants.BYTES,
+        lambda at: asking(weights.read, str(at / "slim" / "model.ckpt")),
+        ("model.ckpt",),
+    ),
+    "config.json of timm": Kind(
+        "timm/config.json",
+        mutants.JSON,
+        lambda at: of_weights(at, "--weights", at / "timm"),
+        ("timm",),
     ),
     "picture": Kind(PICTURE, mutants.BYTES, lambda at: of_pictures(at, at / PICTURE)),
     "list of pictures": Kind(

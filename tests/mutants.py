@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import io
 import json
 import os
 import random
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 Mutate = Callable[[bytes, random.Random], bytes]
@@ -164,6 +167,25 @@ def as_safetensors(content: bytes, rng: random.Random) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
+def as_torch(content: bytes, rng: random.Random) -> bytes:
+    """Change something in a trainer's checkpoint: a key, an argument, a tensor."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        value = torch.load(io.BytesIO(content), weights_only=True)
+    if rng.random() < 0.3:
+        vars(value["args"]).update(tree(vars(value["args"]), rng))
+    elif rng.random() < 0.5:
+        state = value[rng.choice(["state_dict", "state_dict_ema"])]
+        name = rng.choice(list(state))
+        state[name] = rng.choice(
+            [state[name].to(torch.int8), state[name].flatten(), torch.tensor(1.0), None, 7]
+        )
+    else:
+        value = tree(value, rng)
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
 def as_tar(content: bytes, rng: random.Random) -> bytes:
     """Change a header's field, with a checksum that is right."""
     blocks = [i for i in range(0, len(content), 512) if content[i + 257 : i + 262] == b"ustar"]
@@ -180,6 +202,7 @@ def as_tar(content: bytes, rng: random.Random) -> bytes:
 
 JSON, YAML = [*BYTES, deep, numbers, *[as_json] * 6], [*BYTES, deep, numbers, *[as_yaml] * 6]
 JSON_LINES, LINES = [*BYTES, deep, *[as_json_lines] * 5], [*BYTES, deep, *[as_lines] * 3]
+TORCH = [*BYTES, *[as_torch] * 8]
 SAFETENSORS, TAR = [*BYTES, *[as_safetensors] * 8], [*BYTES, *[as_tar] * 5]
 
 

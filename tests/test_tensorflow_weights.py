@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawn_weights import drawn, image
+from drawn_weights import DATA, drawn, image, write_slim
 from torch import Tensor
 
 from irv2.network import weights
@@ -24,7 +24,6 @@ from irv2.network.forms import keras, tensorflow
 from irv2.network.forms.base import State, WeightsError
 from irv2.network.model import inception_resnet_v2
 
-DATA = Path(__file__).parent / "data"
 VARIABLES = {4: ("kernel", "bias"), 2: ("kernel", "bias"), 1: keras.BATCH_NORM[1:]}
 SCOPE = "InceptionResnetV2"
 
@@ -154,14 +153,8 @@ def test_without_h5py_it_is_said_how_to_install_it(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(recorded, tmp_path_factory) -> str:
-    """A checkpoint of version 2: TensorFlow's own index, and the variables that it places."""
-    folder = tmp_path_factory.mktemp("slim")
-    shutil.copy(DATA / "slim.ckpt.index", folder / "model.ckpt.index")
-    ordered = sorted(recorded["slim"]["variables"])
-    content = b"".join(drawn(name, shape).tobytes() for name, shape in ordered)
-    (folder / "model.ckpt.data-00000-of-00001").write_bytes(content)
-    return str(folder / "model.ckpt")
+def checkpoint(tmp_path_factory) -> str:
+    return write_slim(tmp_path_factory.mktemp("tensorflow") / "slim")
 
 
 def test_slims_checkpoint_gives_tensorflows_logits(recorded, checkpoint):

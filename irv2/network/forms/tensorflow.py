@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.files import read_regular
 from data.native import native
 from irv2.network.forms import layers
 from irv2.network.forms.base import State, Weights, WeightsError, in_one_line
@@ -23,7 +24,7 @@ from irv2.network.forms.pytorch import check_which
 
 FOOTER = 48  # bytes at the end of a table
 FLOAT = 1  # DT_FLOAT
-INDEX = ".index"
+INDEX, LARGEST_INDEX = ".index", 64 << 20  # bytes
 SCOPE = "InceptionResnetV2/"
 AVERAGE = "/ExponentialMovingAverage"
 STACKS = {"repeat": "block35", "repeat_1": "block17", "repeat_2": "block8"}
@@ -182,7 +183,7 @@ def read(source: str, which: str | None) -> Weights:
 
 def _version_2(name: str) -> Variables:
     """Read the variables of an index and its data files that are float32."""
-    pairs = dict(_table(memoryview(Path(name + INDEX).read_bytes())))
+    pairs = dict(_table(memoryview(read_regular(name + INDEX, LARGEST_INDEX))))
     shards = _only(pairs.pop(b""), 1, 0)
     files: dict[int, np.ndarray] = {}
     variables = {}
