@@ -7,6 +7,7 @@ from pathlib import Path
 
 import programs
 import pytest
+import small_meta
 import torch
 from same_run import checkpoint_of, differing
 from torch import Tensor
@@ -168,7 +169,7 @@ def test_a_background_save_is_of_the_moment_it_began(tmp_path: Path) -> None:
     before = {name: tensor.cpu() for name, tensor in everything(state).items()}
     options = StepOptions(clip_norm=2.0)
     with BackgroundSaver(tmp_path, 2, 0, print, RUNNING) as saver:
-        saver.begin(1, state.tensors(), state.counters())
+        saver.begin(1, state.tensors(), small_meta.meta(1))
         before_step, world = begin(state, options), World(0, 1, CUDA)
         loss = forward_backward(state, state.model, *batch(CUDA), 0, options, world)
         saver.wait_for_copy()
