@@ -242,6 +242,9 @@ def test_cadenes_classifier_is_read_and_the_background_left_out(tmp_path, state)
     assert torch.equal(found.model.classif.bias, state["classif.bias"][1:])
     assert found.classes == imagenet_names.synsets()
     assert "TensorFlow's background, is left out" in found.remarks[0]
+    folder = write_folder(tmp_path / "timm's", state, label_names=None)
+    found = trained.load_weights(str(folder))
+    assert torch.equal(found.model.classif.weight, state["classif.weight"][1:])
     named = {"classes": json.dumps([f"c{i}" for i in range(1001)])}
     weights.write(tmp_path / "own.safetensors", state, named)
     assert trained.load_weights(str(tmp_path / "own.safetensors")).model.num_classes == 1001
