@@ -203,6 +203,8 @@ def test_a_trainers_arguments_say_how_images_are_seen(tmp_path, state, averaged)
         damaged = timms_checkpoint(state, None, **arguments)
         with pytest.raises(WeightsError, match=r"e\.pth: its trainer's arguments are damaged \("):
             trained.load_weights(saved(tmp_path / "e.pth", damaged))
+    others = {"model": state, "args": argparse.Namespace(input_size=224, mean=0.5)}  # DeiT's
+    assert trained.load_weights(saved(tmp_path / "f.pth", others)).data.image_size == 299
 
 
 # ---------------------------------------------------------------------- names
