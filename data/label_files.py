@@ -6,6 +6,7 @@ import csv
 import os
 import re
 import warnings
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Mapping
 from itertools import accumulate
@@ -21,8 +22,7 @@ from data.image_formats import MAX_BYTES, image_extensions
 
 METAS = ("meta.mat", "meta_clsloc.mat")  # of the development kits of 2012 and of later years
 MAX_FILE = 256 << 20  # bytes
-# The end of a name in "my photo.jpg n01440764", "my photo.jpg,tench" and the same with a tab
-_BETWEEN = re.compile(r"\s*[,\t]\s*|\s+(?=\S+$)")
+_SEPARATOR = re.compile(r"\s*[,\t]\s*")
 
 
 def read(path: Path) -> dict[str, str]:
@@ -42,6 +42,7 @@ def read(path: Path) -> dict[str, str]:
 
 def parse(content: bytes, path: Path) -> dict[str, str]:
     """Read labels that are text, as `read` does. Raises DataError that names `path`."""
+    content = content.removeprefix(BOM_UTF8)
     try:
         lines = [line.strip() for line in content.decode().splitlines()]
     except UnicodeDecodeError:
@@ -53,7 +54,13 @@ def parse(content: bytes, path: Path) -> dict[str, str]:
         return ilsvrc.read_ground_truth(content, _synsets_beside(path), str(path))
     if lines[0].replace('"', "") == "ImageId,PredictionString":
         return _from_kaggle(path, lines)
-    return _from_pairs(path, [_BETWEEN.split(line, maxsplit=1) for line in lines])
+    return _from_pairs(path, list(map(_pair, lines)))
+
+
+def _pair(line: str) -> list[str]:
+    """Split "my photo.jpg,tench", the same with a tab, or else "my photo.jpg n01440764"."""
+    pair = _SEPARATOR.split(line, maxsplit=1)
+    return pair if len(pair) == 2 else line.rsplit(maxsplit=1)
 
 
 def _content(path: Path) -> bytes:

@@ -15,13 +15,12 @@ from torch import Tensor
 from data import strict_json
 from data.base import Source
 from data.errors import DataError
-from data.files import read_regular
+from data.files import read_text
 from data.ilsvrc import SYNSET, VALIDATION_IMAGE, validation_name
 from data.image_formats import image_extensions
 from data.names import in_nfc, natural
 from data.sources import check_same_classes
 
-MAX_BYTES = 64 << 20  # of a file of labels
 _NUMBER = re.compile(r"[0-9]{1,9}")  # of an output or an image, as text
 
 
@@ -251,7 +250,7 @@ def _names(path: str) -> list[str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return read_regular(path, MAX_BYTES).decode("utf-8-sig")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise DataError(f"{path}: cannot be read ({reason})") from None

@@ -17,7 +17,7 @@ from data.errors import DataError
 from data.files import read_regular
 from data.folders import images_below
 from data.image_formats import MAX_BYTES, begins_an_image
-from data.transforms import DecodeError, EvalView, decode, shown
+from data.transforms import DecodeError, EvalView, as_evaluated, decode
 from data.workers import default_workers
 
 STANDARD_INPUT = "-"
@@ -130,7 +130,7 @@ def see(picture: Unseen, view: EvalView) -> Picture:
         return Picture(path, None, f"cannot be read ({error.strerror})")
     except (DecodeError, ValueError) as error:  # a path may hold what none can
         return Picture(path, None, " ".join(str(error).split()))
-    return Picture(path, shown(pixels, view))
+    return Picture(path, as_evaluated(pixels, view))
 
 
 def _content(picture: str | Encoded) -> bytes:

@@ -217,7 +217,7 @@ class EvalView(SquareView):
         return False, None
 
 
-def shown(pixels: np.ndarray, view: EvalView) -> np.ndarray:
+def as_evaluated(pixels: np.ndarray, view: EvalView) -> np.ndarray:
     """Show an image as an evaluation sees it: uint8 [H, W, 3] -> uint8 [size, size, 3]."""
     out = np.empty(view.shape, np.uint8)
     view(pixels, 0, 0, out)

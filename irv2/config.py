@@ -28,7 +28,6 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from data.errors import UserError
-from data.files import read_text
 from data.names import without_secrets
 from data.paths import expanded
 from data.urls import check_url
@@ -354,11 +353,13 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """YAML file + "section.key=value" overrides -> Config. Raises ConfigError with every fault."""
     path = Path(path)
     try:
-        tree = _parse(read_text(path, strict_yaml.MAX_BYTES), str(path))
+        tree = strict_yaml.load(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold sections such as data: and train:")
@@ -383,13 +384,6 @@ def build(tree: dict[str, Any], default_name: str = "run") -> Config:
     return config
 
 
-def _parse(text: str, where: str) -> Any:
-    try:
-        return strict_yaml.parse(text)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
 def _apply(tree: dict, override: str) -> None:
     key, equals, value = override.partition("=")
     section, dot, name = key.partition(".")
@@ -399,7 +393,10 @@ def _apply(tree: dict, override: str) -> None:
     entries = tree.setdefault(section, {})
     if not isinstance(entries, dict):
         raise ConfigError(f"{section}: must be a section of key: value lines")
-    entries[name] = _parse(value, without_secrets(override))
+    try:
+        entries[name] = strict_yaml.parse(value)
+    except ValueError as error:
+        raise ConfigError(f"{without_secrets(override)}: {error}") from None
 
 
 def _explain(fault: Any) -> str:

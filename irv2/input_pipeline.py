@@ -171,5 +171,5 @@ def pictures(data: Data, source: Source, indices: Iterable[int]) -> dict[int, np
     for index in indices:
         with suppress(ImageError):
             pixels, _ = loader.read_image(source, index)
-            seen[index] = transforms.shown(pixels, view)
+            seen[index] = transforms.as_evaluated(pixels, view)
     return seen

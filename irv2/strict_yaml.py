@@ -16,7 +16,6 @@ import yaml
 from data.files import read_text
 
 MAX_LENGTH = 32_000  # characters, ten times the longest of configs/
-MAX_BYTES = 4 * MAX_LENGTH  # of a file
 MAX_DEPTH = 8  # a config has 3: section, key, item
 MAX_NAME = 100
 
@@ -77,7 +76,7 @@ class _Loader(yaml.SafeLoader):
 
 def load(path: Path) -> Any:
     """Read a file of such YAML. Raises OSError, or ValueError in one line."""
-    return parse(read_text(path, MAX_BYTES))
+    return parse(read_text(path, 4 * MAX_LENGTH))
 
 
 def parse(text: str) -> Any:

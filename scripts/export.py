@@ -149,7 +149,7 @@ def read_source(val: str, view: transforms.EvalView) -> list[np.ndarray]:
     """Read images from all over a data set. Raises DataError for one that cannot be used."""
     source = sources.open_source(val)
     spread = range(0, len(source), max(1, len(source) // sum(BATCHES)))[: sum(BATCHES)]
-    return [transforms.shown(loader.read_image(source, index)[0], view) for index in spread]
+    return [transforms.as_evaluated(loader.read_image(source, index)[0], view) for index in spread]
 
 
 def read_photographs(view: transforms.EvalView) -> list[np.ndarray]:
@@ -157,7 +157,7 @@ def read_photographs(view: transforms.EvalView) -> list[np.ndarray]:
     from sklearn.datasets import load_sample_images
 
     halves = [half for image in load_sample_images().images for half in np.hsplit(image, 2)]
-    return [transforms.shown(np.ascontiguousarray(half), view) for half in halves]
+    return [transforms.as_evaluated(np.ascontiguousarray(half), view) for half in halves]
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -239,6 +239,17 @@ def test_numbers_beside_names_are_those_of_outputs(tmp_path):
         label_sets.from_folders(source, "val", places, 4, "net")
 
 
+def test_text_of_windows_and_names_with_spaces_are_read(tmp_path):
+    lines = "my photo.jpg,great white shark\na.jpg\ttench\nb b.jpg n01440764\nc.jpg, x y\n"
+    (tmp_path / "labels").write_bytes(lines.replace("\n", "\r\n").encode("utf-8-sig"))
+    assert label_files.read(tmp_path / "labels") == {
+        "my photo.jpg": "great white shark",
+        "a.jpg": "tench",
+        "b b.jpg": "n01440764",
+        "c.jpg": "x y",
+    }
+
+
 def test_labels_of_images_that_are_not_there_are_a_remark(tmp_path):
     val = forms.write_flat(tmp_path / "val")
     (val / "ILSVRC2012_val_00000001.JPEG").unlink()
@@ -487,3 +498,24 @@ def test_a_stream_is_gone_on_with_where_it_was_on_the_disk(form, tmp_path, monke
     assert not set(first) & set(written) and len(written) == 14 - 8 + 8
     assert images(tmp_path / "out") == whole()
     assert sorted(os.listdir(tmp_path / "out" / "train")) == sorted(IDS.values())
+
+
+def test_a_stream_that_was_stopped_before_its_folder_had_its_name_is_gone_on_with(
+    tmp_path, monkeypatch
+):
+    path, compare = forms.write_kaggle_tar(tmp_path / "given"), folder_writer._compare
+
+    def stopped(source: object, folder: Path, labels: list[int], workers: int) -> None:
+        if labels:
+            raise DataError("stopped")
+
+    monkeypatch.setattr(folder_writer, "_compare", stopped)
+    assert prepare(path, tmp_path / "out", "--only", "train") == 1
+    monkeypatch.setattr(folder_writer, "_compare", compare)
+    (tmp_path / "out" / "train.partial" / ".0.tmp").touch()  # of a note that was being written
+    (tmp_path / "out" / "train.partial" / "n01440764").rename(tmp_path / "taken away")
+    assert prepare(path, tmp_path / "out") == 0
+    assert images(tmp_path / "out") == whole()
+    assert sorted(os.listdir(tmp_path / "out" / "train")) == sorted(IDS.values())
+    (tmp_path / "out" / "train").rename(tmp_path / "out" / "train.partial")
+    assert prepare(path, tmp_path / "out") == 0

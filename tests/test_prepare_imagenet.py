@@ -281,7 +281,7 @@ def test_shards_and_class_folders_do_not_mix(preparation, capsys):
     assert "train: holds other things than shards" in refusal(preparation, capsys, "--shards")
     shutil.rmtree(preparation.out)
     assert preparation.run("--shards") == 0
-    assert "train: holds other things (.lock, index.safetensors, " in refusal(preparation, capsys)
+    assert "train: holds other things (index.safetensors, " in refusal(preparation, capsys)
 
 
 def test_options_of_shards_go_with_shards(preparation, capsys):

@@ -22,6 +22,7 @@ from torch import nn
 
 from irv2.config import build
 from irv2.network import weights
+from irv2.network.forms import metadata
 from irv2.run import checkpoint, directory, jsonl, resume
 from irv2.run.best import BestWeights
 from irv2.run.checkpoint import CheckpointError
@@ -295,13 +296,14 @@ def test_best_weights_without_room_wait_as_they_were(tmp_path, monkeypatch):
     state = {"weight": torch.ones(2), "aux.weight": torch.ones(1)}
     with monkeypatch.context() as disk:
         disk.setattr(weights, "write", full)
-        best.write(state, {"top1": 50.0})
+        best.write(state, {"top1": 50.0, "step": 3, "loss": float("inf")})
     assert "will be tried again" in said[0] and list(tmp_path.iterdir()) == []
     state["weight"].zero_()  # training goes on
     assert best.flush()
     saved, told, _ = weights.read(str(tmp_path / "best.safetensors"))
     assert {name: value.tolist() for name, value in saved.items()} == {"weight": [1.0, 1.0]}
     assert json.loads(told["classes"]) == ["cat", "dog"]
+    assert metadata.parsed(told, "best").result.step == 3
 
 
 # ------------------------------------------------------------------------- links that were planted

@@ -203,6 +203,8 @@ def test_a_trainers_arguments_say_how_images_are_seen(tmp_path, state, averaged)
         damaged = timms_checkpoint(state, None, **arguments)
         with pytest.raises(WeightsError, match=r"e\.pth: its trainer's arguments are damaged \("):
             trained.load_weights(saved(tmp_path / "e.pth", damaged))
+    others = {"model": state, "args": argparse.Namespace(input_size=224, mean=0.5)}  # DeiT's
+    assert trained.load_weights(saved(tmp_path / "f.pth", others)).data.image_size == 299
 
 
 # ---------------------------------------------------------------------- names
@@ -242,6 +244,9 @@ def test_cadenes_classifier_is_read_and_the_background_left_out(tmp_path, state)
     assert torch.equal(found.model.classif.bias, state["classif.bias"][1:])
     assert found.classes == imagenet_names.synsets()
     assert "TensorFlow's background, is left out" in found.remarks[0]
+    folder = write_folder(tmp_path / "timm's", state, label_names=None)
+    found = trained.load_weights(str(folder))
+    assert torch.equal(found.model.classif.weight, state["classif.weight"][1:])
     named = {"classes": json.dumps([f"c{i}" for i in range(1001)])}
     weights.write(tmp_path / "own.safetensors", state, named)
     assert trained.load_weights(str(tmp_path / "own.safetensors")).model.num_classes == 1001

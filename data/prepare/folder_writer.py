@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.errors import DataError, enumeration
-from data.files import read_regular, write_atomically
+from data.files import read_regular, remove_leftovers, write_atomically
 from data.prepare.listed import UNKNOWN, FileSource, ListedSource
 from data.prepare.progress import byte_bar
 
@@ -63,14 +63,15 @@ def write_folder(source: ListedSource, folder: Path, workers: int, put: Put = co
     if present == folder:  # a class has been removed since
         folder.rename(unfinished)
     unfinished.mkdir(parents=True, exist_ok=True)
-    if source.is_sequential:
+    remove_leftovers(unfinished)
+    if source.is_sequential and todo:
         _write_in_order(source, unfinished, todo, workers)
     else:
         for leftover in unfinished.glob(f"*{PARTIAL}"):
             shutil.rmtree(leftover)
         _write_classes(source, unfinished, todo, workers, put)
+    (unfinished / NOTE).unlink(missing_ok=True)  # what is compared may be taken away again
     _compare(source, unfinished, range(len(source.classes)), workers)
-    (unfinished / NOTE).unlink(missing_ok=True)
     unfinished.rename(folder)
     os.sync()
 
@@ -89,8 +90,8 @@ def present_folder(folder: Path, classes: Sequence[str]) -> Path:
         )
     present = folder if folder.exists() else unfinished
     names = set(os.listdir(present)) if present.exists() else set()
-    strangers = sorted(names - {NOTE, *classes, *(f"{name}{PARTIAL}" for name in classes)})
-    if strangers:
+    strangers = names - {*classes, *(f"{name}{PARTIAL}" for name in classes)}
+    if strangers := sorted(name for name in strangers if name[0] != "."):
         raise DataError(
             f"{present}: holds other things ({enumeration(strangers)}); name another folder"
         )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import huggingface_hub
+from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError
+
 from data.errors import DataError
-from data.optional import needed
 
 PREFIX = "hf:"
 
@@ -17,17 +19,16 @@ def download(spec: str, patterns: Sequence[str]) -> Path:
     What is there already, whole or in part, is not fetched again; the token is taken from where
     the hub's own programs keep it. Returns the folder. Raises DataError.
     """
-    hub, errors = needed("huggingface_hub", spec), needed("huggingface_hub.errors", spec)
     name, _, revision = spec.removeprefix(PREFIX).partition("@")
     try:
         return Path(
-            hub.snapshot_download(
+            huggingface_hub.snapshot_download(
                 name, repo_type="dataset", revision=revision or None, allow_patterns=list(patterns)
             )
         )
-    except errors.GatedRepoError:
+    except GatedRepoError:
         reason = f"accept its terms at https://huggingface.co/datasets/{name}, then: hf auth login"
-    except errors.RepositoryNotFoundError:
+    except RepositoryNotFoundError:
         reason = (
             "no such data set, or one that is not shown to you; if it is private: hf auth login"
         )

@@ -7,10 +7,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from data.errors import DataError
@@ -91,13 +93,15 @@ def _collect(
     futures: Sequence[Future[Result]], in_hand: InHand, done: Callable[[Result], None]
 ) -> None:
     """Give `done` each result. Raises WorkerError for a process that hangs."""
-    waiting, told = set(futures), set[str]()
-    at_work = time.monotonic()
-    while waiting:
-        finished, waiting = wait(waiting, LOOK_S, FIRST_COMPLETED)
-        for future in finished:
-            done(future.result())
-        if finished or in_hand.names():
+    finished: SimpleQueue[Future[Result]] = SimpleQueue()
+    for future in futures:
+        future.add_done_callback(finished.put)
+    left, told, at_work = len(futures), set[str](), time.monotonic()
+    while left:
+        with suppress(Empty):
+            done(finished.get(timeout=LOOK_S).result())
+            left, at_work = left - 1, time.monotonic()
+        if in_hand.names():
             at_work = time.monotonic()
         names, idle_s = in_hand.names(TIMEOUT_S), time.monotonic() - at_work
         if names or idle_s > TIMEOUT_S:  # one that is stopped between two jobs may block them all

@@ -22,7 +22,7 @@ import numpy as np
 
 from data import strict_json
 from data.errors import DataError
-from data.files import open_regular, read_regular
+from data.files import open_regular, read_text
 from data.image_formats import image_extensions
 from data.prepare.members import TarInfo
 from data.prepare.processes import run_all, take_in_hand
@@ -32,7 +32,6 @@ from data.shards.index import BLOCK, COLUMNS, INDEX, PLAN, Index, Shard
 MAX_TEXT = 1 << 20  # bytes of a .cls or .json
 MAX_LABEL = 1 << 20
 MAX_FILLING = 64 << 20  # bytes after the end; archives are filled up to 10 kB, some to 1 MB
-MAX_NAMES = 64 << 20  # bytes of a list of classes
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _SYNSET = re.compile(r"\bn\d{8}(?!\d)")
 
@@ -222,7 +221,7 @@ def read_classes(path: Path) -> list[str]:
     if path.is_dir():
         return shard_index.load(path).classes
     try:
-        names = [line.strip() for line in read_regular(path, MAX_NAMES).decode().splitlines()]
+        names = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: class names cannot be read ({error})") from None
     if not names or "" in names or len(set(names)) < len(names):

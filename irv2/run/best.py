@@ -11,6 +11,7 @@ from torch import Tensor
 
 from irv2.network import weights
 from irv2.run.directory import BEST
+from irv2.run.jsonl import finite
 from irv2.run.resume import Experiment
 
 
@@ -30,7 +31,7 @@ class BestWeights:
             "classes": self.experiment.classes,
             "blocks": self.experiment.config["model"]["blocks"],
             "data": self.experiment.config["data"],
-            "result": result,
+            "result": finite(result),
         }
         texts = {key: json.dumps(value) for key, value in metadata.items()}
         kept = {key: value for key, value in state.items() if not key.startswith("aux.")}

@@ -78,12 +78,8 @@ class JsonLines:
         self._is_reported = False  # that writing fails
 
     def append(self, record: Record) -> None:
-        """Add a line; a number that is not finite becomes null."""
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
-        self._pending += (json.dumps(finite, allow_nan=False) + "\n").encode()
+        """Add a line, `finite`."""
+        self._pending += (json.dumps(finite(record), allow_nan=False) + "\n").encode()
         self._write()
 
     def _write(self) -> None:
@@ -119,6 +115,14 @@ class JsonLines:
             self.say(f"{self.path}: its last lines are LOST, there was no room for them")
         if self._file is not None:
             self._file.close()
+
+
+def finite(record: Record) -> Record:
+    """Return a record with null for numbers that are not finite, which JSON does not have."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }
 
 
 def read(path: Path) -> list[Record]:

@@ -74,12 +74,12 @@ class Logbook:
         self._lines.append({"kind": "train", **line})
         for key in ("loss", "lr", "grad_norm", "images_per_s", "data_wait"):
             self._draw("add_scalar", f"train/{key}", line[key], line["step"])
-        shown = f"loss {line['loss']:.3f}  lr {line['lr']:.4g}  {line['images_per_s']:.0f} images/s"
+        words = f"loss {line['loss']:.3f}  lr {line['lr']:.4g}  {line['images_per_s']:.0f} images/s"
         if self._bar is not None:
-            self._bar.set_postfix_str(shown)
+            self._bar.set_postfix_str(words)
         else:
             self.say(
-                f"step {line['step']}/{self.total_steps}  epoch {line['epoch']:.2f}  {shown}  "
+                f"step {line['step']}/{self.total_steps}  epoch {line['epoch']:.2f}  {words}  "
                 f"{self._time_left(line['step'])} left"
             )
 
@@ -151,9 +151,9 @@ class Logbook:
     @contextmanager
     def progress(self, total: int, title: str) -> Iterator[tqdm]:
         """Show a second bar, for an evaluation; none where the output is not a terminal."""
-        shown = self.active and sys.stdout.isatty()
+        hidden = not (self.active and sys.stdout.isatty())
         with tqdm(
-            total=total, desc=title, unit="image", leave=False, disable=not shown, file=sys.stdout
+            total=total, desc=title, unit="image", leave=False, disable=hidden, file=sys.stdout
         ) as bar:
             yield bar
 

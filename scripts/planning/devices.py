@@ -104,11 +104,11 @@ def nearest(what: str, name: str, known: Iterable[str]) -> str:
 def load(path: Path = TABLE) -> Table:
     """Read the table. Raises UserError with every fault in it."""
     try:
-        return Table.model_validate(strict_yaml.parse(read_text(path)))
+        return Table.model_validate(strict_yaml.load(path))
     except ValidationError as error:
         faults = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
         lines = (f"{path}: {place or 'table'}: {words}" for place, words in faults)
-        raise UserError("\n".join(lines)) from None
+        raise UserError(*lines) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
 

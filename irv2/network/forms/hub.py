@@ -9,11 +9,10 @@ from typing import Annotated, Any
 
 import huggingface_hub
 import timm
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import EntryNotFoundError
 from pydantic import BaseModel, Field, TypeAdapter
 
 from data import strict_json
-from data.files import read_regular
 from irv2.network.forms import kinds, metadata, names, views
 from irv2.network.forms.base import Weights, WeightsError, in_one_line
 
@@ -26,7 +25,7 @@ ADVICE = (
 # Arguments of timm's network that change what it computes, and their values here.
 FIXED = {"norm_eps": 1e-3, "norm_layer": "batchnorm2d", "act_layer": "relu", "global_pool": "avg"}
 
-MOST_BYTES = 64 << 20  # of a config.json
+MAX_BYTES = 64 << 20  # of a config.json
 
 ReadFile = Callable[[Path], Weights]
 
@@ -102,7 +101,7 @@ def _with_config(path: Path, found: Weights, source: str) -> Weights:
             f"{CONFIG} is followed"
         )
     merged = {"data": own.data | theirs.data, "classes": theirs.classes or own.classes}
-    texts = {key: json.dumps(value) for key, value in merged.items()}
+    texts = {key: json.dumps(value) for key, value in merged.items() if value is not None}
     state = found.state
     if offset := config.label_offset:
         state = names.without_first(state, offset)
@@ -116,9 +115,10 @@ def _read_config(path: Path) -> Config:
     Raises WeightsError if it is damaged, or another network's.
     """
     try:
-        content = strict_json.parse(read_regular(path, MOST_BYTES))
+        content = strict_json.load(path, MAX_BYTES)
         nested = content.get("pretrained_cfg", content)
         told = {"pretrained_cfg": nested, "label_names": nested.get("labels")} | nested | content
+        told = {key: value for key, value in told.items() if value is not None}
         config = strict_json.checked(told, _CONFIG)
     except (OSError, AttributeError, TypeError, ValueError) as error:
         reason = in_one_line(error)

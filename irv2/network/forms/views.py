@@ -85,19 +85,20 @@ def of_trainer(content: Any, source: str) -> Told:
     stored = content.get("args") if isinstance(content, dict) else None
     if not isinstance(stored, argparse.Namespace):
         return {}, []
+    told, is_timms = vars(stored), "arch" in content
+    if not is_timms and None in (told.get("val_crop_size"), told.get("val_resize_size")):
+        return {}, []  # another trainer's, whose arguments may mean anything
     try:
-        arguments = strict_json.checked(vars(stored), _ARGUMENTS)
+        arguments = strict_json.checked(told, _ARGUMENTS)
     except ValueError as error:
         raise WeightsError(f"{source}: its trainer's arguments are damaged ({error})") from None
-    if "arch" in content:
+    if is_timms:
         config = timm.get_pretrained_cfg(PUBLISHED).to_dict()
         metadata, remarks = of_config(config, arguments.model_dump(), source)
         if arguments.dataset in (None, "", "folder") and not arguments.class_map:
             metadata["class_order"] = json.dumps("natural")
         return metadata, remarks
     size, resized = arguments.val_crop_size, arguments.val_resize_size
-    if size is None or resized is None:
-        return {}, []
     config = {
         "input_size": (3, size, size),
         "crop_pct": math.nextafter(size / resized, 0),  # whose quotient rounds down to `resized`
