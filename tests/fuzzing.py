@@ -175,7 +175,7 @@ def label_set(root: Path, function: Callable, file: str, *classes: Any) -> None:
 def open_served(root: Path) -> None:
     """Open the shards of a folder from a server."""
     with serving(root) as url:
-        open_source(url, Storage(timeout_s=0.5))
+        open_source(url, Storage(timeout_s=5))
 
 
 def ask_for(path: Path) -> None:

@@ -92,8 +92,12 @@ def test_the_trainjob_says_what_train_py_takes(objects):
 
 
 def test_pods_are_given_longer_than_torchrun_gives_its_ranks(objects):
-    parsed = torchrun.parse_args(objects["irv2"]["spec"]["trainer"]["args"])
-    assert parsed.shutdown_timeout < pod_of(objects["irv2"])["terminationGracePeriodSeconds"]
+    variables = {each["name"]: each["value"] for each in objects["irv2"]["spec"]["trainer"]["env"]}
+    assert (
+        30
+        < int(variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+        < pod_of(objects["irv2"])["terminationGracePeriodSeconds"]
+    )
 
 
 def pod_of(job: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +148,7 @@ def test_ranks_are_counted_wherever_their_files_lie(tmp_path):
 def test_slurm_warns_earlier_than_torchrun_loses_patience():
     text = (LAUNCH / "slurm.sbatch").read_text()
     (warning,) = (line for line in text.splitlines() if line.startswith("#SBATCH --signal="))
-    timeout = text.partition("--shutdown-timeout=")[2].split()[0]
+    timeout = text.partition("TORCH_ELASTIC_SHUTDOWN_TIMEOUT=")[2].split()[0]
     assert int(timeout) < int(warning.rpartition("@")[2])
 
 

@@ -85,8 +85,10 @@ def run_all(
         processes = [child for child in multiprocessing.active_children() if child not in others]
         alarm = threading.Timer(0 if in_hand.names(TIMEOUT_S) else SLOW_S, end, [processes])
         alarm.start()
-        pool.shutdown(cancel_futures=True)
-        alarm.cancel()
+        try:
+            pool.shutdown(cancel_futures=True)
+        finally:  # Ctrl-C may come just now
+            alarm.cancel()
 
 
 def _collect(

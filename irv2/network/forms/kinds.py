@@ -54,6 +54,8 @@ def of_file(path: Path) -> str:
         return "keras"
     if end == TABLE:
         return "tensorflow"
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return "safetensors"
     names = _members(path)
     if "/model.weights.h5" in names:
         return "keras"
@@ -64,9 +66,7 @@ def of_file(path: Path) -> str:
     ]
     if refusals:
         raise WeightsError(f"{path}: is {refusals[0]}")
-    header_fits = int.from_bytes(start[:8], "little") < path.stat().st_size
-    is_safetensors = path.suffix == ".safetensors" or (start[8:9] == b"{" and header_fits)
-    return "safetensors" if is_safetensors else "pytorch"
+    return "safetensors" if path.suffix == ".safetensors" else "pytorch"
 
 
 def _members(path: Path) -> set[str]:
