@@ -182,7 +182,7 @@ def test_the_same_classes_or_as_many_unnamed_keep_their_classifier(named):
 
 @pytest.mark.parametrize(
     ("count", "named"),
-    [(4, FOUR), (4, None), (3, ["a", "c", "b"]), (1000, None)],
+    [(4, FOUR), (4, None), (3, ["a", "c", "d"]), (1000, None)],
 )
 def test_a_classifier_of_other_classes_is_made_new_and_all_else_is_loaded(count, named):
     origin, model = network(count, seed=1).state_dict(), network()
@@ -192,6 +192,13 @@ def test_a_classifier_of_other_classes_is_made_new_and_all_else_is_loaded(count,
     for name, value in model.state_dict().items():
         expected = first if name.startswith("classif.") else origin
         assert torch.equal(value, expected[name]), name
+
+
+def test_the_same_classes_in_another_order_keep_their_rows():
+    origin, model = network(seed=1).state_dict(), network()
+    assert "its rows put into their order" in load(model, origin, ["c", "a", "b"], [*"abc"])
+    for name in ("classif.weight", "classif.bias"):
+        assert torch.equal(model.state_dict()[name], origin[name][[1, 2, 0]])
 
 
 def test_weights_without_a_classifier_get_one():

@@ -7,10 +7,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from data.names import are_same, natural
+from data.names import are_same, in_nfc, natural
 from irv2.network import weights
 from irv2.network.forms import metadata
-from irv2.network.forms.base import Weights, WeightsError
+from irv2.network.forms.base import State, Weights, WeightsError
 from irv2.network.forms.names import CLASSIFIERS
 from irv2.network.model import InceptionResnetV2
 from irv2.training.distributed import World
@@ -39,7 +39,10 @@ def begin(state: TrainState, source: str, classes: list[str], world: World) -> N
     Raises WeightsError.
     """
     pretrained = _read(source, world)
-    named = metadata.parsed(pretrained.metadata, source).classes
+    told = metadata.parsed(pretrained.metadata, source)
+    named = told.classes
+    if named is None and told.class_order == "natural":
+        named = sorted(classes, key=natural)
     outcome = load(state.model, pretrained.state, named, classes, source)
     state.ema.module.load_state_dict(state.model.state_dict())
     for line in (*pretrained.remarks, outcome):
@@ -70,16 +73,19 @@ def load(
 ) -> str:
     """Load a state dict except classifiers of other classes; returns what was done, in words.
 
-    The classifier is kept if the file's classes, `named`, are `classes`, or if the file does not
-    name them and has as many. An auxiliary head that the file lacks stays new, one that the model
-    lacks is left out. Raises WeightsError, naming a tensor, where anything else does not fit.
+    The classifier is kept if the file's classes, `named`, are `classes`, in whichever order, or if
+    the file does not name them and has as many. An auxiliary head that the file lacks stays new,
+    one that the model lacks is left out. Raises WeightsError, naming a tensor, where anything else
+    does not fit.
     """
     if state.get("classif.weight", torch.empty(0, 0)).ndim != 2:
         raise WeightsError(f"{source}: classif.weight is no matrix")
     count = f"{len(classes):,} classes"
     new: tuple[str, ...] = ()
-    if are_same(named, classes):
-        outcome = f"classifier kept, of the same {count}"
+    ordered = _in_order(state, named, classes)
+    if ordered is not None:
+        order = "" if are_same(named, classes) else ", its rows put into their order"
+        state, outcome = ordered, f"classifier kept, of the same {count}{order}"
     elif "classif.weight" not in state:
         new, outcome = CLASSIFIERS, f"new classifier for {count}, as it has none"
     elif named is None and len(state["classif.weight"]) == len(classes):
@@ -97,3 +103,14 @@ def load(
     merged |= {name: v for name, v in model.state_dict().items() if name.startswith(new)}
     weights.load_into(model, merged, source)
     return f"begins from {source}: {outcome}"
+
+
+def _in_order(state: State, named: list[str] | None, classes: list[str]) -> State | None:
+    """Put a classifier's rows into the order of `classes`; None if it is of others."""
+    place = {in_nfc(name): row for row, name in enumerate(named or ())}
+    heads = {name: value for name, value in state.items() if name.startswith(CLASSIFIERS)}
+    sizes = {len(classes), len(named or ()), *map(len, heads.values())}
+    if len(sizes) > 1 or place.keys() != set(map(in_nfc, classes)) or not heads:
+        return None
+    rows = [place[in_nfc(name)] for name in classes]
+    return state | {name: value[rows] for name, value in heads.items()}
