@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.files import read_regular
+from data.files import open_regular, read_regular
 from data.native import native
 from irv2.network.forms import layers
 from irv2.network.forms.base import State, Weights, WeightsError, in_one_line
@@ -196,16 +196,22 @@ def _version_2(name: str) -> Variables:
         shard, offset = entry.get(3, 0), entry.get(4, 0)
         if shard not in files:
             path = f"{name}.data-{shard:05d}-of-{shards:05d}"
-            files[shard] = np.memmap(path, np.uint8, "r")
+            files[shard] = _mapped(path)
         content = files[shard][offset : offset + entry.get(5, 0)]
         _check(content, entry.get(6, b""), key.decode())
         variables[key.decode()] = content.view("<f4").reshape(_shape(entry.get(2, b"")))
     return variables
 
 
+def _mapped(path: str) -> np.ndarray:
+    """Map a file's bytes into memory: uint8 [size]. Raises OSError for a pipe or a device, too."""
+    with open_regular(path) as file:
+        return np.memmap(file, np.uint8, "r")
+
+
 def _version_1(path: str) -> Variables:
     """Read the float32 variables of a table."""
-    pairs = dict(_table(memoryview(np.memmap(path, np.uint8, "r"))))
+    pairs = dict(_table(memoryview(_mapped(path))))
     shapes: dict[bytes, tuple[int, ...]] = {}
     for number, tensor in _fields(_only(pairs.pop(b""), 1)):
         entry = dict(_fields(tensor))
