@@ -121,10 +121,7 @@ def evaluate(
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = cli.Parser(
-        description=__doc__,
-        epilog=config.describe(),
-    )
+    parser = cli.Parser(description=__doc__, epilog=config.describe())
     parser.add_argument(
         "--config", type=cli.location, required=True, metavar="YAML", help="the run to train"
     )

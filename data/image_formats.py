@@ -12,6 +12,9 @@ from functools import cache
 from PIL import Image, features
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from data.errors import unreadable
+from data.files import read_regular
+
 # Not EPS, which Ghostscript would run, nor IPTC, which may hold it, nor formats of which Pillow
 # knows the head alone.
 FORMATS = {
@@ -71,6 +74,14 @@ def count_scans(jpeg: bytes) -> int:
             return 1 if jpeg[place + 4] == colours else jpeg.count(SCAN)
         place += 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
     return jpeg.count(SCAN)
+
+
+def read_image(path: str) -> bytes:
+    """Read an image's file. Raises ImageError, or as `unreadable` what is no fault of the image."""
+    try:
+        return read_regular(path, MAX_BYTES)
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def open_image(encoded: bytes) -> Image.Image:

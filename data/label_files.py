@@ -16,9 +16,9 @@ import torch
 
 from data import ilsvrc
 from data.base import Source
-from data.errors import DataError, enumeration, unreadable
+from data.errors import DataError, enumeration
 from data.files import read_regular
-from data.image_formats import MAX_BYTES, image_extensions
+from data.image_formats import image_extensions, read_image
 
 METAS = ("meta.mat", "meta_clsloc.mat")  # of the development kits of 2012 and of later years
 MAX_FILE = 256 << 20  # bytes
@@ -173,11 +173,7 @@ class LabelledFolder(Source):
             ]
 
     def read(self, index: int) -> tuple[bytes, int]:
-        path = self.name(index)
-        try:
-            return read_regular(path, MAX_BYTES), self.label(index)
-        except OSError as error:
-            raise unreadable(path, error) from None
+        return read_image(self.name(index)), self.label(index)
 
     def name(self, index: int) -> str:
         return os.path.join(self.root, self._names[index])

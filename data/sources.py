@@ -12,10 +12,9 @@ import numpy as np
 from PIL import Image
 
 from data.base import Source
-from data.errors import DataError, enumeration, unreadable
-from data.files import read_regular
+from data.errors import DataError, enumeration
 from data.folders import Remarks, search
-from data.image_formats import MAX_BYTES, image_extensions
+from data.image_formats import image_extensions, read_image
 from data.levels import refuse_splits
 from data.names import in_nfc
 from data.shards.index import INDEX, PLAN
@@ -60,11 +59,7 @@ class FolderSource(Source):
         self.remarks = remarks.lines()
 
     def read(self, index: int) -> tuple[bytes, int]:
-        path = self.name(index)
-        try:
-            return read_regular(path, MAX_BYTES), self.label(index)
-        except OSError as error:
-            raise unreadable(path, error) from None
+        return read_image(self.name(index)), self.label(index)
 
     def name(self, index: int) -> str:
         label = self.label(index)

@@ -544,16 +544,21 @@ def test_members_that_are_compressed_are_refused(tmp_path, network):
         weights.read(str(tmp_path / "a.pth"))
 
 
+def assert_refused(path, network, state, message: str) -> None:
+    """Weights are refused both as a network and to begin from."""
+    with pytest.raises(WeightsError, match=message):
+        trained.load_weights(path)
+    with pytest.raises(WeightsError, match=message):
+        finetune.load(network, state, None, [*"abc"], path)
+
+
 @pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.int64, torch.complex64])
 def test_weights_that_are_no_floats_are_refused_by_name_and_type(tmp_path, network, kind):
     state = copied(network.state_dict())
     state["repeat.0.conv2d.weight"] = state["repeat.0.conv2d.weight"].to(kind)
     path = saved(tmp_path / "a.pth", state)
     message = rf"a\.pth: repeat\.0\.conv2d\.weight holds {str(kind)[6:]} numbers"
-    with pytest.raises(WeightsError, match=message):
-        trained.load_weights(path)
-    with pytest.raises(WeightsError, match=message):
-        finetune.load(network, state, None, [*"abc"], path)
+    assert_refused(path, network, state, message)
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
@@ -572,10 +577,7 @@ def test_weights_that_are_not_finite_are_refused_also_to_begin_from(tmp_path, ne
         state["mixed_5b.branch0.bn.running_var"][3] = value
         path = saved(tmp_path / "a.pth", state)
         message = r"mixed_5b\.branch0\.bn\.running_var holds numbers that are not finite"
-        with pytest.raises(WeightsError, match=message):
-            trained.load_weights(path)
-        with pytest.raises(WeightsError, match=message):
-            finetune.load(network, state, None, [*"abc"], path)
+        assert_refused(path, network, state, message)
 
 
 def test_claims_of_more_than_is_stored_take_no_memory(tmp_path, network, monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -19,6 +20,7 @@ from programs import is_alive, start_script
 
 from data import limits, workers
 from data.errors import DataError, WorkerError
+from data.prepare import processes
 from data.workers import InHand, Workers, next_batch, worker_errors
 
 
@@ -214,6 +216,21 @@ def test_workers_that_cannot_all_start_end_and_so_does_the_program():
 
 
 @pytest.mark.slow
+def test_ctrl_c_while_processes_end_leaves_no_alarm(monkeypatch):
+    """Which would keep the program from ending until it goes off."""
+    shutdown = processes.ProcessPoolExecutor.shutdown
+
+    def interrupted(pool, **options) -> None:
+        shutdown(pool, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes.ProcessPoolExecutor, "shutdown", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        processes.run_all([os.getpid], 1, lambda _: None)
+    alarms = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(alarm.finished.is_set() for alarm in alarms)
+
+
 def test_processes_that_prepare_and_cannot_all_start_end_and_so_does_the_program():
     text = "import data.prepare.processes as p; p.check_open_files = lambda *_: None; allow(30)"
     (line,) = said(text + "; told(prepare)")
@@ -292,22 +309,22 @@ def test_workers_end_with_a_main_process_that_is_killed():
     program = context.Process(target=main)
     program.start()
     writer.close()  # if the program ends early, so does the wait for its word
-    processes = reader.recv()
+    children = reader.recv()
     try:
-        assert len(processes) == 2
-        for pid in processes:  # what workers leave to the main process
+        assert len(children) == 2
+        for pid in children:  # what workers leave to the main process
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 os.kill(pid, number)
         time.sleep(0.2)
-        assert all(map(is_alive, processes))
+        assert all(map(is_alive, children))
         program.kill()
         program.join()
         deadline = time.monotonic() + 20
-        while any(map(is_alive, processes)) and time.monotonic() < deadline:
+        while any(map(is_alive, children)) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not any(map(is_alive, processes))
+        assert not any(map(is_alive, children))
     finally:
         program.kill()
         program.join()
-        for pid in filter(is_alive, processes):
+        for pid in filter(is_alive, children):
             os.kill(pid, signal.SIGKILL)
