@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import importlib
 import io
 import json
@@ -20,11 +21,11 @@ import os
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import types
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = (
@@ -39,7 +40,7 @@ LIBRARIES = ("torchvision", "timm", "numba", "scipy.stats", "torch.utils.tensorb
 PR_SET_CHILD_SUBREAPER = 36
 
 
-class Program(subprocess.Popen):
+class Program(Popen):
     """A forked program, otherwise a subprocess.Popen.
 
     args: a Python file and its arguments; "-c", a text and its arguments; or "-m", a module and its
@@ -100,9 +101,7 @@ def _server(_own_pid: int, imported: tuple[str, ...]) -> socket.socket:
         raise OSError("no PR_SET_CHILD_SUBREAPER here: exit statuses of programs would be lost")
     ours, theirs = socket.socketpair()
     command = [sys.executable, __file__, str(theirs.fileno()), *imported]
-    subprocess.Popen(
-        command, env=environment(), pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-    )
+    Popen(command, env=environment(), pass_fds=[theirs.fileno()], stdin=DEVNULL)
     theirs.close()
     return ours
 
@@ -207,5 +206,6 @@ if __name__ == "__main__":
         importlib.import_module(name)
     if imported == IMPORTED:
         warm()
+    gc.freeze()  # else each program's first collection would copy all that is imported
     if (request := serve(channel)) is not None:
         become(request)

@@ -61,17 +61,18 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start a program of the repository, by the fork server.
 
-    torchrun: by torchrun, with these options of it; else several ranks are forked, too. as_user: by
-    a Python of its own. options: of subprocess.Popen, as `cwd`, `stdin`, and `env` on top of
-    `environment()`.
+    torchrun: by torchrun, with these options of it, which is then forked as its ranks are; else
+    tests/ranks.py forks several ranks. as_user: by a Python of its own, as are torchrun's ranks.
+    options: of subprocess.Popen, as `cwd`, `stdin`, and `env` on top of `environment()`.
     """
     command = [str(ROOT / program), *map(str, arguments)]
     if torchrun is not None:
+        forks = () if as_user else ("--run-path", "--start-method=fork")
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        return _start([sys.executable, *launch, *torchrun, "--", *command], **options)
+        command = [*launch, *forks, *torchrun, "--", *command]
     if as_user:
         return _start([sys.executable, *command], **options)
-    if ranks > 1:
+    if ranks > 1 and torchrun is None:
         command = [RANKS, str(ranks), *command]
     return _start(command, Program, **options)
 

@@ -37,14 +37,8 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 def rank_pids(process: subprocess.Popen[str]) -> list[int]:
     """The processes of the ranks that torchrun has started, in order."""
-    pids = {}
-    for pid in children(process.pid):
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        rank = [entry for entry in environment if entry.startswith(b"RANK=")]
-        is_rank = Path(f"/proc/{pid}/stat").read_text().split()[3] == str(process.pid)
-        if rank and is_rank:
-            pids[int(rank[0][5:])] = pid
-    return [pids[rank] for rank in sorted(pids)]
+    own = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return sorted(map(int, own.split()))
 
 
 def lose_a_rank(config: Path, tmp_path: Path, inject: Inject, number: signal.Signals) -> None:

@@ -3,7 +3,10 @@
 import copy
 import json
 import multiprocessing
+import subprocess
 
+import fork_server
+import programs
 import pytest
 import torch
 
@@ -143,6 +146,20 @@ def test_a_profile_names_operations(small_networks):
     assert "_convolution_pointwise" in network.profile(SMALL_CASE, training=False)
 
 
+@pytest.fixture
+def by_forks(monkeypatch):
+    """Let the benchmarks fork what they start, which spares their imports; torchrun's ranks too."""
+
+    def start(command: list[str], **options: object) -> subprocess.Popen:
+        command = command[1:]
+        if "torch.distributed.run" in command:
+            command = [programs.RANKS, "2", *command[command.index("--nproc-per-node=2") + 1 :]]
+        return fork_server.Program(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+
+
+@pytest.mark.usefixtures("by_forks")
 def test_the_start_is_timed_up_to_the_first_step():
     options = [
         "model.blocks=[1, 1, 1]",
@@ -155,6 +172,7 @@ def test_the_start_is_timed_up_to_the_first_step():
         starting.first_step(["train.global_batch=nonsense"])
 
 
+@pytest.mark.usefixtures("by_forks")
 def test_two_processes_are_compared_with_one_and_a_plan_can_rest_on_it(monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "BLOCKS", [1, 1, 1])
     monkeypatch.setattr(scaling, "SIZES", ((75, 4),))

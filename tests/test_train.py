@@ -204,7 +204,9 @@ def test_resume_from_another_runs_checkpoint(project) -> None:
 
 def test_two_ranks_train_and_evaluate_every_image_once(project: Path) -> None:
     arguments = ("--config", project / "small.yaml", f"run.dir={project / 'two'}")
-    result = programs.run("train.py", *arguments, "train.max_steps=2", ranks=2, torchrun=())
+    result = programs.run(
+        "train.py", *arguments, "train.max_steps=2", ranks=2, torchrun=(), as_user=True
+    )
     assert result.returncode == 0, result.stderr
     assert "2 ranks x 1 accumulated x 4" in result.stdout
     assert "Warning" not in result.stderr
