@@ -2,7 +2,8 @@
 # Lint, formatting and the test suite, a test process for each core. Arguments go to pytest.
 #
 #   bash scripts/test.sh            everything, and five deliberate breakages that must be noticed
-#   bash scripts/test.sh --quick    before each commit: without what starts programs or takes long
+#   bash scripts/test.sh --quick    before each commit: without what starts programs or takes long,
+#                                   and two cases of each test
 #   bash scripts/test.sh --torch 2.10.0    --quick with that PyTorch, in .venv-torch-2.10.0: so is a
 #                                          version tried before requirements.txt promises it
 
@@ -13,11 +14,6 @@ if [ "${1:-}" = --torch ]; then
     set -- --quick "$@"
 fi
 source "$(dirname "$0")/environment.sh" requirements-dev.txt ${version:+"$version"}
-
-if [ "${1:-}" = --quick ]; then
-    shift
-    set -- -m "not slow and not mutation and not gpu and not soak and not cluster" "$@"
-fi
 
 ruff check
 ruff format --check

@@ -21,15 +21,33 @@ LONGEST = ("faults", "mutations", "validate", "train", "benchmark", "finetune", 
            "export", "model", "ranks")  # fmt: skip
 
 
+LONG = ("slow", "mutation", "gpu", "soak", "cluster")  # marks of what --quick leaves out
+QUICK_CASES = 2  # of each test
+
+
 def pytest_sessionstart() -> None:
     """Let programs under test hear Ctrl-C even if a shell started this in its background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the modules that take longest first, so that none of them is begun last."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what --quick does, and put the modules that take longest first."""
+    if config.getoption("--quick"):
+        quick = list(of_quick(items))
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(quick)])
+        items[:] = quick
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
+
+
+def of_quick(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """Yield the tests of --quick: none that is marked as long, the first cases of the others."""
+    cases: defaultdict[str, int] = defaultdict(int)
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        cases[test] += 1
+        if cases[test] <= QUICK_CASES and not any(map(item.get_closest_marker, LONG)):
+            yield item
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +102,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         metavar="FILE",
         help="write tables into this page: of faults with -m soak, others with -m cluster",
+    )
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="without what starts programs or takes long, and two cases of each test",
     )
     parser.addoption(
         "--all-mutations",

@@ -355,6 +355,7 @@ def test_a_checkpoints_size_is_that_of_its_tensors(project):
         assert sizes.weights == parts[0]
 
 
+@pytest.mark.slow
 def test_the_full_networks_checkpoint_has_870_megabytes():
     cfg = config.load(FULL, ["model.bn_scale=true"])
     assert build.memory_sizes(cfg, 1000).checkpoint == pytest.approx(870e6 + 24e6, rel=0.01)
@@ -384,6 +385,7 @@ def test_activations_are_those_that_autograd_keeps(project, precision, monkeypat
     assert 4 * sizes.activations + sizes.cast_weights == pytest.approx(total, rel=0.02)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_is_seen_to_keep_less():
     cfgs = [config.load(FULL, [f"model.grad_checkpointing={on}"]) for on in ("false", "true")]
     plain, frugal = (build.memory_sizes(cfg, 10).activations for cfg in cfgs)

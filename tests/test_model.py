@@ -331,6 +331,7 @@ def multiply_adds(height, width):
     return counts
 
 
+@pytest.mark.slow
 def test_multiply_adds_at_299():
     counts = multiply_adds(299, 299)
     assert counts["convolutions"] == 13_154_258_016
@@ -338,6 +339,7 @@ def test_multiply_adds_at_299():
     assert counts["classifier"] == 1_536_000
 
 
+@pytest.mark.slow
 def test_multiply_adds_of_the_model_card():
     """The card counted a 299x381 image, without the classifier; which side is long is the same."""
     counts = multiply_adds(299, 381)
@@ -587,6 +589,7 @@ def test_in_chans_and_num_classes_are_honoured():
 # ---------------------------------------------------------------------- batch norm folded
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_folded_logits_are_those_of_timms_network(pair):
     ours, theirs = (model.eval() for model in pair)

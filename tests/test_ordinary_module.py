@@ -127,6 +127,7 @@ def test_functional_call_uses_the_weights_it_is_given(model):
     torch.testing.assert_close(called, model(images()))
 
 
+@pytest.mark.slow
 def test_second_derivatives_are_timms(pair):
     """A Hessian's product with the gradient, of a training pass in float64."""
     found = []
@@ -183,6 +184,7 @@ def test_a_feature_extractor_returns_inner_outputs(model):
     assert all(torch.equal(extracted[name], seen[name]) for name in names)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("training", [False, True])
@@ -192,6 +194,7 @@ def test_a_script_computes_the_same(model, training):
     assert torch.equal(scripted(images()), model(images()))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_with_its_auxiliary_head_and_checkpointing_it_can_be_scripted_too():
@@ -253,6 +256,7 @@ def convolutions(model: nn.Module) -> list[nn.Conv2d]:
     return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
 
 
+@pytest.mark.slow
 def test_weights_can_be_pruned(model):
     names = list(model.state_dict())
     for conv in convolutions(model):
@@ -273,6 +277,7 @@ def test_convolutions_can_be_spectrally_normalised(model):
     assert torch.linalg.matrix_norm(weight.flatten(1), 2) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_it_trains_quantised(model):
     model.qconfig = quantization.get_default_qat_qconfig("fbgemm")

@@ -181,6 +181,7 @@ def built(**sections: dict) -> config.Config:
     return config.build({"data": {"train": "a", "val": "b"}, **sections})
 
 
+@pytest.mark.slow
 def test_the_network_is_counted_as_it_is_known():
     cfg = built()
     sizes = build.memory_sizes(cfg, 1000)
@@ -310,6 +311,7 @@ def test_a_plan_has_a_row_for_every_number_of_gpus_that_can_share_the_batch(tmp_
     assert hours == sorted(hours, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_measured_cpu_is_planned_with(tmp_path):
     (tmp_path / "cpu.json").write_text(json.dumps({"cases": [case()]}))
     measured = ("--measured", tmp_path / "cpu.json", "--gpus", 2, "--classes", 10)

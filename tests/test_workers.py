@@ -231,6 +231,7 @@ def test_ctrl_c_while_processes_end_leaves_no_alarm(monkeypatch):
     assert all(alarm.finished.is_set() for alarm in alarms)
 
 
+@pytest.mark.slow
 def test_processes_that_prepare_and_cannot_all_start_end_and_so_does_the_program():
     text = "import data.prepare.processes as p; p.check_open_files = lambda *_: None; allow(30)"
     (line,) = said(text + "; told(prepare)")

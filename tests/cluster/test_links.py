@@ -153,6 +153,7 @@ def test_steps_over_limited_links(config, tmp_path, request):
             assert row["predicted_s"] == pytest.approx(row["measured_s"], rel=WITHIN), row
 
 
+@pytest.mark.slow
 def test_the_model_predicts_the_steps_that_were_measured(config):
     found = json.loads((ROOT / "docs" / RESULTS).read_text(encoding="utf-8"))
     device = of_this_machine(found["compute_s"], found["update_s"])
