@@ -17,7 +17,7 @@ import torch
 
 from data.base import Source
 from data.workers import worker_errors
-from irv2 import build, cli, config, evaluation, input_pipeline
+from irv2 import build, cli, config_file, evaluation, input_pipeline
 from irv2.config import Config
 from irv2.run import resume
 from irv2.run.run import Run
@@ -121,7 +121,7 @@ def evaluate(
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, epilog=config.describe())
+    parser = cli.Parser(description=__doc__, epilog=config_file.describe())
     parser.add_argument(
         "--config", type=cli.location, required=True, metavar="YAML", help="the run to train"
     )
@@ -143,7 +143,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Command line -> exit status."""
     arguments = parse_arguments()
-    cfg = config.load(arguments.config, arguments.overrides)
+    cfg = config_file.load(arguments.config, arguments.overrides)
     build.check_batch(cfg, distributed.place().size)  # before a device is touched
     with (
         StopRequest() as stop,

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.errors import UserError
 from data.files import write_atomically
-from irv2 import build, cli, config
+from irv2 import build, cli, config_file
 from irv2.cli import positive
 from irv2.config import Config, Model
 from irv2.network.memory import Sizes
@@ -153,7 +153,7 @@ def origins(device: Device, inside: Link, between: Link, table: Table) -> str:
 
 def plan(arguments: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
     """The text of a plan, and its rows. Raises ConfigError, UserError or WorldError."""
-    cfg = config.load(arguments.config, arguments.overrides)
+    cfg = config_file.load(arguments.config, arguments.overrides)
     if cfg.train.micro_batch == "auto":
         raise UserError(
             "train.micro_batch=auto is found on the device itself, which a plan has not at hand: "

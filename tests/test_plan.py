@@ -13,7 +13,7 @@ from calling import call
 from programs import ROOT, run
 
 from data.errors import UserError
-from irv2 import build, config
+from irv2 import build, config, config_file
 from irv2.network.model import inception_resnet_v2
 from irv2.training import batch
 from irv2.training.distributed import WorldError
@@ -178,7 +178,7 @@ def test_ranks_that_cannot_share_the_batch_are_refused_as_train_py_would():
 
 
 def built(**sections: dict) -> config.Config:
-    return config.build({"data": {"train": "a", "val": "b"}, **sections})
+    return config_file.from_tree({"data": {"train": "a", "val": "b"}, **sections})
 
 
 def test_the_network_is_counted_as_it_is_known():

@@ -26,7 +26,7 @@ from data.protocols import PROTOCOLS
 from data.sources import FolderSource
 from data.transforms import EvalView, decode
 from data.workers import Workers
-from irv2 import evaluation
+from irv2 import evaluation, scoring
 from irv2.network import imagenet_names, weights
 from irv2.network.model import inception_resnet_v2
 from irv2.report import reference, result
@@ -127,7 +127,7 @@ def test_every_images_logits_are_timms(photographs, peer, tmp_path) -> None:
     network = trained.load_weights(str(path))
     asked = evaluation.prepare(network, {"val": str(photographs)}, evaluation.LabelFiles())
     batches = asked.batches(5, Workers(0), ALONE)
-    scored = list(evaluation.scored(network.model, batches, evaluation.EvalOptions()))
+    scored = list(scoring.scored(network.model, batches, scoring.EvalOptions()))
     ours = torch.cat([batch.scores for batch in scored])
     assert [index for batch in scored for index in batch.indices] == list(range(17))
     error = (ours - peer.logits).abs().amax(1) / peer.logits.abs().amax(1)
@@ -507,7 +507,7 @@ def test_mistakes_are_one_line_and_leave_no_result(
 def test_an_ensemble_is_the_mean_of_its_networks_probabilities() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 5 * torch.randn(3, 7, CLASSES, generator=generator)  # of three networks
-    ensemble, nothing = evaluation.Ensemble(), np.zeros((0, 2), np.int32)
+    ensemble, nothing = scoring.Ensemble(), np.zeros((0, 2), np.int32)
     for own in logits:
         cuts = (own[:4], own[4:])
         parts = [Scored(cut, torch.zeros(len(cut)), [], nothing) for cut in cuts]
