@@ -23,7 +23,7 @@ from data.protocols import PROTOCOLS
 from data.workers import TIMEOUT_S, Workers, worker_errors
 from irv2 import cli, evaluation, results, scoring
 from irv2.evaluation import LabelFiles
-from irv2.report import reference, result
+from irv2.report import reference
 from irv2.run import trained
 from irv2.run.trained import Trained
 from irv2.training import distributed
@@ -62,18 +62,19 @@ def validate(options: argparse.Namespace, world: World) -> None:
         with cli.progress(each.network.name, each.share(world), world) as shown:
             predictions = scoring.collect(scored, world, shown)
         scoring.check_finite(predictions, each.network.name, each.source.name)
-        outcomes.append(results.outcome(each, predictions, started, precision, references))
+        seconds = time.perf_counter() - started
+        outcomes.append(results.of_network(each, predictions, seconds, precision, references))
     if options.ensemble:
         predictions = scoring.collect(ensemble.mean(), world)
-        outcomes.append(results.ensemble_result(evaluations, outcomes, predictions, references))
+        outcomes.append(results.of_ensemble(outcomes, predictions, references))
 
     # Report
     if world.is_main:
         if options.json is not None:
             results.write_json(options.json, outcomes, options.compare)
-        print(result.in_words(outcomes, options.compare))
+        print(results.in_words(outcomes, options.compare))
         if options.report is not None:
-            results.write_pages(options.report, evaluations, outcomes)
+            results.write_pages(options.report, outcomes)
 
 
 def open_networks(options: argparse.Namespace, world: World) -> list[Trained]:

@@ -57,7 +57,7 @@ Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 PositiveChannels = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
 
 
-class Run(Section):
+class RunSection(Section):
     name: Text | None = machine(
         None, description="name of the run, that of one folder; null: the YAML file's name"
     )
@@ -249,7 +249,7 @@ class ScheduleSection(Section):
     min_lr: NonNegative = Field(0.0, description="cosine: final learning rate")
 
 
-class Loss(Section):
+class LossSection(Section):
     label_smoothing: Decay = Field(0.1, description="weight of the uniform distribution")
     aux_weight: NonNegative = Field(0.4, description="weight of the auxiliary head's loss")
     class_weights: Literal["balanced"] | None = Field(
@@ -272,7 +272,7 @@ class Eval(Section):
     batch: Positive = machine(64, description="images a device evaluates at once")
 
 
-class Checkpoint(Section):
+class CheckpointSection(Section):
     every_steps: Positive = machine(1000, description="updates between checkpoints")
     keep: Positive = machine(2, description="newest checkpoints kept")
 
@@ -285,16 +285,16 @@ class Log(Section):
 class Config(Section):
     """One training run."""
 
-    run: Run = Run()
+    run: RunSection = RunSection()
     model: Model = Model()
     data: Data
     train: Train = Train()
     optim: Optim = Optim()
     schedule: ScheduleSection = ScheduleSection()
-    loss: Loss = Loss()
+    loss: LossSection = LossSection()
     ema: Ema = Ema()
     eval: Eval = Eval()
-    checkpoint: Checkpoint = Checkpoint()
+    checkpoint: CheckpointSection = CheckpointSection()
     log: Log = Log()
 
     @model_validator(mode="after")

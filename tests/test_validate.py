@@ -26,10 +26,10 @@ from data.protocols import PROTOCOLS
 from data.sources import FolderSource
 from data.transforms import EvalView, decode
 from data.workers import Workers
-from irv2 import evaluation, scoring
+from irv2 import evaluation, results, scoring
 from irv2.network import imagenet_names, weights
 from irv2.network.model import inception_resnet_v2
-from irv2.report import reference, result
+from irv2.report import reference
 from irv2.run import checkpoint, trained
 from irv2.training.distributed import World
 from irv2.training.metrics import Predictions, Scored
@@ -556,7 +556,7 @@ def test_images_in_one_folder_are_evaluated_by_a_file_of_labels(
     assert status == 1 and "holds no class folders" in error
 
 
-def test_each_rate_is_held_against_its_own_interval() -> None:
+def test_each_rate_is_held_against_its_own_interval(photographs, small) -> None:
     rank = np.repeat([0, 3, 9], [60, 30, 10])  # 60 % and 90 %: 50.2 to 69.1 and 82.6 to 94.5
     nothing = np.zeros((100, 5))
     predictions = Predictions(
@@ -567,14 +567,13 @@ def test_each_rate_is_held_against_its_own_interval() -> None:
         reference.Reference("near", top1=62.0, top5=88.0, **facts),
         reference.Reference("far", top1=92.0, top5=65.0, **facts),
     ]
-    view = {"protocol": "slim", "image_size": 299, "eval_crop": 1, "eval_interpolation": ""}
-    outcome = result.Result(
-        "a", "raw", 1, "val", 100, None, "folders", {}, view, "fp32", predictions, 1.0, references
-    )
-    near, far = result.as_json(outcome, {})["references"]
+    network = trained.load_weights(str(small[1]))
+    asked = evaluation.prepare(network, {"val": str(photographs)}, evaluation.LabelFiles())
+    outcome = results.Result(asked, "a", "raw", 1, predictions, 1.0, "fp32", references)
+    near, far = results.as_json(outcome)["references"]
     assert (near["top1_difference"], near["top5_difference"]) == (-2, 2)
     assert (far["top1_difference"], far["top5_difference"]) == (-32, 25)
     for entry, is_within in ((near, True), (far, False)):
         assert (entry["top1_within"], entry["top5_within"]) == (is_within, is_within)
-    told = [line for name, line in result.rows(outcome) if name == "compare"]
+    told = [line for name, line in results.rows(outcome) if name == "compare"]
     assert [line.count("within the interval") for line in told] == [2, 0]
