@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 
 from data.base import Source
 from data.workers import worker_errors
-from irv2 import build, cli, config, evaluation, input_pipeline
+from irv2 import build, cli, config_file, evaluation, input_pipeline
 from irv2.config import Config
-from irv2.run import resume
+from irv2.run import directory, resume
+from irv2.run.resume import Experiment
 from irv2.run.run import Run
 from irv2.run.stopping import StopRequest
 from irv2.training import distributed, finetune, step
@@ -41,13 +44,10 @@ def train(cfg: Config, resume_from: str, world: World, stop: StopRequest) -> int
     options = build.step_options(cfg, division.accumulation, train_data, world.device)
     schedule = build.schedule(cfg, len(train_data))
 
-    # Resume: check all that could be refused before anything is written
+    # Resume or begin
     experiment = build.experiment(cfg, division, train_data)
-    with Run(cfg, experiment, schedule.total_steps, world) as run:
-        resume.restore(state, cfg.directory, resume_from, experiment, world)
-        if state.step == 0 and cfg.model.init is not None:
-            finetune.begin(state, cfg.model.init, classes, world)
-        run.begin(state, division, train_data, val_data)
+    with open_run(cfg, experiment, state, schedule.total_steps, resume_from, world) as run:
+        run.announce(state.model, division, train_data, val_data)
         network = distributed.parallel(
             state.model, cfg.train.compile, world, cfg.train.reduce_dtype
         )
@@ -98,6 +98,29 @@ def train(cfg: Config, resume_from: str, world: World, stop: StopRequest) -> int
     return 0
 
 
+@contextmanager
+def open_run(
+    cfg: Config,
+    experiment: Experiment,
+    state: TrainState,
+    total_steps: int,
+    resume_from: str,
+    world: World,
+) -> Iterator[Run]:
+    """Resume or begin a run. Nothing is written before all that could be refused has been checked;
+    a directory that exists is locked before it is read."""
+    with ExitStack() as stack:
+        is_there = cfg.directory.exists()
+        if world.is_main and is_there:
+            stack.enter_context(directory.lock(cfg.directory))
+        resume.restore(state, cfg.directory, resume_from, experiment, world)
+        if state.step == 0 and cfg.model.init is not None:
+            finetune.begin(state, cfg.model.init, experiment.classes, world)
+        if world.is_main and not is_there:
+            stack.enter_context(directory.lock(cfg.directory))
+        yield stack.enter_context(Run(cfg, experiment, state, total_steps, world))
+
+
 def evaluate(
     cfg: Config, state: TrainState, val_data: Source, run: Run, world: World, stop: StopRequest
 ) -> bool:
@@ -121,7 +144,7 @@ def evaluate(
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, epilog=config.describe())
+    parser = cli.Parser(description=__doc__, epilog=config_file.describe())
     parser.add_argument(
         "--config", type=cli.location, required=True, metavar="YAML", help="the run to train"
     )
@@ -143,7 +166,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Command line -> exit status."""
     arguments = parse_arguments()
-    cfg = config.load(arguments.config, arguments.overrides)
+    cfg = config_file.load(arguments.config, arguments.overrides)
     build.check_batch(cfg, distributed.place().size)  # before a device is touched
     with (
         StopRequest() as stop,

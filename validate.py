@@ -21,9 +21,9 @@ from typing import Any
 
 from data.protocols import PROTOCOLS
 from data.workers import TIMEOUT_S, Workers, worker_errors
-from irv2 import cli, evaluation, results
-from irv2.evaluation import Ensemble, LabelFiles
-from irv2.report import reference, result
+from irv2 import cli, evaluation, results, scoring
+from irv2.evaluation import LabelFiles
+from irv2.report import reference
 from irv2.run import trained
 from irv2.run.trained import Trained
 from irv2.training import distributed
@@ -45,35 +45,36 @@ def validate(options: argparse.Namespace, world: World) -> None:
     if options.ensemble or options.compare:
         evaluation.check_same_images(evaluations)
     if options.fast:
-        evaluation.check_compiler(world.device)
+        scoring.check_compiler(world.device)
     results.check_writable(options.json, options.report)
     evaluation.say_remarks(evaluations, world.say)
 
     # Counts: every image once, on any number of ranks
-    outcomes, ensemble = [], Ensemble()
+    outcomes, ensemble = [], scoring.Ensemble()
     precision = "fast" if options.fast else options.precision
     for each in evaluations:
         started = time.perf_counter()
-        model = evaluation.ready(each.network.model, world.device, options.fast)
+        model = scoring.ready(each.network.model, world.device, options.fast)
         batches = each.batches(options.batch, Workers(options.workers, TIMEOUT_S), world)
-        scored = evaluation.scored(model, batches, each.options(precision, options.batch, world))
+        scored = scoring.scored(model, batches, each.options(precision, options.batch, world))
         if options.ensemble:
             scored = ensemble.adding(scored)
         with cli.progress(each.network.name, each.share(world), world) as shown:
-            predictions = evaluation.collect(scored, world, shown)
-        evaluation.check_finite(predictions, each.network.name, each.source.name)
-        outcomes.append(results.outcome(each, predictions, started, precision, references))
+            predictions = scoring.collect(scored, world, shown)
+        scoring.check_finite(predictions, each.network.name, each.source.name)
+        seconds = time.perf_counter() - started
+        outcomes.append(results.of_network(each, predictions, seconds, precision, references))
     if options.ensemble:
-        predictions = evaluation.collect(ensemble.mean(), world)
-        outcomes.append(results.ensemble_result(evaluations, outcomes, predictions, references))
+        predictions = scoring.collect(ensemble.mean(), world)
+        outcomes.append(results.of_ensemble(outcomes, predictions, references))
 
     # Report
     if world.is_main:
         if options.json is not None:
             results.write_json(options.json, outcomes, options.compare)
-        print(result.in_words(outcomes, options.compare))
+        print(results.in_words(outcomes, options.compare))
         if options.report is not None:
-            results.write_pages(options.report, evaluations, outcomes)
+            results.write_pages(options.report, outcomes)
 
 
 def open_networks(options: argparse.Namespace, world: World) -> list[Trained]:

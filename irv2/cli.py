@@ -209,7 +209,7 @@ def remark(text: str) -> None:
 
 @contextmanager
 def progress(name: str, images: int, world: World) -> Iterator[Callable[[int, Collector], None]]:
-    """Show a bar on a terminal; yields the function that advances it, for `evaluation.collect`.
+    """Show a bar on a terminal; yields the function that advances it, for `scoring.collect`.
 
     It shows this rank's top-1 at most once a second, because that waits for the device.
     """

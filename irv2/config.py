@@ -1,16 +1,13 @@
-"""What a YAML file may say: the schema, its defaults and units, and errors a person can act on.
+"""The schema of a run's YAML file: every key with its type, unit, default and description.
 
-`load` reads a YAML file and `section.key=value` overrides into a `Config` before anything else
-happens; every mistake in them is reported at once. Sections speak of the experiment, with the few
-`machine` keys that only say how this machine carries it out.
+Sections speak of the experiment, with the few `machine` keys that only say how this machine carries
+it out. `config_file.load` reads a file.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import typing
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,17 +24,10 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from data.errors import UserError
-from data.names import without_secrets
 from data.paths import expanded
 from data.urls import check_url
-from irv2 import strict_yaml
 
 MAX_IMAGE_SIZE = 2048  # px, seven times the network's own
-
-
-class ConfigError(UserError):
-    """The config cannot be used; the message lists every fault, one a line."""
 
 
 class Section(BaseModel):
@@ -67,7 +57,7 @@ Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 PositiveChannels = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
 
 
-class Run(Section):
+class RunSection(Section):
     name: Text | None = machine(
         None, description="name of the run, that of one folder; null: the YAML file's name"
     )
@@ -259,7 +249,7 @@ class ScheduleSection(Section):
     min_lr: NonNegative = Field(0.0, description="cosine: final learning rate")
 
 
-class Loss(Section):
+class LossSection(Section):
     label_smoothing: Decay = Field(0.1, description="weight of the uniform distribution")
     aux_weight: NonNegative = Field(0.4, description="weight of the auxiliary head's loss")
     class_weights: Literal["balanced"] | None = Field(
@@ -282,7 +272,7 @@ class Eval(Section):
     batch: Positive = machine(64, description="images a device evaluates at once")
 
 
-class Checkpoint(Section):
+class CheckpointSection(Section):
     every_steps: Positive = machine(1000, description="updates between checkpoints")
     keep: Positive = machine(2, description="newest checkpoints kept")
 
@@ -295,49 +285,41 @@ class Log(Section):
 class Config(Section):
     """One training run."""
 
-    run: Run = Run()
+    run: RunSection = RunSection()
     model: Model = Model()
     data: Data
     train: Train = Train()
     optim: Optim = Optim()
     schedule: ScheduleSection = ScheduleSection()
-    loss: Loss = Loss()
+    loss: LossSection = LossSection()
     ema: Ema = Ema()
     eval: Eval = Eval()
-    checkpoint: Checkpoint = Checkpoint()
+    checkpoint: CheckpointSection = CheckpointSection()
     log: Log = Log()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        faults = []
-        if self.model.aux_logits and self.data.image_size < 299:
-            faults.append(
-                "model.aux_logits=true needs images of at least 299 px, "
-                f"not data.image_size={self.data.image_size}"
-            )
-        if self.model.freeze is not None and self.model.init is None:
-            faults.append(
-                f"model.freeze={self.model.freeze} keeps the weights of model.init, which must be "
-                "given, too"
-            )
-        if self.model.freeze == "backbone" and self.model.aux_logits:
-            faults.append(
-                "model.aux_logits=true has nothing to teach with model.freeze=backbone: leave out "
-                "one of them"
-            )
-        if self.train.compile and self.model.grad_checkpointing:
-            faults.append("train.compile and model.grad_checkpointing do not go together")
-        if self.schedule.warmup_epochs >= self.train.epochs:
-            faults.append(
-                f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} must be less than "
-                f"train.epochs={self.train.epochs:g}"
-            )
-        if self.schedule.min_lr > self.optim.lr:
-            faults.append(
-                f"schedule.min_lr={self.schedule.min_lr:g} exceeds optim.lr={self.optim.lr:g}"
-            )
-        if faults:
-            raise ValueError("; ".join(faults))
+        model, schedule = self.model, self.schedule
+        faults = {
+            "model.aux_logits=true needs images of at least 299 px, "
+            f"not data.image_size={self.data.image_size}": (
+                model.aux_logits and self.data.image_size < 299
+            ),
+            f"model.freeze={model.freeze} keeps the weights of model.init, which must be given, "
+            "too": model.freeze is not None and model.init is None,
+            "model.aux_logits=true has nothing to teach with model.freeze=backbone: leave out one "
+            "of them": model.freeze == "backbone" and model.aux_logits,
+            "train.compile and model.grad_checkpointing do not go together": (
+                self.train.compile and model.grad_checkpointing
+            ),
+            f"schedule.warmup_epochs={schedule.warmup_epochs:g} must be less than "
+            f"train.epochs={self.train.epochs:g}": schedule.warmup_epochs >= self.train.epochs,
+            f"schedule.min_lr={schedule.min_lr:g} exceeds optim.lr={self.optim.lr:g}": (
+                schedule.min_lr > self.optim.lr
+            ),
+        }
+        if any(faults.values()):
+            raise ValueError("; ".join(fault for fault, is_there in faults.items() if is_there))
         return self
 
     @property
@@ -346,119 +328,12 @@ class Config(Section):
         return Path(self.run.dir or f"runs/{self.run.name}")
 
 
-# ---------------------------------------------------------------------------------- reading
-
-
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """YAML file + "section.key=value" overrides -> Config. Raises ConfigError with every fault."""
-    path = Path(path)
-    try:
-        tree = strict_yaml.load(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold sections such as data: and train:")
-    # A section whose lines are all commented out is null in YAML: as good as left out.
-    tree = {key: {} if value is None else value for key, value in tree.items()}
-    for override in overrides:
-        _apply(tree, override)
-    return build(tree, default_name=path.stem)
-
-
-def build(tree: dict[str, Any], default_name: str = "run") -> Config:
-    """Nested dict -> Config. Raises ConfigError with every fault."""
-    # Empty sections stand in for absent ones, so that required keys are asked for by name.
-    tree = {section: {} for section in Config.model_fields} | tree
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(*map(_explain, error.errors())) from None
-    if config.run.name is None:
-        run = config.run.model_copy(update={"name": default_name})
-        config = config.model_copy(update={"run": run})
-    return config
-
-
-def _apply(tree: dict, override: str) -> None:
-    key, equals, value = override.partition("=")
-    section, dot, name = key.partition(".")
-    if not (equals and dot and section and name) or "://" in key:
-        told = without_secrets(override)
-        raise ConfigError(f"{told}: an override is written section.key=value")
-    entries = tree.setdefault(section, {})
-    if not isinstance(entries, dict):
-        raise ConfigError(f"{section}: must be a section of key: value lines")
-    try:
-        entries[name] = strict_yaml.parse(value)
-    except ValueError as error:
-        raise ConfigError(f"{without_secrets(override)}: {error}") from None
-
-
-def _explain(fault: Any) -> str:
-    """One pydantic fault -> key, value, reason and, for an unknown name, the nearest valid one."""
-    key = ".".join(str(part) for part in fault["loc"])
-    value = without_secrets(repr(fault["input"]))
-    told = f"{key}={value if len(value) <= 100 else value[:99] + '…'}"
-    if fault["type"] == "missing":
-        return f"{key}: must be given (in the YAML, or as {key}=… on the command line)"
-    if fault["type"] == "extra_forbidden":
-        return f"{told}: unknown key; {_nearest(*fault['loc'])}"
-    if fault["type"] == "value_error":
-        return f"{told}: {fault['ctx']['error']}" if key else str(fault["ctx"]["error"])
-    return f"{told}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
-
-
-def _nearest(section: str, name: str | None = None) -> str:
-    """Words that lead from an unknown section, or an unknown key of a known one, to what was meant.
-
-    The reader may have written a key outside of its section, or in another one.
-    """
-    keys = [known for known, _, _ in fields()]
-    close = [key for key in keys if key.partition(".")[2] == (section if name is None else name)]
-    if name is not None:
-        close = close or difflib.get_close_matches(f"{section}.{name}".lower(), keys, 1, 0.75)
-        own = [key.partition(".")[2] for key in keys if key.startswith(f"{section}.")]
-        known = f"keys of {section}: {', '.join(own)}"
-    elif section in keys or close:
-        home, _, inner = (close or [section])[0].partition(".")
-        return f"write it as {home}: {{{inner}: …}}"
-    else:
-        close = difflib.get_close_matches(section.lower(), Config.model_fields, 1)
-        known = f"sections: {', '.join(Config.model_fields)}"
-    return f"did you mean {close[0]}? {known}" if close else known
-
-
-# ---------------------------------------------------------------------------------- describing
-
-
-def _infos() -> Iterator[tuple[str, FieldInfo]]:
-    """(key, what is said of it) of every key, in order."""
-    for section, info in Config.model_fields.items():
-        for name, field in typing.cast(type[Section], info.annotation).model_fields.items():
-            yield f"{section}.{name}", field
-
-
-MACHINE_KEYS = frozenset(key for key, info in _infos() if info.json_schema_extra is _mark)
-
-
-def fields() -> Iterator[tuple[str, Any, str]]:
-    """(key, default, description) of every key, in order; a required key's default is Ellipsis."""
-    for key, info in _infos():
-        yield key, ... if info.is_required() else info.default, info.description or ""
-
-
-def describe() -> str:
-    """The table of keys that `train.py --help` prints."""
-    lines = ["keys (default) of the YAML file, also given as section.key=value:"]
-    for key, default, description in fields():
-        shown = "required" if default is ... else json.dumps(default)
-        lines.append(f"  {key} ({shown})\n      {description}")
-    return "\n".join(lines)
+FIELDS: dict[str, FieldInfo] = {
+    f"{section}.{name}": field
+    for section, info in Config.model_fields.items()
+    for name, field in typing.cast(type[Section], info.annotation).model_fields.items()
+}
+MACHINE_KEYS = frozenset(key for key, info in FIELDS.items() if info.json_schema_extra is _mark)
 
 
 def json_schema() -> str:

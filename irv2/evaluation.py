@@ -1,12 +1,9 @@
-"""Evaluations: a network, its images with their right answers, and its scores."""
+"""Evaluations: a network, its images and their right answers; those of a run in training."""
 
 from __future__ import annotations
 
-import math
-import os
-import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import label_sets, sources, stream, user_cache
+from data import label_sets, sources, stream
 from data.base import Source
-from data.errors import DataError, UserError
+from data.errors import DataError
 from data.label_files import LabelledFolder
 from data.label_sets import LabelSet
 from data.loader import Batch
@@ -25,22 +22,19 @@ from data.names import are_same, shown
 from data.protocols import PROTOCOLS
 from data.shards.disk_cache import CacheError
 from data.workers import Workers
-from irv2 import input_pipeline
+from irv2 import input_pipeline, scoring
 from irv2.config import Config, Data
-from irv2.network.accelerate import fold_batch_norm
 from irv2.report import figures
 from irv2.report.statistics import Interval, wilson
 from irv2.run import trained
 from irv2.run.logbook import Logbook
 from irv2.run.stopping import Stopped, StopRequest, until_stopped
 from irv2.run.trained import Trained
-from irv2.training.distributed import World, WorldError
-from irv2.training.metrics import Collector, Predictions, Scored
-from irv2.training.step import PRECISIONS
+from irv2.scoring import EvalOptions
+from irv2.training.distributed import World
+from irv2.training.metrics import Predictions
 
 MANY_IMAGES = 1000  # of which the 95 % interval is 6 % wide at most, and is not shown in training
-
-# ------------------------------------------------------------------------ what is evaluated
 
 
 class LabelFiles(NamedTuple):
@@ -155,15 +149,6 @@ def _open(images: str, data: Data) -> Source:
         return input_pipeline.open_source(images, data.model_copy(update={"cache_dir": None}))
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raise WorldError where torch.compile would find no compiler."""
-    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise WorldError(
-            "--fast compiles the network, and there is no C++ compiler (g++) here; "
-            "use --precision bf16"
-        )
-
-
 def check_same_images(evaluations: list[Evaluation]) -> None:
     """Raise DataError unless all networks have the same images and classes."""
     first = evaluations[0]
@@ -205,116 +190,6 @@ def _order(each: Evaluation) -> list[str]:
     ]
 
 
-# ------------------------------------------------------------------------ scores
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """Options of a network's forward passes in an evaluation."""
-
-    precision: str = "fp32"
-    mirrored: bool = False  # show each view also mirrored left to right
-    competing: Tensor | None = None  # bool [C], the classes that may be answers; None: all
-    at_once: int | None = None  # most views in one forward
-
-
-def ready(model: nn.Module, device: torch.device, fast: bool = False) -> nn.Module:
-    """Prepare the network for an evaluation; fast: fold batch norm, and compile."""
-    model = fold_batch_norm(model) if fast else model
-    model = model.to(device, memory_format=torch.channels_last)
-    if not fast:
-        return model
-    user_cache.give_inductor_its_own()
-    return torch.compile(model)
-
-
-def scored(
-    model: nn.Module, batches: Iterable[tuple[Batch, Tensor]], options: EvalOptions
-) -> Iterator[Scored]:
-    """Yield the scores of batches, with their right answers.
-
-    Scores are the logits of a single view, or the logarithm of the mean softmax of several; -inf
-    for classes that do not compete; NaN, which is counted wrong, where a logit is not finite.
-    """
-    model.eval()
-    for batch, answers in batches:
-        with torch.inference_mode():
-            scores = _scores(model, batch.images, len(batch.keys), options)
-            if options.competing is not None:
-                scores = scores.masked_fill(~options.competing, -float("inf"))
-        yield Scored(scores, answers, [index for _, index in batch.keys], batch.sizes)
-
-
-def _scores(model: nn.Module, views: Tensor, images: int, options: EvalOptions) -> Tensor:
-    """Return one row of scores per image, NaN where a logit is not finite."""
-    dtype = PRECISIONS[options.precision]
-    with torch.autocast(views.device.type, dtype, enabled=dtype is not None):
-        parts = views.split(options.at_once or len(views))
-        logits = [torch.cat([model(part) for part in parts])]
-        if options.mirrored:
-            logits.append(torch.cat([model(part.flip(3)) for part in parts]))
-    each = torch.cat([part.view(images, -1, part.shape[1]) for part in logits], 1).float()
-    is_sound = each.isfinite().all(2, keepdim=True).all(1, keepdim=True)
-    each = each.where(is_sound, float("nan"))
-    count = each.shape[1]  # of views of an image
-    return each[:, 0] if count == 1 else each.log_softmax(2).logsumexp(1) - math.log(count)
-
-
-def collect(
-    batches: Iterable[Scored],
-    world: World,
-    on_batch: Callable[[int, Collector], None] = lambda images, collected: None,
-) -> Predictions:
-    """Collect the predictions of all ranks, each image counted once.
-
-    on_batch: called with the number of images of each finished batch of this rank, and what has
-    been collected so far.
-    """
-    collected = Collector()
-    for batch in batches:
-        collected.add(batch)
-        on_batch(len(batch.indices), collected)
-    return Predictions.merged(world.gather(collected.predictions()))
-
-
-class ScoreError(UserError):
-    """A network whose scores are not finite, so that its counts mean nothing."""
-
-
-def check_finite(predictions: Predictions, network: str, image_name: Callable[[int], str]) -> None:
-    """Raise ScoreError, naming the first image, if scores were not finite."""
-    if len(unscored := predictions.unscored):
-        raise ScoreError(
-            f"{network}: its scores of {len(unscored):,} of {predictions.images:,} images are not "
-            f"finite, first of {image_name(unscored[0])}; such a network cannot be evaluated"
-        )
-
-
-class Ensemble:
-    """The mean of several networks' probabilities on the same images."""
-
-    def __init__(self) -> None:
-        self._networks = 0
-        self._sums: list[Scored] = []  # logarithms of sums of probabilities, batch by batch
-
-    def adding(self, batches: Iterable[Scored]) -> Iterator[Scored]:
-        """Yield the batches of one network, adding up their probabilities."""
-        self._networks += 1
-        for number, batch in enumerate(batches):
-            logarithms = batch.scores.float().log_softmax(1).cpu()
-            if number == len(self._sums):
-                self._sums.append(batch._replace(scores=logarithms, answers=batch.answers.cpu()))
-            else:
-                total = torch.logaddexp(self._sums[number].scores, logarithms)
-                self._sums[number] = self._sums[number]._replace(scores=total)
-            yield batch
-
-    def mean(self) -> Iterator[Scored]:
-        """Yield logarithms of the mean probabilities, which rank like scores."""
-        for batch in self._sums:
-            yield batch._replace(scores=batch.scores - math.log(self._networks))
-
-
 # ------------------------------------------------------------------------ in training
 
 
@@ -335,8 +210,8 @@ def predict(
     batches = until_stopped(batches, rounds, lambda: world.any(stop.signal is not None))
     with_answers = ((batch, batch.labels) for batch in batches)
     try:
-        return collect(
-            scored(model, with_answers, EvalOptions(cfg.train.precision)),
+        return scoring.collect(
+            scoring.scored(model, with_answers, EvalOptions(cfg.train.precision)),
             world,
             lambda images, _: bar.update(images * world.size),
         )

@@ -25,7 +25,7 @@ INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 EXTRA = "metadata.json"  # of torch.export
 TIMM = "inception_resnet_v2"
 
-Run = Callable[[Tensor], Tensor]  # float32 [B, 3, size, size], normalised -> logits [B, C]
+Forward = Callable[[Tensor], Tensor]  # float32 [B, 3, size, size], normalised -> logits [B, C]
 
 
 class ExportError(UserError):
@@ -53,7 +53,7 @@ def write_safetensors(network: Trained, folded: bool, path: Path) -> None:
     weights.write(path, network.model.state_dict(), metadata(network))
 
 
-def run_safetensors(path: Path, network: Trained) -> Run:
+def run_safetensors(path: Path, network: Trained) -> Forward:
     return trained.load_weights(str(path)).model.eval()
 
 
@@ -101,7 +101,7 @@ def timm_config(network: Trained) -> dict[str, Any]:
     return content
 
 
-def run_timm(path: Path, network: Trained) -> Run:
+def run_timm(path: Path, network: Trained) -> Forward:
     outputs = network.model.num_classes
     file = str(path / "model.safetensors")
     return timm.create_model(TIMM, num_classes=outputs, checkpoint_path=file).eval()
@@ -124,7 +124,7 @@ def write_torch_export(network: Trained, folded: bool, path: Path) -> None:
     path.write_bytes(content.getbuffer())
 
 
-def run_torch_export(path: Path, network: Trained) -> Run:
+def run_torch_export(path: Path, network: Trained) -> Forward:
     return torch.export.load(path).module()
 
 
@@ -147,7 +147,7 @@ def write_onnx(network: Trained, folded: bool, path: Path) -> None:
     program.save(path, external_data=False)  # one file: 220 MB are well below ONNX's 2 GB
 
 
-def run_onnx(path: Path, network: Trained) -> Run:
+def run_onnx(path: Path, network: Trained) -> Forward:
     import onnx
     import onnxruntime
 
@@ -169,7 +169,7 @@ class Format(NamedTuple):
 
     suffix: str
     write: Callable[[Trained, bool, Path], None]  # network, batch norm folded?, path
-    run: Callable[[Path, Trained], Run]
+    run: Callable[[Path, Trained], Forward]
     runtime: str
     tolerance: float
     may_fold: bool = False  # batch norm can be folded, which makes it no state dict of timm's

@@ -22,7 +22,7 @@ from data.shards.remote import Storage
 from data.stream import Stream
 from data.to_input import ToInput
 from data.workers import Workers
-from irv2.config import Config, Data, Run
+from irv2.config import Config, Data, RunSection
 from irv2.training.distributed import World
 
 
@@ -34,7 +34,7 @@ def open_sources(cfg: Config) -> tuple[Source, Source]:
     return train, check_sources(cfg, train, val)
 
 
-def open_source(spec: str, data: Data, timeout_s: float = Run().timeout_s) -> Source:
+def open_source(spec: str, data: Data, timeout_s: float = RunSection().timeout_s) -> Source:
     """Open images; those of an object store with the cache of `data`. Raises DataError.
 
     timeout_s: how long the loader will wait for an image.

@@ -1,12 +1,13 @@
-"""Results of evaluations, beside published ones: as lines, JSON and pages."""
+"""Results of evaluations, beside published ones: as lines for people, as JSON and as pages."""
 
 from __future__ import annotations
 
 import json
+import math
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,90 +19,238 @@ from data.files import write_atomically
 from data.names import in_order, shown
 from irv2.evaluation import Evaluation
 from irv2.network import imagenet_names
-from irv2.report import evaluations as pages
-from irv2.report import reference, result
-from irv2.report.reference import Reference
-from irv2.report.result import Result
+from irv2.report import evaluations, reference
+from irv2.report.evaluations import Content
+from irv2.report.reference import Reference, distance
+from irv2.report.statistics import Interval, mcnemar, wilson
 from irv2.run import directory, jsonl
 from irv2.training.metrics import Predictions
 
+Rows = list[tuple[str, str]]
+VIEW = ("image_size", "eval_crop", "eval_interpolation", "mean", "std")  # keys of section "data"
+HALVES = [0.5, 0.5, 0.5]  # the published networks' mean and deviation, which go without saying
+BESIDE_TABLE = ("images", "labels", "view", "compare")  # rows that its columns do not hold
+LABELS = {
+    "folders": "class folders, by name",
+    "labels": "of each image, by name",
+    "order": "class folders in their order, as the network does not name its classes",
+    "natural order": "class folders in natural order, as the network does not name its classes",
+    "numbered": "class folders, numbers of outputs",
+    "class index": "class folders, among whose classes alone it chooses",
+    "real": "ReaL, any of several",
+}  # kinds of label sets
 
-def outcome(
-    each: Evaluation,
+
+@dataclass(frozen=True)
+class Result:
+    """Outcome of an evaluation, or of an ensemble on the images of its first network's."""
+
+    evaluation: Evaluation
+    name: str  # of the weights
+    which: str  # "ema", "raw", "as published"; "mean softmax" of an ensemble
+    step: int | None
+    predictions: Predictions
+    seconds: float
+    precision: str
+    references: list[Reference]  # published results on the same images
+
+    @property
+    def view(self) -> dict[str, Any]:
+        """How the images were seen: the protocol and the keys of VIEW."""
+        return _view(self.evaluation)
+
+    @property
+    def selection(self) -> dict[str, str]:
+        """Files and orders that say which images count or what is right, by option."""
+        return {key: str(value) for key, value in self.evaluation.files._asdict().items() if value}
+
+    @property
+    def rates(self) -> dict[str, tuple[int, float, Interval]]:
+        """Correct images, percent and its 95 % interval, of "top1" and "top5"."""
+        p = self.predictions
+        return {
+            "top1": (p.top1_correct, p.top1, wilson(p.top1_correct, p.images)),
+            "top5": (p.top5_correct, p.top5, wilson(p.top5_correct, p.images)),
+        }
+
+
+def of_network(
+    evaluation: Evaluation,
     predictions: Predictions,
-    started: float,
+    seconds: float,
     precision: str,
     references: list[Reference],
 ) -> Result:
-    """Result of one network, beside published results on the same images.
-
-    started: when the evaluation began, by time.perf_counter().
-    """
-    network, labels = each.network, each.labels
-    return Result(
-        name=network.name,
-        which=network.which,
-        step=network.step,
-        data=each.images,
-        images_in_data=len(each.source),
-        resized_to=each.source.resized_to,
-        labels=labels.name,
-        selection={option: str(path) for option, path in each.files._asdict().items() if path},
-        view=_view(each),
-        precision=precision,
-        predictions=predictions,
-        seconds=time.perf_counter() - started,
-        references=_published(each, predictions, references, networks=1),
-        paired=_paired(each),
-    )
+    """Result of one network, beside published results on the same images."""
+    network = evaluation.network
+    published = _published(evaluation, predictions, references, networks=1)
+    about = (network.name, network.which, network.step)
+    return Result(evaluation, *about, predictions, seconds, precision, published)
 
 
-def _paired(each: Evaluation) -> str:
-    """How many class folders stand for how many outputs, and the first and last of them."""
-    folders, outputs = each.source.classes, each.network.model.num_classes
-    noun = "folders" if each.files.labels is None else "classes"
-    ordered = [folders[place] for place in each.labels.outputs.argsort()]
-    return f"{len(folders):,} {noun} for {outputs:,} outputs: {in_order(ordered)}"
-
-
-def ensemble_result(
-    evaluations: list[Evaluation],
-    results: list[Result],
-    predictions: Predictions,
-    references: list[Reference],
+def of_ensemble(
+    results: list[Result], predictions: Predictions, references: list[Reference]
 ) -> Result:
-    """Result of the mean of the networks' probabilities."""
+    """Result of the mean of several networks' probabilities."""
+    first, count = results[0], len(results)
     return replace(
-        results[0],
-        name=f"ensemble of {len(evaluations)}",
+        first,
+        name=f"ensemble of {count}",
         which="mean softmax",
         step=None,
         predictions=predictions,
         seconds=sum(each.seconds for each in results),
-        references=_published(evaluations[0], predictions, references, networks=len(evaluations)),
+        references=_published(first.evaluation, predictions, references, networks=count),
     )
 
 
-def _view(each: Evaluation) -> dict[str, Any]:
-    keys = ("image_size", "eval_crop", "eval_interpolation", "mean", "std")
-    return {"protocol": each.protocol, **{key: getattr(each.data, key) for key in keys}}
+def _view(evaluation: Evaluation) -> dict[str, Any]:
+    keys = {key: getattr(evaluation.data, key) for key in VIEW}
+    return {"protocol": evaluation.protocol, **keys}
 
 
 def _published(
-    each: Evaluation, predictions: Predictions, references: list[Reference], networks: int
+    evaluation: Evaluation, predictions: Predictions, references: list[Reference], networks: int
 ) -> list[Reference]:
     """Published results on the same images, labels and protocol."""
-    labels = each.labels
-    if each.network.classes != imagenet_names.synsets() or labels.competing is not None:
+    labels = evaluation.labels
+    if evaluation.network.classes != imagenet_names.synsets() or labels.competing is not None:
         return []
     kind = {"folders": "imagenet", "numbered": "imagenetv2"}.get(labels.name, labels.name)
-    view = {key: value for key, value in _view(each).items() if key in Reference._fields}
+    view = {key: value for key, value in _view(evaluation).items() if key in Reference._fields}
     return reference.matching(
         references, labels=kind, images=predictions.images, ensemble=networks, **view
     )
 
 
-# ------------------------------------------------------------------------ writing
+# ------------------------------------------------------------------------ lines
+
+
+def in_words(results: list[Result], compare: bool = False) -> str:
+    """Format one result as lines, several side by side; with `compare` also each pair."""
+    text = _lines(rows(results[0])) if len(results) == 1 else _side_by_side(results)
+    pairs = comparisons(results) if compare else []
+    return "\n".join([text, *map(_compared, pairs)])
+
+
+def rows(result: Result) -> Rows:
+    """Describe a result in (name, value) rows."""
+    predictions, source = result.predictions, result.evaluation.source
+    images = f"{predictions.images:,} of {result.evaluation.images}"
+    if predictions.images < len(source):
+        images += f" ({len(source) - predictions.images:,} left out)"
+    if source.resized_to is not None:
+        images += f", scaled down to a shorter side of {source.resized_to} px"
+    return [
+        ("weights", f"{result.name} ({result.which})"),
+        ("images", images),
+        ("labels", _labels(result)),
+        ("view", _view_in_words(result)),
+        ("top-1", _rate(*result.rates["top1"])),
+        ("top-5", _rate(*result.rates["top5"])),
+        ("classes", f"{predictions.mean_per_class:.3f} % top-1, mean over classes"),
+        ("loss", f"{predictions.mean_loss:.4f}"),
+        ("time", f"{result.seconds:.1f} s, {predictions.images / result.seconds:.0f} images/s"),
+        *[("compare", line) for line in _beside_published(result)],
+    ]
+
+
+def _labels(result: Result) -> str:
+    """Kind of the labels, the files that changed them, and which class folder is which output."""
+    evaluation = result.evaluation
+    kind, noun = evaluation.labels.name, "folders"
+    if evaluation.files.labels is not None:
+        kind, noun = kind.replace("folders", "labels"), "classes"
+    files = [f"--{option.replace('_', '-')} {path}" for option, path in result.selection.items()]
+    folders, outputs = evaluation.source.classes, evaluation.network.model.num_classes
+    ordered = in_order([folders[place] for place in evaluation.labels.outputs.argsort()])
+    return "; ".join(
+        [LABELS[kind], *files, f"{len(folders):,} {noun} for {outputs:,} outputs: {ordered}"]
+    )
+
+
+def _view_in_words(result: Result) -> str:
+    view = result.view
+    text = f"{view['protocol']}, {view['image_size']} px"
+    if view["protocol"] in ("timm", "flip"):
+        text += f", crop {view['eval_crop']:g}, {view['eval_interpolation']}"
+    for key in ("mean", "std"):
+        if view[key] != HALVES:
+            text += f", {key} {' '.join(f'{value:g}' for value in view[key])}"
+    return text + ("" if result.precision == "fp32" else f"; {result.precision}")
+
+
+def _rate(correct: int, percent: float, interval: Interval) -> str:
+    between = f"95 % interval {interval.low:.2f} to {interval.high:.2f}"
+    return f"{percent:.3f} %  ({correct:,} correct; {between})"
+
+
+def _beside_published(result: Result) -> list[str]:
+    """Lines on the result's distance from each published one, in images."""
+    lines = []
+    for published in result.references:
+        parts = []
+        for key, (correct, _, interval) in result.rates.items():
+            percent = getattr(published, key)
+            here = distance(correct, result.predictions.images, interval, percent)
+            name, where = key.replace("top", "top-"), "within" if here.within else "outside"
+            parts.append(f"{name} {percent:g} %: {here.images:+,} images, {where} the interval")
+        lines.append(f"{published.name}: {'; '.join(parts)} [{published.source}]")
+    return lines
+
+
+def _lines(pairs: Rows) -> str:
+    """Format (name, value) rows as text."""
+    return "\n".join(f"{name:<8} {shown(value)}" for name, value in pairs)
+
+
+def _side_by_side(results: list[Result]) -> str:
+    """Format several results: rows that they share, a table, and the rows of each alone."""
+    every = [[row for row in rows(result) if row[0] in BESIDE_TABLE] for result in results]
+    shared = [row for row in every[0] if all(row in each for each in every)]
+    own = [
+        (row[0], f"{result.name}: {row[1]}")
+        for result, each in zip(results, every)
+        for row in each
+        if row not in shared
+    ]
+    return "\n\n".join(part for part in (_lines(shared), _table(results), _lines(own)) if part)
+
+
+def _table(results: list[Result]) -> str:
+    """Format several results, a line each."""
+    names = [shown(f"{result.name} ({result.which})") for result in results]
+    width = max(len("weights"), *map(len, names))
+    lines = [
+        f"{'weights':<{width}}  {'top-1':>8}  {'95 % interval':>16}  {'top-5':>8}  {'loss':>7}"
+    ]
+    for name, result in zip(names, results):
+        _, top1, (low, high) = result.rates["top1"]
+        between, top5 = f"{low:.2f} to {high:.2f}", result.predictions.top5
+        loss = result.predictions.mean_loss
+        lines.append(f"{name:<{width}}  {top1:8.3f}  {between:>16}  {top5:8.3f}  {loss:7.4f}")
+    return "\n".join(lines)
+
+
+def comparisons(results: list[Result]) -> list[dict[str, Any]]:
+    """McNemar's test of each pair, on the same images."""
+    pairs = []
+    for first, second in combinations(results, 2):
+        paired = mcnemar(*(each.predictions.rank < 1 for each in (first, second)))
+        pairs.append({"first": first.name, "second": second.name, **paired._asdict()})
+    return pairs
+
+
+def _compared(comparison: dict[str, Any]) -> str:
+    """Format a comparison as a line."""
+    return shown(
+        f"{comparison['first']} against {comparison['second']}: right where the other is wrong on "
+        f"{comparison['only_first']:,} and {comparison['only_second']:,} images, "
+        f"McNemar's p = {comparison['p_value']:.3g}"
+    )
+
+
+# ------------------------------------------------------------------------ files
 
 
 def check_writable(json_path: Path | None, report: Path | None) -> None:
@@ -121,32 +270,66 @@ def check_writable(json_path: Path | None, report: Path | None) -> None:
 
 def write_json(path: Path, results: list[Result], compare: bool) -> None:
     """Write results, and with `compare` McNemar's test of each pair, as JSON."""
-    content = [result.as_json(each, directory.software()) for each in results]
+    content = list(map(as_json, results))
     several = {
         "results": content,
-        "comparisons": result.comparisons(results) if compare else [],
+        "comparisons": comparisons(results) if compare else [],
     }
     written = content[0] if len(content) == 1 else several
     text = json.dumps(written, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def write_pages(folder: Path, evaluations: list[Evaluation], results: list[Result]) -> None:
+def as_json(result: Result) -> dict[str, Any]:
+    """Everything about a result, for programs."""
+    predictions, evaluation = result.predictions, result.evaluation
+    published = []
+    for entry in (each._asdict() for each in result.references):
+        for key, (correct, _, interval) in result.rates.items():
+            here = distance(correct, predictions.images, interval, entry[key])
+            entry |= {f"{key}_difference": here.images, f"{key}_within": here.within}
+        published.append(entry)
+    (top1_correct, top1, top1_interval), (top5_correct, top5, top5_interval) = result.rates.values()
+    return {
+        "top1": top1,
+        "top5": top5,
+        "top1_interval": list(top1_interval),
+        "top5_interval": list(top5_interval),
+        "top1_correct": top1_correct,
+        "top5_correct": top5_correct,
+        "images": predictions.images,
+        "mean_per_class": predictions.mean_per_class,
+        "loss": predictions.mean_loss if math.isfinite(predictions.mean_loss) else None,
+        "weights": result.which,
+        "step": result.step,
+        "source": result.name,
+        "data": evaluation.images,
+        "labels": evaluation.labels.name,
+        "selection": result.selection,
+        "resized_to": evaluation.source.resized_to,
+        **result.view,
+        "precision": result.precision,
+        "references": published,
+        "software": directory.software(),
+    }
+
+
+def write_pages(folder: Path, results: list[Result]) -> None:
     """Write the page of each result, in folders 1, 2, … where there are several."""
-    for number, each in enumerate(results):
-        evaluation = evaluations[min(number, len(evaluations) - 1)]  # the ensemble's come last
-        place = folder if len(results) == 1 else folder / str(number + 1)
-        page = pages.Evaluation(
-            title=f"{each.name} ({each.which})",
-            facts=result.rows(each),
-            predictions=each.predictions,
+    for number, result in enumerate(results, 1):
+        place = folder if len(results) == 1 else folder / str(number)
+        evaluation = result.evaluation
+        content = Content(
+            title=f"{result.name} ({result.which})",
+            facts=rows(result),
+            predictions=result.predictions,
             classes=evaluation.classes,
             names=imagenet_names.in_words(evaluation.classes),
             image_name=evaluation.source.name,
             thumbnail=_thumbnails(evaluation.source),
-            log=[] if each.step is None else log_beside(evaluation.network.name),
+            log=[] if result.step is None else log_beside(evaluation.network.name),
         )
-        pages.write(place, page)
+        evaluations.write(place, content)
         print(shown(f"report   {place / 'index.html'}"))
 
 

@@ -26,8 +26,8 @@ from data.errors import DataError
 from data.files import write_atomically
 from data.names import shown
 from data.optional import needed
-from irv2 import build, cli, config
-from irv2.config import ConfigError
+from irv2 import build, cli, config_file
+from irv2.config_file import ConfigError
 from irv2.training import batch, distributed
 from irv2.training.distributed import Place, WorldError
 from scripts.checks import images, machine
@@ -38,7 +38,7 @@ def check_config(case: Case) -> Iterator[Finding]:
     """Check the config, its batch and its device; sets `case.cfg` and `case.division`."""
     request = case.request
     try:
-        case.cfg = config.load(request.config, request.overrides)
+        case.cfg = config_file.load(request.config, request.overrides)
         train = case.cfg.train
         device = distributed.choose_device(case.cfg.run.device)
         micro_batch = train.micro_batch

@@ -40,7 +40,7 @@ from data import loader, pictures, sources, transforms
 from data.errors import DataError
 from data.to_input import ToInput
 from irv2 import cli, formats, input_pipeline
-from irv2.formats import FORMATS, ExportError, Run
+from irv2.formats import FORMATS, ExportError, Forward
 from irv2.run.trained import Trained
 
 BATCHES = (1, 3)
@@ -111,7 +111,7 @@ def files_of(path: Path) -> list[Path]:
 # ------------------------------------------------------------------------- the check
 
 
-def largest_difference(run: Run, images: Tensor, expected: Tensor) -> float:
+def largest_difference(run: Forward, images: Tensor, expected: Tensor) -> float:
     """Largest difference of a logit from `expected`, as a share of the largest of these."""
     with torch.inference_mode():
         logits = torch.cat([run(part) for part in images.split(BATCHES)])

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.errors import UserError
 from data.files import write_atomically
-from irv2 import build, cli, config
+from irv2 import build, cli, config_file
 from irv2.cli import positive
 from irv2.config import Config, Model
 from irv2.network.memory import Sizes
@@ -38,7 +38,7 @@ from irv2.report import markdown
 from irv2.training.schedule import total_steps
 from scripts.planning import devices, prediction, steptime
 from scripts.planning.devices import Device, Figure, Link, Table
-from scripts.planning.prediction import Run
+from scripts.planning.prediction import Workload
 from scripts.planning.steptime import Cluster, Gradients, Step
 
 IMAGENET, CLASSES = 1_281_167, 1000
@@ -99,14 +99,15 @@ def batch_in_words(rows: list[dict[str, Any]], lr: float) -> str:
     return "\n".join([*ends, f"The rate, optim.lr={lr:g}, belongs to these images, not to ranks."])
 
 
-def limits(run: Run, steps: dict[int, Step], refused: list[int]) -> list[str]:
+def limits(workload: Workload, steps: dict[int, Step], refused: list[int]) -> list[str]:
     """Describe where the global batch stops scaling, and why."""
     most = {share: prediction.most_ranks(steps, share) for share in (0.8, 0.5)}
     reached = ", ".join(
-        f"{ranks} ranks ({run.global_batch // ranks} images each) at {share:.0%} efficiency or more"
+        f"{ranks} ranks ({workload.global_batch // ranks} images each) at {share:.0%} efficiency "
+        "or more"
         for share, ranks in most.items()
     )
-    lines = [f"A global batch of {run.global_batch} scales up to {reached}."]
+    lines = [f"A global batch of {workload.global_batch} scales up to {reached}."]
     if refused:
         lines.append(
             f"No row for {', '.join(map(str, refused))}: so many ranks have no equal micro-batches "
@@ -153,7 +154,7 @@ def origins(device: Device, inside: Link, between: Link, table: Table) -> str:
 
 def plan(arguments: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
     """The text of a plan, and its rows. Raises ConfigError, UserError or WorldError."""
-    cfg = config.load(arguments.config, arguments.overrides)
+    cfg = config_file.load(arguments.config, arguments.overrides)
     if cfg.train.micro_batch == "auto":
         raise UserError(
             "train.micro_batch=auto is found on the device itself, which a plan has not at hand: "
@@ -170,7 +171,7 @@ def plan(arguments: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
         arguments.gpus_per_node,
     )
     sizes, train = build.memory_sizes(cfg, arguments.classes), cfg.train
-    run = Run(
+    workload = Workload(
         total_steps(arguments.images, train.epochs, train.global_batch, train.max_steps),
         train.global_batch,
         train.micro_batch,
@@ -179,19 +180,19 @@ def plan(arguments: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
         table.images.per_core_per_s.value,
         device.price_per_hour and device.price_per_hour.value,
     )
-    steps = prediction.every_step(run, cluster, RANKS[-1])
+    steps = prediction.every_step(workload, cluster, RANKS[-1])
     asked = [arguments.gpus] if arguments.gpus else [n for n in RANKS if n in steps]
     refused = [] if arguments.gpus else [n for n in RANKS if n not in steps]
-    rows = [prediction.predict(run, cluster, ranks) for ranks in asked]
+    rows = [prediction.predict(workload, cluster, ranks) for ranks in asked]
     parts = [
         f"{cfg.run.name}: {train.epochs:g} epochs of {arguments.images:,} images, "
-        f"{cfg.data.image_size} px, global batch {train.global_batch}: {run.steps:,} steps. "
-        f"{sizes.trainable // 4:,} parameters trained: {run.gradients.size / 1e6:.0f} MB of "
-        f"gradients in {run.gradients.messages} messages ({train.reduce_dtype}); a checkpoint has "
-        f"{sizes.checkpoint / 1e6:.0f} MB.",
+        f"{cfg.data.image_size} px, global batch {train.global_batch}: {workload.steps:,} steps. "
+        f"{sizes.trainable // 4:,} parameters trained: {workload.gradients.size / 1e6:.0f} MB of "
+        f"gradients in {workload.gradients.messages} messages ({train.reduce_dtype}); a checkpoint "
+        f"has {sizes.checkpoint / 1e6:.0f} MB.",
         markdown.table(COLUMNS, map(cells, rows)),
         batch_in_words(rows, cfg.optim.lr),
-        "\n".join([*limits(run, steps, refused), *precision_note(train.precision, device)]),
+        "\n".join([*limits(workload, steps, refused), *precision_note(train.precision, device)]),
         f"{arguments.device}, {arguments.gpus_per_node} a node. The plan rests on:",
         origins(device, inside, between, table),
     ]

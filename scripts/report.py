@@ -28,7 +28,7 @@ from data.files import read_regular
 from data.names import shown
 from irv2 import cli, strict_yaml
 from irv2.report import page, runs
-from irv2.report.runs import Run
+from irv2.report.runs import RunRecord
 from irv2.run import jsonl
 
 COPIED = ("log.jsonl", "config.yaml", "validate.json")
@@ -40,7 +40,7 @@ class RunError(UserError):
     """A folder that is not a run."""
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: Path) -> RunRecord:
     """Read a run from its directory. Raises RunError."""
     log = jsonl.read(directory / "log.jsonl")
     if not runs.lines_of_kind(log, "train"):
@@ -53,17 +53,17 @@ def read_run(directory: Path) -> Run:
             validated = strict_json.checked(strict_json.load(path, MAX_RESULT), runs.MEASURED)
     except ValueError as error:
         raise RunError(f"{path}: cannot be read ({error})") from None
-    return Run(directory, log, config, validated)
+    return RunRecord(directory, log, config, validated)
 
 
-def summary(run: Run) -> str:
+def summary(run: RunRecord) -> str:
     """Return a run's summary and the command that shows more, for a terminal."""
     tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
     rows = [*runs.summary(run), ("watch", f"{tensorboard} --logdir {run.directory}")]
     return "\n".join(f"{name:<10} {shown(value)}" for name, value in rows)
 
 
-def write_pages(read: list[Run], out: Path) -> None:
+def write_pages(read: list[RunRecord], out: Path) -> None:
     """Write index.html; for one run also README.md and what it was made from."""
     runs.write(out, read)
     if len(read) > 1:

@@ -42,7 +42,7 @@ from data.shards import object_store
 from data.shards.object_store import ObjectStore
 from data.shards.remote import Storage
 from data.sources import FolderSource, open_source
-from irv2 import cli, config
+from irv2 import cli, config_file
 from irv2.network import weights
 from irv2.report import reference
 from irv2.run import checkpoint
@@ -207,7 +207,7 @@ KINDS = {
     "config, told by key": Kind(
         "config.yaml",
         mutants.YAML,
-        lambda at: asking(config.load, at / "config.yaml"),
+        lambda at: asking(config_file.load, at / "config.yaml"),
         ("",),
         lines=100,
         things=False,

@@ -28,7 +28,7 @@ from torch.utils.tensorboard import FileWriter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from irv2 import evaluation
+from irv2 import scoring
 from irv2.run import checkpoint, directory, jsonl
 from irv2.training import step
 from irv2.training.loss import Loss
@@ -132,13 +132,13 @@ def nan(where: str) -> None:
 
 
 def slow_evaluation(seconds: float) -> None:
-    scored = evaluation.scored
+    scored = scoring.scored
 
     def slow(model, batches, *arguments):
         print("evaluation begins", flush=True)
         return scored(model, (time.sleep(seconds) or b for b in batches), *arguments)
 
-    evaluation.scored = slow
+    scoring.scored = slow
 
 
 def slow_step(seconds: float) -> None:

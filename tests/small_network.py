@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data import loader
-from irv2.evaluation import EvalOptions, collect, scored
+from irv2.scoring import EvalOptions, collect, scored
 from irv2.training.distributed import World
 from irv2.training.metrics import Predictions
 from irv2.training.optim import RMSpropTF, parameter_groups

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_network import ALONE
 
-from irv2 import build, config
+from irv2 import build, config, config_file
 from irv2.network import memory
 from irv2.run import directory
 from irv2.training import batch
@@ -87,7 +87,7 @@ def test_a_share_without_equal_parts_near_the_micro_batch_names_values_that_work
 
 
 def configured(*overrides: tuple[str, dict]) -> config.Config:
-    return config.build(
+    return config_file.from_tree(
         {
             "data": {"train": "synthetic:64x4", "val": "synthetic:8x4", "image_size": 299},
             "model": {"blocks": [1, 1, 1]},

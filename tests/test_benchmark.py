@@ -10,7 +10,7 @@ import programs
 import pytest
 import torch
 
-from irv2 import config
+from irv2 import config_file
 from irv2.network.accelerate import accelerate
 from irv2.network.cpu import threads
 from irv2.network.model import inception_resnet_v2
@@ -55,7 +55,7 @@ def test_training_from_files_is_compared_with_training_from_memory(monkeypatch):
         },
         "train": {"global_batch": 4, "micro_batch": 4},
     }
-    found = end_to_end.compare(config.build(small), rounds=1)
+    found = end_to_end.compare(config_file.from_tree(small), rounds=1)
     assert found["ratio"] > 0
     assert f"**{found['ratio']:.2f}**" in end_to_end.table(found)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from irv2 import build, config
+from irv2 import build, config_file
 from irv2.network.blocks import Block
 from irv2.network.merged import MergedBlock
 from irv2.training.state import TrainState
@@ -18,7 +18,7 @@ def first_state(seed: int = 0, **train) -> TrainState:
         "run": {"seed": seed},
         "train": train,
     }
-    return build.new_state(config.build(sections), 4, torch.device("cpu"))
+    return build.new_state(config_file.from_tree(sections), 4, torch.device("cpu"))
 
 
 def first_weights(seed: int) -> dict[str, torch.Tensor]:

@@ -18,8 +18,8 @@ from places import take
 
 from data.errors import DataError, ImageError, StorageError, WorkerError
 from data.names import without_secrets
-from irv2 import cli, config
-from irv2.config import ConfigError
+from irv2 import cli, config, config_file
+from irv2.config_file import ConfigError
 from irv2.network import weights
 from irv2.run import resume
 from irv2.training.distributed import Place
@@ -30,8 +30,7 @@ CONFIGS = [
     for path in sorted((ROOT / "configs").glob("*.yaml"))
     if path.name != "reference.yaml"  # published results, no run
 ]
-KEYS = [key for key, _, _ in config.fields()]
-DEFAULTS = {key: default for key, default, _ in config.fields()}
+KEYS = list(config.FIELDS)
 PROMISED = {
     "run": ["name", "dir", "seed", "device"],
     "model": ["drop_rate", "aux_logits"],
@@ -52,13 +51,13 @@ def load(directory: Path, text: str = MINIMAL, *overrides: str) -> config.Config
     """Load a YAML text from a file called study.yaml."""
     path = directory / "study.yaml"
     path.write_text(text, encoding="utf-8")
-    return config.load(path, overrides)
+    return config_file.load(path, overrides)
 
 
 def built(**sections: dict) -> config.Config:
     """The config of these entries and the required ones."""
     data = {"train": "a", "val": "b", **sections.pop("data", {})}
-    return config.build({"data": data, **sections})
+    return config_file.from_tree({"data": data, **sections})
 
 
 def faults(**sections: dict) -> list[str]:
@@ -140,19 +139,19 @@ def test_a_dumped_config_reads_back_the_same(tmp_path):
 
 
 def test_every_key_is_described():
-    table = config.describe()
-    for key, _, description in config.fields():
-        assert len(description) >= 8, key
+    table = config_file.describe()
+    for key, field in config.FIELDS.items():
+        assert len(field.description) >= 8, key
         assert re.search(rf"^  {re.escape(key)} \(.+\)$", table, re.MULTILINE), key
-        assert description in table, key
+        assert field.description in table, key
 
 
 def test_every_default_is_itself_accepted():
     tree: dict[str, dict] = {}
-    for key, default in DEFAULTS.items():
+    for key, field in config.FIELDS.items():
         section, name = key.split(".")
-        if default is not ...:
-            tree.setdefault(section, {})[name] = copy.deepcopy(default)
+        if not field.is_required():
+            tree.setdefault(section, {})[name] = copy.deepcopy(field.default)
     assert built(**tree) == built()
 
 
@@ -311,11 +310,11 @@ def test_a_file_that_is_no_config_is_an_error_to_act_on_not_a_crash(tmp_path, te
 def test_a_missing_file_a_directory_and_a_pipe_are_refused_by_name(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     with pytest.raises(ConfigError, match=r"pipe\.yaml: cannot be read: .*not a regular file"):
-        config.load(tmp_path / "pipe.yaml")
+        config_file.load(tmp_path / "pipe.yaml")
     with pytest.raises(ConfigError, match=r"absent\.yaml: no such config file"):
-        config.load(tmp_path / "absent.yaml")
+        config_file.load(tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match=re.escape(str(tmp_path))):
-        config.load(tmp_path)
+        config_file.load(tmp_path)
 
 
 # ------------------------------------------------------------------------------- secrets of URLs
@@ -340,7 +339,7 @@ def test_user_password_query_and_fragment_go():
     assert "s3cr3t" not in without_secrets(f"{Path(SECRET_URL)}: no such file")
 
 
-@pytest.mark.parametrize("read", [weights.read, config.load], ids=["weights", "config"])
+@pytest.mark.parametrize("read", [weights.read, config_file.load], ids=["weights", "config"])
 def test_programs_do_not_repeat_them(read, capsys):
     body = functools.partial(read, SECRET_URL)
     assert cli.exit_status(body) == 1
@@ -385,7 +384,7 @@ def test_there_are_configs_to_start():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_a_config_of_this_repository_loads_and_points_editors_at_the_schema(path):
-    assert config.load(path).run.name == path.stem
+    assert config_file.load(path).run.name == path.stem
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first == "# yaml-language-server: $schema=schema.json"
 

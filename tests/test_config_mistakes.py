@@ -26,8 +26,8 @@ from typing import NamedTuple
 import programs
 import pytest
 
-from irv2 import config, strict_yaml
-from irv2.config import ConfigError
+from irv2 import config, config_file, strict_yaml
+from irv2.config_file import ConfigError
 
 CONFIGS = {  # without comments, on which a parser would spend a third of its time
     path.name: re.sub(r"\s*#.*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -36,9 +36,9 @@ CONFIGS = {  # without comments, on which a parser would spend a third of its ti
 }
 SHORTEST = min(CONFIGS.values(), key=len)
 SCHEMA = json.loads(config.json_schema())
-DEFAULTS = {key: default for key, default, _ in config.fields()}
-KEYS = list(DEFAULTS)
-REQUIRED = tuple(key for key in KEYS if DEFAULTS[key] is ...)
+DEFAULTS = {key: field.default for key, field in config.FIELDS.items()}
+KEYS = list(config.FIELDS)
+REQUIRED = tuple(key for key in KEYS if config.FIELDS[key].is_required())
 SECTIONS = list(config.Config.model_fields)
 
 # Values, as written in YAML, just outside of what a key may be.
@@ -372,12 +372,12 @@ def test_every_bounded_key_has_values_out_of_range():
 def test_the_same_text_without_a_mistake_is_accepted(text, tmp_path):
     path = tmp_path / "good.yaml"
     path.write_text(text, encoding="utf-8")
-    original = config.load(path)
+    original = config_file.load(path)
     for key in keys_of(text):
         path.write_text(with_value(text, key, value_of(text, key)), encoding="utf-8")
-        assert config.load(path) == original
+        assert config_file.load(path) == original
     path.write_text(in_flow_style(text), encoding="utf-8")
-    assert config.load(path) == original
+    assert config_file.load(path) == original
 
 
 # ------------------------------------------------------------------------------------ are refused
@@ -387,7 +387,7 @@ def escaped(mistake: Mistake, path: Path) -> str | None:
     """How a mistake got past, or was met otherwise than promised; None if refused by name."""
     path.write_text(mistake.text, encoding="utf-8")
     try:
-        config.load(path, mistake.overrides)
+        config_file.load(path, mistake.overrides)
     except ConfigError as error:
         message = str(error)
     except Exception as error:
@@ -448,7 +448,7 @@ def test_a_hostile_file_is_refused_at_once_in_one_short_line(content, words, tmp
     tracemalloc.start()
     started = time.process_time()
     with pytest.raises(ConfigError) as caught:
-        config.load(path)
+        config_file.load(path)
     seconds, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     (line,) = str(caught.value).splitlines()
@@ -472,7 +472,7 @@ def test_a_fraction_may_be_written_with_an_exponent_at_every_key(form, tmp_path)
         section, name = key.split(".")
         number = form.format(DEFAULTS[key])
         path.write_text(with_value(SHORTEST, key, number), encoding="utf-8")
-        assert getattr(getattr(config.load(path), section), name) == float(number)
+        assert getattr(getattr(config_file.load(path), section), name) == float(number)
 
 
 @pytest.mark.parametrize(
@@ -481,23 +481,23 @@ def test_a_fraction_may_be_written_with_an_exponent_at_every_key(form, tmp_path)
 def test_what_only_looks_like_a_date_or_a_number_is_a_name(value, tmp_path):
     path = tmp_path / "study.yaml"
     path.write_text(with_value(SHORTEST, "run.name", value), encoding="utf-8")
-    assert config.load(path).run.name == value
+    assert config_file.load(path).run.name == value
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8"])
 def test_marks_and_line_ends_of_windows_are_no_mistake(encoding, tmp_path):
     path = tmp_path / "study.yaml"
     path.write_text(SHORTEST, encoding="utf-8")
-    original = config.load(path)
+    original = config_file.load(path)
     path.write_bytes(SHORTEST.replace("\n", "\r\n").encode(encoding))
-    assert config.load(path) == original
+    assert config_file.load(path) == original
 
 
 # --------------------------------------------------------------------------------- before a device
 
 
 def test_reading_a_config_does_not_even_import_torch():
-    probe = "import sys; from irv2 import config; config.load(sys.argv[1]); print(*sys.modules)"
+    probe = "import sys; from irv2.config_file import load; load(sys.argv[1]); print(*sys.modules)"
     path = programs.ROOT / "configs" / "quickstart.yaml"
     finished = subprocess.run(
         [sys.executable, "-c", probe, path], cwd=programs.ROOT, capture_output=True, text=True

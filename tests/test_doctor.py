@@ -24,7 +24,7 @@ from data.base import Source
 from data.errors import DataError, ImageError
 from data.prepare import checkup
 from data.prepare.checkup import BadImage
-from irv2 import build, cli, config
+from irv2 import build, cli, config_file
 from irv2.network import memory
 from irv2.network.cpu import fused
 from irv2.training import distributed, step
@@ -357,7 +357,7 @@ def test_a_checkpoints_size_is_that_of_its_tensors(project):
 
 @pytest.mark.slow
 def test_the_full_networks_checkpoint_has_870_megabytes():
-    cfg = config.load(FULL, ["model.bn_scale=true"])
+    cfg = config_file.load(FULL, ["model.bn_scale=true"])
     assert build.memory_sizes(cfg, 1000).checkpoint == pytest.approx(870e6 + 24e6, rel=0.01)
 
 
@@ -365,7 +365,7 @@ def test_the_full_networks_checkpoint_has_870_megabytes():
 def test_activations_are_those_that_autograd_keeps(project, precision, monkeypatch):
     """With plain operations, as on a GPU."""
     monkeypatch.setattr(fused, "trains", lambda x, norms: False)
-    cfg = config.load(project, [f"train.precision={precision}"])
+    cfg = config_file.load(project, [f"train.precision={precision}"])
     sizes = build.memory_sizes(cfg, 3)
     model = build.new_state(cfg, 3, torch.device("cpu")).model.train()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -387,7 +387,7 @@ def test_activations_are_those_that_autograd_keeps(project, precision, monkeypat
 
 @pytest.mark.slow
 def test_gradient_checkpointing_is_seen_to_keep_less():
-    cfgs = [config.load(FULL, [f"model.grad_checkpointing={on}"]) for on in ("false", "true")]
+    cfgs = [config_file.load(FULL, [f"model.grad_checkpointing={on}"]) for on in ("false", "true")]
     plain, frugal = (build.memory_sizes(cfg, 10).activations for cfg in cfgs)
     assert plain / 2 < frugal < 0.7 * plain  # the stem, not checkpointed, has half of them
 
@@ -443,7 +443,7 @@ def test_images_of_an_object_store_want_a_cache_with_room(
     free(free_bytes)
     place = None if cache is None else str(tmp_path / cache)
     data = {"train": spec, "val": spec, "cache_dir": place, "cache_gb": 2.0}
-    case = Case(Request("small.yaml", []), cfg=config.build({"data": data}))
+    case = Case(Request("small.yaml", []), cfg=config_file.from_tree({"data": data}))
     (finding,) = machine.check_cache(case)
     assert finding.level == level
     assert bool(finding.todo) == (level != OK)

@@ -21,8 +21,8 @@ from places import take
 
 from data import paths
 from data.errors import DataError, UserError
-from irv2 import cli, config
-from irv2.config import ConfigError
+from irv2 import cli, config, config_file
+from irv2.config_file import ConfigError
 from irv2.run import jsonl
 from irv2.run.logbook import Logbook
 from irv2.training import distributed
@@ -238,7 +238,7 @@ def test_what_cannot_be_expanded_makes_no_folder_of_that_name(text, said, home, 
     with pytest.raises(argparse.ArgumentTypeError, match=said):
         cli.path(text)
     with pytest.raises(ConfigError, match=rf"run\.dir=.*{said}"):
-        config.build({"data": {"train": "a", "val": "b"}, "run": {"dir": text}})
+        config_file.from_tree({"data": {"train": "a", "val": "b"}, "run": {"dir": text}})
 
 
 def test_a_picture_of_that_very_name_comes_first(home):
@@ -256,7 +256,7 @@ def test_every_key_that_is_a_path_is_expanded_and_recorded_so(written, home):
     for key in PATH_KEYS:
         section, _, name = key.partition(".")
         tree.setdefault(section, {})[name] = written
-    recorded = config.build(tree).model_dump()
+    recorded = config_file.from_tree(tree).model_dump()
     for key in PATH_KEYS:
         section, _, name = key.partition(".")
         assert recorded[section][name] == f"{home}/x", key
@@ -265,7 +265,7 @@ def test_every_key_that_is_a_path_is_expanded_and_recorded_so(written, home):
 def test_no_other_key_of_a_config_may_be_a_path():
     texts = {
         key
-        for key, info in config._infos()
+        for key, info in config.FIELDS.items()
         if "str" in str(info.annotation) and "Literal" not in str(info.annotation)
     }
     assert texts == {*PATH_KEYS, "run.name"}

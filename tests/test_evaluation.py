@@ -21,9 +21,9 @@ from small_network import (
 )
 from torch import nn
 
-from irv2 import evaluation
-from irv2.evaluation import Ensemble, EvalOptions, ScoreError, collect, scored
+from irv2 import evaluation, scoring
 from irv2.report.statistics import wilson
+from irv2.scoring import Ensemble, EvalOptions, ScoreError, collect, scored
 from irv2.training.step import StepOptions, train_step
 
 
@@ -104,9 +104,9 @@ def test_an_image_whose_scores_are_not_finite_is_wrong_and_named():
         assert not (result.rank[[3, 5]] < 5).any()
         message = "^net: its scores of 2 of 8 images are not finite, first of image 3;"
         with pytest.raises(ScoreError, match=message):
-            evaluation.check_finite(result, "net", lambda index: f"image {index}")
+            scoring.check_finite(result, "net", lambda index: f"image {index}")
     sound = evaluate(network, numbered([images(8)]))
-    evaluation.check_finite(sound, "net", str)
+    scoring.check_finite(sound, "net", str)
     network[5].bias.data[0] = float("nan")  # of one class, beside which all others are finite
     others = torch.where(labels == 0, 1, labels)
     for options in (EvalOptions(), EvalOptions(mirrored=True)):

@@ -78,13 +78,13 @@ def decoded(metadata: dict[str, str]) -> dict:
     return {key: json.loads(value) for key, value in metadata.items()}
 
 
-def assert_same_in_any_batch(run: formats.Run, images: Tensor, expected: Tensor) -> None:
+def assert_same_in_any_batch(run: formats.Forward, images: Tensor, expected: Tensor) -> None:
     with torch.inference_mode():
         for size in (1, 2, 5):
             assert relative(run(images[:size]), expected[:size]) < 1e-5
 
 
-def of_onnx(path: Path) -> formats.Run:
+def of_onnx(path: Path) -> formats.Forward:
     session = onnxruntime.InferenceSession(path)
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
@@ -285,7 +285,7 @@ def test_an_export_reaches_the_disk_before_it_has_its_name(tmp_path, monkeypatch
 
 
 def test_what_computes_no_numbers_is_not_kept(small_weights, tmp_path, call, monkeypatch):
-    def run_another(path: Path, subject: trained.Trained) -> formats.Run:
+    def run_another(path: Path, subject: trained.Trained) -> formats.Forward:
         return lambda images: torch.full((len(images), len(SYNSETS)), float("nan"))
 
     kind = formats.FORMATS["safetensors"]._replace(run=run_another)

@@ -15,7 +15,7 @@ import yaml
 from programs import ROOT
 from torch.distributed import run as torchrun
 
-from irv2 import config
+from irv2 import config_file
 
 LAUNCH = ROOT / "scripts" / "launch"
 RANK = LAUNCH / "rank.sh"
@@ -79,7 +79,7 @@ def test_the_trainjob_says_what_train_py_takes(objects):
     parsed = torchrun.parse_args(arguments)
     assert (parsed.training_script, parsed.rdzv_backend) == ("/irv2/train.py", "c10d")
     option, *overrides = parsed.training_script_args
-    cfg = config.load(str(ROOT / option.removeprefix("--config=/irv2/")), overrides)
+    cfg = config_file.load(str(ROOT / option.removeprefix("--config=/irv2/")), overrides)
     pod = pod_of(objects["irv2"])
     mounts = {m["mountPath"]: m["name"] for m in pod["containers"][0]["volumeMounts"]}
     for directory in (cfg.directory, Path(cfg.data.train), Path(cfg.data.val)):

@@ -21,7 +21,7 @@ from torch import Tensor
 from data import sources
 from data.base import Source
 from data.workers import Workers
-from irv2 import config, evaluation, input_pipeline
+from irv2 import config, config_file, evaluation, input_pipeline
 from irv2.report import figures
 from irv2.report.statistics import calibration, mcnemar, wilson
 from irv2.run.logbook import Logbook
@@ -343,7 +343,7 @@ def test_any_name_can_be_drawn():
 @pytest.fixture
 def project(tmp_path: Path) -> tuple[config.Config, Source]:
     path = programs.write_project(tmp_path)
-    cfg = config.load(path)
+    cfg = config_file.load(path)
     return cfg, sources.open_source(cfg.data.val)
 
 

@@ -16,7 +16,7 @@ import train
 import validate
 from data import loader
 from irv2 import input_pipeline
-from irv2.config import load
+from irv2.config_file import load
 from irv2.training.distributed import World
 from scripts import make_shards
 from scripts.benchmarks.range_server import serving

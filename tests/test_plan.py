@@ -13,13 +13,13 @@ from calling import call
 from programs import ROOT, run
 
 from data.errors import UserError
-from irv2 import build, config
+from irv2 import build, config, config_file
 from irv2.network.model import inception_resnet_v2
 from irv2.training import batch
 from irv2.training.distributed import WorldError
 from scripts import plan
 from scripts.planning import devices, prediction, steptime
-from scripts.planning.prediction import Run
+from scripts.planning.prediction import Workload
 from scripts.planning.steptime import Cluster, Device, Gradients, Link
 
 RECIPE = ROOT / "configs" / "irv2_rmsprop.yaml"
@@ -33,7 +33,7 @@ IDEAL = Cluster(
     Link(math.inf, 0.0),
     per_node=8,
 )
-RUN = Run(
+WORKLOAD = Workload(
     steps=180_165,
     global_batch=640,
     micro_batch=80,
@@ -135,7 +135,7 @@ def test_an_exchange_as_fast_as_backward_hides_but_for_its_last_message():
 
 def test_a_run_on_one_device_is_its_steps():
     cluster = Cluster(DEVICE, LINK, LINK, 8)
-    row = prediction.predict(RUN, cluster, 1)
+    row = prediction.predict(WORKLOAD, cluster, 1)
     seconds = 8 * (0.01 + 0.08) + 0.005
     assert row["division"] == (80, 8)
     assert row["hours"] == pytest.approx(180_165 * seconds / 3600)
@@ -148,19 +148,19 @@ def test_a_run_on_one_device_is_its_steps():
 
 @pytest.mark.parametrize("ranks", [1, 2, 8, 16, 64, 640])
 def test_ideal_devices_and_links_scale_perfectly(ranks):
-    row = prediction.predict(RUN, IDEAL, ranks)
+    row = prediction.predict(WORKLOAD, IDEAL, ranks)
     assert row["efficiency"] == pytest.approx(1)
     assert row["images_per_s"] == pytest.approx(1000 * ranks)
     assert row["loader_cores"] == pytest.approx(1000 / 500 * min(ranks, 8))
     assert row["read_bytes_per_s"] == pytest.approx(1000 * ranks * 1e5)
-    assert row["cost"] == pytest.approx(prediction.predict(RUN, IDEAL, 1)["cost"])
+    assert row["cost"] == pytest.approx(prediction.predict(WORKLOAD, IDEAL, 1)["cost"])
 
 
 def test_the_batch_stops_scaling_where_fixed_costs_outweigh_the_images():
     """With nothing to exchange, n devices do a micro-batch in 0.1 + 640 / (1000 n) seconds."""
     fixed = dataclasses.replace(IDEAL.device, overhead_s=0.1)
     cluster = dataclasses.replace(IDEAL, device=fixed)
-    whole = dataclasses.replace(RUN, micro_batch=640)
+    whole = dataclasses.replace(WORKLOAD, micro_batch=640)
     for least in (0.8, 0.5, 0.2):
         shares = [n for n in range(1, 641) if 640 % n == 0]
         fitting = [n for n in shares if (0.1 + 0.64) / (n * (0.1 + 0.64 / n)) >= least]
@@ -171,14 +171,14 @@ def test_the_batch_stops_scaling_where_fixed_costs_outweigh_the_images():
 
 def test_ranks_that_cannot_share_the_batch_are_refused_as_train_py_would():
     with pytest.raises(WorldError, match="start 20 or 32 ranks"):
-        prediction.predict(RUN, IDEAL, 24)
+        prediction.predict(WORKLOAD, IDEAL, 24)
 
 
 # ---------------------------------------------------------------------------------- the network
 
 
 def built(**sections: dict) -> config.Config:
-    return config.build({"data": {"train": "a", "val": "b"}, **sections})
+    return config_file.from_tree({"data": {"train": "a", "val": "b"}, **sections})
 
 
 @pytest.mark.slow

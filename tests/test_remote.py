@@ -30,7 +30,7 @@ from data.sources import open_source
 from data.to_input import ToInput
 from data.transforms import TrainView
 from data.workers import Workers
-from irv2 import config, evaluation, input_pipeline
+from irv2 import config, config_file, evaluation, input_pipeline
 from irv2.run.trained import Trained
 from irv2.training.distributed import World
 from scripts.benchmarks.range_server import serving
@@ -131,7 +131,7 @@ def test_a_window_keeps_to_the_same_order(made, url):
     for train in (str(made), url):
         data = {"train": train, "val": train, "image_size": 75, "workers": 0, "shuffle_window": 5}
         small = {"global_batch": BATCH, "micro_batch": BATCH}
-        cfg = config.build({"data": data, "train": small, "log": {"ledger": True}})
+        cfg = config_file.from_tree({"data": data, "train": small, "log": {"ledger": True}})
         source = input_pipeline.open_source(train, cfg.data, cfg.run.timeout_s)
         order, world = input_pipeline.training_order(cfg, source), World(0, 1, torch.device("cpu"))
         made_batches = input_pipeline.training_batches(cfg, source, order, 0, BATCH, world)
@@ -262,7 +262,7 @@ def test_an_evaluation_goes_on_where_a_runs_cache_cannot_be(url, tmp_path, capsy
 
 def test_a_doctors_look_fills_the_cache_of_the_run(url, made, tmp_path):
     data = {"train": str(made), "val": url, "cache_dir": str(tmp_path / "cache")}
-    case = Case(Request("small.yaml", []), cfg=config.build({"data": data}))
+    case = Case(Request("small.yaml", []), cfg=config_file.from_tree({"data": data}))
     assert [finding.level for finding in images.check_sources(case)] == [OK]
     everything(case.val)
     assert len(list((tmp_path / "cache").glob("*/[0-9a-f]*-*"))) == IMAGES

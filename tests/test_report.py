@@ -26,7 +26,7 @@ from written_runs import eval_line, train_line, write_run
 
 from irv2 import results
 from irv2.report import evaluations, page, plots
-from irv2.report.evaluations import Evaluation
+from irv2.report.evaluations import Content
 from irv2.report.markdown import replace_section
 from irv2.report.statistics import wilson
 from irv2.report.thumbnails import Gallery
@@ -48,7 +48,7 @@ LOG = [
 # ---------------------------------------------------------------------------------- evaluations
 
 
-def made(scores: torch.Tensor, labels: torch.Tensor) -> Evaluation:
+def made(scores: torch.Tensor, labels: torch.Tensor) -> Content:
     """An evaluation of these scores; image 7 i shows a shade of grey of its own."""
     collector = Collector()
     sizes = np.random.default_rng(0).integers(100, 500, (len(labels), 2), np.int32)
@@ -56,7 +56,7 @@ def made(scores: torch.Tensor, labels: torch.Tensor) -> Evaluation:
     (predictions,) = collector.predictions()
     classes = [f"n{i:02}" for i in range(scores.shape[1])]
     names = [HOSTILE, "猫 & ÿ", "x" * 200, *classes[3:]][: len(classes)]
-    return Evaluation(
+    return Content(
         title="<b>a run</b>, step 2",
         facts=[("weights", f"{HOSTILE}.safetensors"), ("images", "of a test")],
         predictions=predictions,
@@ -68,7 +68,7 @@ def made(scores: torch.Tensor, labels: torch.Tensor) -> Evaluation:
     )
 
 
-def resized(subject: Evaluation, size: np.ndarray) -> Evaluation:
+def resized(subject: Content, size: np.ndarray) -> Content:
     """The same evaluation of images of other sizes."""
     return replace(subject, predictions=replace(subject.predictions, size=size))
 

@@ -20,7 +20,7 @@ import torch
 from calling import call
 from torch import nn
 
-from irv2.config import build
+from irv2.config_file import from_tree
 from irv2.network import weights
 from irv2.network.forms import metadata
 from irv2.run import checkpoint, directory, jsonl, resume
@@ -31,7 +31,7 @@ from irv2.training.state import TrainState, running_average
 from scripts import inspect_checkpoint
 
 BATCH = 10
-CONFIG = build(
+CONFIG = from_tree(
     {"data": {"train": "a", "val": "b"}, "train": {"global_batch": BATCH, "micro_batch": BATCH}}
 ).model_dump()
 EXPERIMENT = resume.Experiment(CONFIG, ["cat", "dog"], images_per_epoch=100)

@@ -18,7 +18,7 @@ from same_run import differing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from irv2 import build, config, evaluation, input_pipeline
+from irv2 import build, config_file, evaluation, input_pipeline
 from irv2.network import weights
 from irv2.network.model import inception_resnet_v2
 from irv2.run import checkpoint, directory
@@ -85,7 +85,7 @@ def test_log_has_a_line_per_step_and_evaluations_of_both_weights(project: Path) 
 def test_config_of_the_run_is_complete_and_loads(project: Path) -> None:
     text = (project / "run" / "config.yaml").read_text()
     assert text.startswith("# git ") and "torch" in text.splitlines()[1]
-    loaded = config.load(project / "run" / "config.yaml")
+    loaded = config_file.load(project / "run" / "config.yaml")
     assert loaded.model_dump() == final_state(project)["config"]
 
 
@@ -247,7 +247,7 @@ def test_the_loop_takes_the_steps_that_train_step_takes(tmp_path) -> None:
     """To the bit, in accumulated micro-batches, so that tests of `train_step` are of train.py."""
     path, limits = programs.write_project(tmp_path), ("train.micro_batch=4", "train.max_steps=2")
     assert call(train, "--config", path, *limits).status == 0
-    cfg, alone = config.load(path, limits), World(0, 1, torch.device("cpu"))
+    cfg, alone = config_file.load(path, limits), World(0, 1, torch.device("cpu"))
     source, _ = input_pipeline.open_sources(cfg)
     state = build.new_state(cfg, 3, alone.device)
     options = build.step_options(cfg, 2, source, alone.device)

@@ -26,10 +26,10 @@ from data.protocols import PROTOCOLS
 from data.sources import FolderSource
 from data.transforms import EvalView, decode
 from data.workers import Workers
-from irv2 import evaluation
+from irv2 import evaluation, results, scoring
 from irv2.network import imagenet_names, weights
 from irv2.network.model import inception_resnet_v2
-from irv2.report import reference, result
+from irv2.report import reference
 from irv2.run import checkpoint, trained
 from irv2.training.distributed import World
 from irv2.training.metrics import Predictions, Scored
@@ -127,7 +127,7 @@ def test_every_images_logits_are_timms(photographs, peer, tmp_path) -> None:
     network = trained.load_weights(str(path))
     asked = evaluation.prepare(network, {"val": str(photographs)}, evaluation.LabelFiles())
     batches = asked.batches(5, Workers(0), ALONE)
-    scored = list(evaluation.scored(network.model, batches, evaluation.EvalOptions()))
+    scored = list(scoring.scored(network.model, batches, scoring.EvalOptions()))
     ours = torch.cat([batch.scores for batch in scored])
     assert [index for batch in scored for index in batch.indices] == list(range(17))
     error = (ours - peer.logits).abs().amax(1) / peer.logits.abs().amax(1)
@@ -507,7 +507,7 @@ def test_mistakes_are_one_line_and_leave_no_result(
 def test_an_ensemble_is_the_mean_of_its_networks_probabilities() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 5 * torch.randn(3, 7, CLASSES, generator=generator)  # of three networks
-    ensemble, nothing = evaluation.Ensemble(), np.zeros((0, 2), np.int32)
+    ensemble, nothing = scoring.Ensemble(), np.zeros((0, 2), np.int32)
     for own in logits:
         cuts = (own[:4], own[4:])
         parts = [Scored(cut, torch.zeros(len(cut)), [], nothing) for cut in cuts]
@@ -556,7 +556,7 @@ def test_images_in_one_folder_are_evaluated_by_a_file_of_labels(
     assert status == 1 and "holds no class folders" in error
 
 
-def test_each_rate_is_held_against_its_own_interval() -> None:
+def test_each_rate_is_held_against_its_own_interval(photographs, small) -> None:
     rank = np.repeat([0, 3, 9], [60, 30, 10])  # 60 % and 90 %: 50.2 to 69.1 and 82.6 to 94.5
     nothing = np.zeros((100, 5))
     predictions = Predictions(
@@ -567,14 +567,13 @@ def test_each_rate_is_held_against_its_own_interval() -> None:
         reference.Reference("near", top1=62.0, top5=88.0, **facts),
         reference.Reference("far", top1=92.0, top5=65.0, **facts),
     ]
-    view = {"protocol": "slim", "image_size": 299, "eval_crop": 1, "eval_interpolation": ""}
-    outcome = result.Result(
-        "a", "raw", 1, "val", 100, None, "folders", {}, view, "fp32", predictions, 1.0, references
-    )
-    near, far = result.as_json(outcome, {})["references"]
+    network = trained.load_weights(str(small[1]))
+    asked = evaluation.prepare(network, {"val": str(photographs)}, evaluation.LabelFiles())
+    outcome = results.Result(asked, "a", "raw", 1, predictions, 1.0, "fp32", references)
+    near, far = results.as_json(outcome)["references"]
     assert (near["top1_difference"], near["top5_difference"]) == (-2, 2)
     assert (far["top1_difference"], far["top5_difference"]) == (-32, 25)
     for entry, is_within in ((near, True), (far, False)):
         assert (entry["top1_within"], entry["top5_within"]) == (is_within, is_within)
-    told = [line for name, line in result.rows(outcome) if name == "compare"]
+    told = [line for name, line in results.rows(outcome) if name == "compare"]
     assert [line.count("within the interval") for line in told] == [2, 0]

@@ -25,6 +25,7 @@ from PIL import Image
 from irv2.report import page, plots
 from irv2.report.statistics import Interval, calibration, wilson
 from irv2.report.thumbnails import Gallery, Picture
+from irv2.training.metrics import Predictions
 
 PAIRS, PAIR_PICTURES = 10, 4
 MISTAKES = 24
@@ -34,12 +35,12 @@ _wilson = cache(wilson)  # a thousand classes of fifty images ask thousands of t
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Everything that the page shows. Classes are the network's outputs, in their order."""
+class Content:
+    """What the page shows. Classes are the network's outputs, in their order."""
 
     title: str  # "runs/quickstart, step 180 (ema)"
     facts: list[tuple[str, str]]  # rows of the headline table, ready for people
-    predictions: Any  # irv2.training.metrics.Predictions
+    predictions: Predictions
     classes: list[str]  # folder or class id
     names: list[str]  # the same in words; may equal `classes`
     image_name: Callable[[int], str]  # image number -> path
@@ -109,42 +110,42 @@ class Calibration(NamedTuple):
     plot: Markup
 
 
-def write(directory: Path, evaluation: Evaluation) -> None:
+def write(directory: Path, content: Content) -> None:
     """Write page and tables into `directory`, which is made if need be. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
-    rows = class_rows(evaluation)
+    rows = class_rows(content)
     page.write(directory / "per_class.csv", per_class_csv(rows))
-    content = page.encoded(predictions_csv(evaluation))
-    page.write(directory / "predictions.csv.gz", gzip.compress(content, mtime=0))
-    page.write(directory / "index.html", render(evaluation, rows))
+    table_of_images = page.encoded(predictions_csv(content))
+    page.write(directory / "predictions.csv.gz", gzip.compress(table_of_images, mtime=0))
+    page.write(directory / "index.html", render(content, rows))
 
 
-def render(evaluation: Evaluation, rows: list[ClassRow]) -> str:
+def render(content: Content, rows: list[ClassRow]) -> str:
     """Render the page as HTML."""
-    predictions = evaluation.predictions
-    few = len(evaluation.classes) <= MATRIX_CLASSES
+    predictions = content.predictions
+    few = len(content.classes) <= MATRIX_CLASSES
     seen = [row for row in rows if row.top1.images]
     return page.render(
         "evaluation.html",
-        title=evaluation.title,
-        facts=evaluation.facts,
+        title=content.title,
+        facts=content.facts,
         top1=Score(predictions.top1_correct, predictions.images),
         top5=Score(predictions.top5_correct, predictions.images),
         mean_per_class=predictions.mean_per_class,
         wrong=predictions.images - predictions.top1_correct,
         rows=sorted(rows, key=lambda row: row.top1.percent if row.top1.images else 101.0),
         seen=len(seen),
-        has_names=evaluation.names != evaluation.classes,
+        has_names=content.names != content.classes,
         rows_floor=floor(row.top1 for row in seen),
-        pairs=confused_pairs(evaluation),
-        mistakes=confident_mistakes(evaluation),
+        pairs=confused_pairs(content),
+        mistakes=confident_mistakes(content),
         calibration=calibrated(predictions),
-        size=only_size(evaluation.predictions.size),
-        sizes=(sizes := size_rows(evaluation)),
+        size=only_size(content.predictions.size),
+        sizes=(sizes := size_rows(content)),
         sizes_floor=floor(row.top1 for row in sizes),
-        matrix=predictions.confusion_matrix(len(evaluation.classes)).tolist() if few else None,
-        names=evaluation.names,
-        panels=plots.curve_panels([evaluation.log]) if evaluation.log else [],
+        matrix=predictions.confusion_matrix(len(content.classes)).tolist() if few else None,
+        names=content.names,
+        panels=plots.curve_panels([content.log]) if content.log else [],
     )
 
 
@@ -156,7 +157,7 @@ def floor(scores: Any) -> int:
 # ------------------------------------------------------------------------- classes
 
 
-def confusions(predictions: Any) -> list[tuple[int, int, int]]:
+def confusions(predictions: Predictions) -> list[tuple[int, int, int]]:
     """Return (right class, answer, images) of each confusion, the most frequent first."""
     wrong = predictions.rank >= 1
     pairs = np.stack([predictions.label[wrong], predictions.top[wrong, 0]], axis=1)
@@ -165,20 +166,20 @@ def confusions(predictions: Any) -> list[tuple[int, int, int]]:
     return [(*map(int, pairs[i]), int(images[i])) for i in order]
 
 
-def class_rows(evaluation: Evaluation) -> list[ClassRow]:
+def class_rows(content: Content) -> list[ClassRow]:
     """Return a row per class, in the order of the network's outputs."""
-    predictions, classes = evaluation.predictions, len(evaluation.classes)
+    predictions, classes = content.predictions, len(content.classes)
     images, first, five = (
         np.bincount(predictions.label[where], minlength=classes).tolist()
         for where in (predictions.rank >= 0, predictions.rank < 1, predictions.rank < 5)
     )
     commonest: dict[int, tuple[str, int]] = {}
     for true, predicted, times in confusions(predictions):
-        commonest.setdefault(true, (evaluation.names[predicted], times))
+        commonest.setdefault(true, (content.names[predicted], times))
     return [
         ClassRow(
-            evaluation.classes[i],
-            evaluation.names[i],
+            content.classes[i],
+            content.names[i],
             Score(first[i], images[i]),
             Score(five[i], images[i]),
             *commonest.get(i, ("", 0)),
@@ -187,10 +188,10 @@ def class_rows(evaluation: Evaluation) -> list[ClassRow]:
     ]
 
 
-def confused_pairs(evaluation: Evaluation) -> list[Pair]:
+def confused_pairs(content: Content) -> list[Pair]:
     """Most frequent confusions, with the images whose wrong answer was the most confident."""
-    predictions, names = evaluation.predictions, evaluation.names
-    gallery = Gallery(evaluation.thumbnail, evaluation.image_name)
+    predictions, names = content.predictions, content.names
+    gallery = Gallery(content.thumbnail, content.image_name)
     wrong = predictions.mistakes()
     pairs = []
     for true, predicted, images in confusions(predictions)[:PAIRS]:
@@ -201,10 +202,10 @@ def confused_pairs(evaluation: Evaluation) -> list[Pair]:
     return pairs
 
 
-def confident_mistakes(evaluation: Evaluation) -> list[Mistake]:
+def confident_mistakes(content: Content) -> list[Mistake]:
     """Wrong answers, the most confident first."""
-    predictions, names = evaluation.predictions, evaluation.names
-    gallery = Gallery(evaluation.thumbnail, evaluation.image_name)
+    predictions, names = content.predictions, content.names
+    gallery = Gallery(content.thumbnail, content.image_name)
     sure = confidence(predictions)
     return [
         Mistake(
@@ -221,12 +222,12 @@ def confident_mistakes(evaluation: Evaluation) -> list[Mistake]:
 # ------------------------------------------------------------------------- confidence, sizes
 
 
-def confidence(predictions: Any) -> np.ndarray:
+def confidence(predictions: Predictions) -> np.ndarray:
     """Probability of each image's answer, float64 [N]; 0 where it is NaN."""
     return np.nan_to_num(predictions.probability[:, 0].astype(np.float64))
 
 
-def calibrated(predictions: Any) -> Calibration:
+def calibrated(predictions: Predictions) -> Calibration:
     """The reliability diagram and its figures."""
     sure = confidence(predictions)
     bins, error = calibration(sure, predictions.rank < 1)
@@ -241,9 +242,9 @@ def only_size(sizes: np.ndarray) -> tuple[int, int] | None:
     return tuple(sizes[0].tolist()) if (sizes == sizes[0]).all() else None
 
 
-def size_rows(evaluation: Evaluation) -> list[SizeRow]:
+def size_rows(content: Content) -> list[SizeRow]:
     """Divide the images by their shorter side, about as many to each row."""
-    shorter = evaluation.predictions.size.min(axis=1)
+    shorter = content.predictions.size.min(axis=1)
     begins = np.quantile(shorter, np.arange(SIZE_BINS) / SIZE_BINS, method="lower")
     if len(different := np.unique(shorter)) <= SIZE_BINS:
         begins = different
@@ -252,7 +253,7 @@ def size_rows(evaluation: Evaluation) -> list[SizeRow]:
     rows = []
     for number in range(len(begins)):
         mine = place == number
-        correct = int((evaluation.predictions.rank[mine] < 1).sum())
+        correct = int((content.predictions.rank[mine] < 1).sum())
         score = Score(correct, int(mine.sum()))
         rows.append(SizeRow(int(shorter[mine].min()), int(shorter[mine].max()), score))
     return rows
@@ -298,9 +299,9 @@ def per_class_csv(rows: list[ClassRow]) -> str:
     return table(lines)
 
 
-def predictions_csv(evaluation: Evaluation) -> str:
+def predictions_csv(content: Content) -> str:
     """Table of images as CSV; fewer than five answers where there are fewer classes."""
-    predictions, classes = evaluation.predictions, list(map(cell, evaluation.classes))
+    predictions, classes = content.predictions, list(map(cell, content.classes))
     places = range(1, predictions.top.shape[1] + 1)
     answers = [name for k in places for name in (f"class_{k}", f"probability_{k}")]
     lines: list[list[object]] = [["image", "label", "correct", *answers]]
@@ -308,5 +309,5 @@ def predictions_csv(evaluation: Evaluation) -> str:
         pairs = zip(predictions.top[row].tolist(), predictions.probability[row].tolist())
         cells = [part for top, share in pairs for part in (classes[top], f"{share:.6g}")]
         label, is_correct = classes[predictions.label[row]], int(predictions.rank[row] < 1)
-        lines.append([cell(evaluation.image_name(index)), label, is_correct, *cells])
+        lines.append([cell(content.image_name(index)), label, is_correct, *cells])
     return table(lines)

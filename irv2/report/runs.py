@@ -41,7 +41,7 @@ MEASURED = TypeAdapter(Annotated[_Measured, AfterValidator(_counted)])
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """Contents of a run's directory. `log` has at least one line of training."""
 
     directory: Path
@@ -76,7 +76,7 @@ class Run:
         return statistics.median(known) if (known := [pace for pace in paces if pace]) else None
 
 
-def summary(run: Run) -> list[tuple[str, str]]:
+def summary(run: RunRecord) -> list[tuple[str, str]]:
     """Describe a run in (name, value) rows; those that its log lacks are left out."""
     last, result, pace = run.last, run.result, run.pace
     rows = []
@@ -101,7 +101,7 @@ def share(result: dict[str, Any], key: str) -> str:
     return f"{result[key]:.2f} %" if result.get(key) is not None else UNKNOWN
 
 
-def training_time(run: Run) -> str:
+def training_time(run: RunRecord) -> str:
     """Time for all images seen, at the run's pace."""
     if run.pace is None:
         return UNKNOWN
@@ -120,7 +120,7 @@ def interval(result: dict[str, Any]) -> str:
     return page.interval(wilson(correct, result["images"]), digits=2)
 
 
-def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Keys whose values are not the same in all configs, with each run's value."""
     configs = [flat(run.config) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
@@ -138,7 +138,7 @@ def flat(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
 # ------------------------------------------------------------------------- pages
 
 
-def write(directory: Path, runs: Sequence[Run]) -> None:
+def write(directory: Path, runs: Sequence[RunRecord]) -> None:
     """Write index.html into `directory`, which is made if need be. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
     labels = [run.name for run in runs]
@@ -157,7 +157,7 @@ def write(directory: Path, runs: Sequence[Run]) -> None:
     page.write(directory / "index.html", html)
 
 
-def table_row(run: Run) -> list[str]:
+def table_row(run: RunRecord) -> list[str]:
     """Cells of the table of results, after the run's name; columns as in runs.html."""
     result, last = run.result, run.last
     measured = [UNKNOWN] * 3
@@ -167,7 +167,7 @@ def table_row(run: Run) -> list[str]:
     return [*measured, f"{last['epoch']:.1f}", f"{last['step']:,}", pace, training_time(run)]
 
 
-def write_readme(directory: Path, run: Run, command: str) -> None:
+def write_readme(directory: Path, run: RunRecord, command: str) -> None:
     """Write README.md and curves.png, for places that do not show HTML. Raises OSError."""
     page.write(directory / "curves.png", plots.png(plots.curves([run.log])))
     evaluations = [

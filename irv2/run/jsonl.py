@@ -32,7 +32,7 @@ class _Line(TypedDict):
     step: Count
 
 
-class _Training(_Line):
+class _TrainingLine(_Line):
     """A line of log.jsonl, of a step."""
 
     epoch: NonNegative
@@ -44,7 +44,7 @@ class _Training(_Line):
     data_wait: NotRequired[NonNegative | None]
 
 
-class _Evaluation(_Line):
+class _EvaluationLine(_Line):
     """A line of log.jsonl, of an evaluation."""
 
     epoch: NonNegative
@@ -57,7 +57,7 @@ class _Evaluation(_Line):
 
 
 _LINE = TypeAdapter(_Line)
-_OF_KIND = {"train": TypeAdapter(_Training), "eval": TypeAdapter(_Evaluation)}
+_OF_KIND = {"train": TypeAdapter(_TrainingLine), "eval": TypeAdapter(_EvaluationLine)}
 
 
 class JsonLines:

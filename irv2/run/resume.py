@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.names import are_same
-from irv2.config import MACHINE_KEYS, fields
+from irv2.config import FIELDS, MACHINE_KEYS
 from irv2.run import checkpoint
 from irv2.run.checkpoint import Checkpoint, CheckpointError
 from irv2.run.directory import BEST, STORE, checkpoints, software
@@ -71,7 +71,7 @@ def differences(before: dict, after: dict) -> list[str]:
         {f"{section}.{key}": value for section, part in tree.items() for key, value in part.items()}
         for tree in (before, after)
     )
-    defaults = {key: default for key, default, _ in fields()}
+    defaults = {key: field.default for key, field in FIELDS.items()}
     old, new = defaults | old, defaults | new
     return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"

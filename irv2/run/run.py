@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,66 +36,51 @@ class DivergedError(UserError):
 class Run:
     """The files of one run, and the counts that go into them.
 
-        with Run(cfg, experiment, total_steps, world) as run:   locks the directory, if there is one
-            run.begin(...)                                      makes it; from here on it is written
+        with Run(cfg, experiment, state, total_steps, world) as run:
             ... run.note_batch(batch), run.save(state, order), run.log_step(...) ...
             run.finish(state)                                   waits for the disk
 
     Ranks other than the main one have one, too: they vote, and write their part of the ledger.
     """
 
-    def __init__(self, cfg: Config, experiment: Experiment, total_steps: int, world: World) -> None:
+    def __init__(
+        self, cfg: Config, experiment: Experiment, state: TrainState, total_steps: int, world: World
+    ) -> None:
+        """Open what is written in the run's directory, which exists and is locked."""
         self.cfg, self.experiment, self.world = cfg, experiment, world
         self.directory, self.total_steps = cfg.directory, total_steps
-        self.pace = Pace()
         self._keys: list[Key] = []  # of the images that the last step took, on this rank
         self._checksums: list[int] = []
         self._replaced: list[Replaced] = []
         self._shows_images = False
-        self._lock: BinaryIO | None = None
-        self._saver: BackgroundSaver | None = None
+
+        is_saved = bool(directory.checkpoints(self.directory))
+        directory.check_shared(self.directory, world)
+        if world.is_main:
+            directory.set_aside_unusable(self.directory, state.step)
+            directory.write_config(self.directory, experiment.config)
+        self.log = Logbook(self.directory if world.is_main else None, state.step, total_steps)
+        self.log.text("config", directory.config_text(experiment.config), state.step)
+        self._ledger: JsonLines | None = None
+        if cfg.log.ledger:
+            ranks = (world.rank, world.size)
+            self._ledger = directory.open_ledger(self.directory, *ranks, state.step, print)
+        self._best = BestWeights(self.directory, experiment, self.log.say)
+        self._tried_step = state.step if is_saved else 0
+        store, keep = self.directory / directory.STORE, cfg.checkpoint.keep
+        self._saver = BackgroundSaver(store, keep, self._tried_step, self.log.say, RUNNING)
+        self.pace = Pace()
 
     # ------------------------------------------------------------------ beginning and end
 
     def __enter__(self) -> Run:
-        if self.directory.exists():
-            self._take_lock()
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        if self._saver is not None:
-            self._saver.finish()
-        if self._lock is not None:
-            self._lock.close()
+        self._saver.finish()
 
-    def _take_lock(self) -> None:
-        if self.world.is_main and self._lock is None:
-            self._lock = directory.lock(self.directory)
-
-    def begin(self, state: TrainState, division: Division, train: Source, val: Source) -> None:
-        """Make or enter the directory, open what is written there, and say what will happen."""
-        is_saved = bool(directory.checkpoints(self.directory))
-        self._take_lock()
-        directory.check_shared(self.directory, self.world)
-        if self.world.is_main:
-            directory.set_aside_unusable(self.directory, state.step)
-            directory.write_config(self.directory, self.experiment.config)
-        place = self.directory if self.world.is_main else None
-        self.log = Logbook(place, state.step, self.total_steps)
-        text = directory.config_text(self.experiment.config)
-        self.log.text("config", text, state.step)
-        self._announce(state.model, division, train, val)
-        self._ledger: JsonLines | None = None
-        if self.cfg.log.ledger:
-            ranks = (self.world.rank, self.world.size)
-            self._ledger = directory.open_ledger(self.directory, *ranks, state.step, print)
-        self._best = BestWeights(self.directory, self.experiment, self.log.say)
-        self._tried_step = state.step if is_saved else 0
-        store, keep = self.directory / directory.STORE, self.cfg.checkpoint.keep
-        self._saver = BackgroundSaver(store, keep, self._tried_step, self.log.say, RUNNING)
-        self.pace.restart()
-
-    def _announce(self, model: nn.Module, division: Division, train: Source, val: Source) -> None:
+    def announce(self, model: nn.Module, division: Division, train: Source, val: Source) -> None:
+        """Say what will be trained, on what, and where to watch it."""
         cfg, world, say = self.cfg, self.world, self.world.say
         parameters = sum(p.numel() for p in model.parameters())
         device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data import sources
-from irv2 import build, config, input_pipeline
+from irv2 import build, config_file, input_pipeline
 from irv2.config import Config
 from irv2.report import markdown
 from irv2.training import distributed, step
@@ -30,7 +30,9 @@ def measure(rounds: int) -> dict[str, Any]:
         write_photographs(Path(folder), QUALITY)
         batch = [f"train.global_batch={BATCH}", f"train.micro_batch={BATCH}", "train.compile=true"]
         data = [f"data.train={folder}", f"data.val={folder}", "run.device=cuda"]
-        return compare(config.load(ROOT / "configs" / "irv2_rmsprop.yaml", [*data, *batch]), rounds)
+        return compare(
+            config_file.load(ROOT / "configs" / "irv2_rmsprop.yaml", [*data, *batch]), rounds
+        )
 
 
 def compare(cfg: Config, rounds: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from irv2 import build, config
+from irv2 import build, config_file
 from irv2.report import markdown
 from irv2.run import checkpoint, resume
 from irv2.run.saving import BackgroundSaver
@@ -28,7 +28,7 @@ def measure(rounds: int) -> dict[str, Any]:
 
     The images are noise in memory, so that nothing else holds training up.
     """
-    cfg = config.load(ROOT / "configs" / "quickstart.yaml")
+    cfg = config_file.load(ROOT / "configs" / "quickstart.yaml")
     experiment = resume.Experiment(cfg.model_dump(), [str(n) for n in range(10)], 1437)
     windows: dict[bool, list[float]] = {False: [], True: []}
     stalls = []

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.files import write_atomically
-from irv2 import build, config
+from irv2 import build, config_file
 from irv2.training import distributed, step
 from irv2.training.distributed import World
 from irv2.training.loss import Loss
@@ -40,7 +40,7 @@ class Trainer:
 
     def __init__(self, case: dict[str, Any], world: World) -> None:
         size, batch = case["image_size"], case["batch"]
-        self.cfg = config.build(
+        self.cfg = config_file.from_tree(
             {
                 "run": {"device": "cpu"},
                 "model": {"blocks": case["blocks"]},

@@ -14,7 +14,7 @@ from scripts.planning.steptime import Cluster, Gradients, Step
 
 
 @dataclass(frozen=True)
-class Run:
+class Workload:
     """Facts of a run that a plan rests on: its steps, and what its images and devices cost."""
 
     steps: int
@@ -31,11 +31,11 @@ class Run:
         return division, steptime.step(cluster, ranks, *division, self.gradients)
 
 
-def predict(run: Run, cluster: Cluster, ranks: int) -> dict[str, Any]:
+def predict(workload: Workload, cluster: Cluster, ranks: int) -> dict[str, Any]:
     """A run on so many ranks, by name. Raises WorldError if they cannot share the global batch."""
-    (division, step), (_, one) = run.step(cluster, ranks), run.step(cluster, 1)
+    (division, step), (_, one) = workload.step(cluster, ranks), workload.step(cluster, 1)
     device, micro_batch = cluster.device, division.micro_batch
-    pace, hours = run.global_batch / step.total_s, run.steps * step.total_s / 3600
+    pace, hours = workload.global_batch / step.total_s, workload.steps * step.total_s / 3600
     return {
         "ranks": ranks,
         "division": division,
@@ -45,23 +45,25 @@ def predict(run: Run, cluster: Cluster, ranks: int) -> dict[str, Any]:
         "images_per_s": pace,
         "efficiency": steptime.efficiency(one, step, ranks),
         "hours": hours,  # of steps alone: no evaluation, no start
-        "cost": None if run.price_per_hour is None else run.price_per_hour * ranks * hours,
-        "sent_bytes": steptime.ring_bytes(ranks, run.gradients.size),  # by each rank, a step
+        "cost": None
+        if workload.price_per_hour is None
+        else workload.price_per_hour * ranks * hours,
+        "sent_bytes": steptime.ring_bytes(ranks, workload.gradients.size),  # by each rank, a step
         # Of each node, whether full or not.
-        "loader_cores": pace / ranks * min(ranks, cluster.per_node) / run.per_core_per_s,
-        "read_bytes_per_s": pace * run.mean_bytes,  # by all nodes, if nothing is cached
+        "loader_cores": pace / ranks * min(ranks, cluster.per_node) / workload.per_core_per_s,
+        "read_bytes_per_s": pace * workload.mean_bytes,  # by all nodes, if nothing is cached
     }
 
 
-def every_step(run: Run, cluster: Cluster, most: int) -> dict[int, Step]:
+def every_step(workload: Workload, cluster: Cluster, most: int) -> dict[int, Step]:
     """A step on each number of ranks, up to `most`, that can share the batch.
 
     Raises WorldError if not even one rank can take it in equal parts.
     """
-    steps = {1: run.step(cluster, 1)[1]}
+    steps = {1: workload.step(cluster, 1)[1]}
     for ranks in range(2, most + 1):
         with suppress(WorldError):
-            steps[ranks] = run.step(cluster, ranks)[1]
+            steps[ranks] = workload.step(cluster, ranks)[1]
     return steps
 
 

@@ -16,8 +16,7 @@ from namespaces import finished, hosts
 from programs import ROOT, finish, log_lines, start
 from small_run import arguments
 
-from irv2 import build
-from irv2 import config as configs
+from irv2 import build, config_file
 from irv2.report.markdown import replace_section
 from scripts import plan
 from scripts.planning import steptime
@@ -95,7 +94,7 @@ def two_hosts_s(config: Path, folder: Path, case: Case) -> float:
 
 def predicted_s(config: Path, case: Case, device: steptime.Device) -> float:
     """What the model of scripts/plan.py says for a link with a limit."""
-    cfg = configs.load(config, list(case.recipe))
+    cfg = config_file.load(config, list(case.recipe))
     bytes_per_s = case.mbit_s * 1e6 / 8 * ETHERNET
     link = steptime.Link(bytes_per_s, case.delay_ms / 1e3)
     cluster = steptime.Cluster(device, link, link, per_node=1)
