@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import user_cache
 from irv2.network.blocks import (
     BLOCK8,
     BLOCK17,
@@ -184,9 +183,8 @@ class InceptionResnetV2(nn.Module):
         """torch.compile each layer and block by itself, at its next call, for the shapes it meets.
 
         Repeats of a block share one result, so it takes a fraction of the time that the whole
-        network would; the next process finds it in the user's cache.
+        network would; the next process finds it where PyTorch keeps it.
         """
-        user_cache.give_inductor_its_own()
         # Seven kinds of blocks and as many of layers, in training and in evaluation.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for child in self.children():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from data import user_cache
 from data.errors import UserError
 from data.names import shown
 
@@ -158,6 +159,7 @@ def parallel(
         world.say(
             "compiling layers and blocks in the first step: a minute or two, once per machine"
         )
+        user_cache.give_inductor_its_own()
         model.compile_regions()
     if world.size == 1:
         return model

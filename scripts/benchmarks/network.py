@@ -13,6 +13,7 @@ from timm.optim import RMSpropTF
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from data import user_cache
 from data.errors import UserError
 from irv2.network.accelerate import accelerate, fold_batch_norm
 from irv2.network.model import inception_resnet_v2
@@ -145,6 +146,7 @@ def measure_training(case: Case, rounds: int, compiled: bool) -> dict[str, Any]:
     ours, peer = networks(case.device)
     own = our_trainer(ours, case)
     if compiled:
+        user_cache.give_inductor_its_own()
         ours.compile_regions()
         peer = fastest_compiled(peer, lambda model: _forward_backward(model, case))
     other = timms_trainer(peer, case)
@@ -208,6 +210,7 @@ def peak_memory(case: Case, compiled: bool) -> dict[str, int]:
         if side == "ours":
             trainer = our_trainer(model, case)
             if compiled:
+                user_cache.give_inductor_its_own()
                 model.compile_regions()
         else:
             trainer = timms_trainer(torch.compile(model) if compiled else model, case)

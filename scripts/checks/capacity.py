@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from data import user_cache
 from data.base import Source
 from irv2 import build, input_pipeline
 from irv2.config import Config
@@ -67,6 +68,7 @@ def model_rate(
     state = build.new_state(cfg, num_classes, world.device)
     network = state.model
     if cfg.train.compile:
+        user_cache.give_inductor_its_own()
         network.compile_regions()
     size = micro_batch
     if is_cpu:  # at least two: batch norm needs more than one value per channel
