@@ -130,6 +130,11 @@ class Data(Section):
         "or s3:// URL, or synthetic:IMAGESxCLASSES"
     )
     val: Location = machine(description="validation images, same classes; as train")
+    classes: Location | None = machine(
+        None,
+        description="file of the class folders to take, one a line, such as "
+        "configs/classes/imagenet100.txt; null: all",
+    )
     image_size: Annotated[int, Field(ge=75, le=MAX_IMAGE_SIZE)] = Field(
         299, description="side of the input, px"
     )

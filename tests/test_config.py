@@ -422,7 +422,7 @@ def test_what_makes_another_experiment_is_no_machine_key():
 
 
 def test_a_run_may_move_to_another_machine():
-    keys = {"train.micro_batch", "data.workers", "data.train", "run.device"}
+    keys = {"train.micro_batch", "data.workers", "data.train", "data.classes", "run.device"}
     assert keys <= config.MACHINE_KEYS
 
 
