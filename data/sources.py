@@ -142,41 +142,51 @@ def _open_synthetic(spec: str) -> SyntheticSource:
     return SyntheticSource(int(match[1]), int(match[2]))
 
 
-class Renamed(Source):
-    """The images of a source, whose classes have other names and another order."""
+class Wrapped(Source):
+    """The images of a source, with other classes; a subclass gives `starts` or `images_of`."""
 
-    def __init__(self, source: Source, classes: list[str], places: list[int], remark: str) -> None:
-        """places: of each of the source's classes among `classes`."""
+    def __init__(self, source: Source, classes: list[str], remark: str) -> None:
         self.source, self.classes = source, classes
-        self._places, self._own = places, np.argsort(places).tolist()
         self.remarks = [*source.remarks, remark]
         self.root, self.resized_to = source.root, source.resized_to
         self.storage_order, self.fetches_ahead = source.storage_order, source.fetches_ahead
 
-    def __len__(self) -> int:
-        return len(self.source)
+    def inner(self, index: int) -> int:
+        """Return the number that an image has in the source."""
+        return index
 
     def read(self, index: int) -> tuple[bytes, int]:
-        encoded, label = self.source.read(index)
-        return encoded, self._places[label]
+        return self.source.read(self.inner(index))[0], self.label(index)
 
     def name(self, index: int) -> str:
-        return self.source.name(index)
+        return self.source.name(self.inner(index))
 
     def where(self, index: int) -> str:
-        return self.source.where(index)
+        return self.source.where(self.inner(index))
+
+    def will_read(self, indices: Sequence[int]) -> None:
+        self.source.will_read([self.inner(int(index)) for index in indices])
+
+    def fetch(self, indices: Iterable[int]) -> None:
+        self.source.fetch(map(self.inner, indices))
+
+
+class Renamed(Wrapped):
+    """The images of a source, whose classes have other names and another order."""
+
+    def __init__(self, source: Source, classes: list[str], places: list[int], remark: str) -> None:
+        """places: of each of the source's classes among `classes`."""
+        super().__init__(source, classes, remark)
+        self._places, self._own = places, np.argsort(places).tolist()
+
+    def __len__(self) -> int:
+        return len(self.source)
 
     def label(self, index: int) -> int:
         return self._places[self.source.label(index)]
 
     def images_of(self, label: int) -> range:
         return self.source.images_of(self._own[label])
-
-    def will_read(self, indices: Sequence[int]) -> None:
-        self.source.will_read(indices)
-
-    def fetch(self, indices: Iterable[int]) -> None:
-        self.source.fetch(indices)
 
 
 def with_classes(source: Source, expected: list[str], where: str, of: str) -> Source:

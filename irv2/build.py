@@ -44,11 +44,12 @@ def new_state(cfg: Config, num_classes: int, device: torch.device) -> TrainState
     return TrainState(
         model,
         running_average(model, cfg.ema.decay),
-        optim.RMSpropTF(
+        optim.KINDS[cfg.optim.kind](
             optim.parameter_groups(
                 model, cfg.optim.weight_decay, finetune.lr_scales(model, cfg.optim.layer_decay)
             ),
-            **cfg.optim.model_dump(exclude={"weight_decay", "clip_norm", "layer_decay"}),
+            lr=cfg.optim.lr,
+            **cfg.optim.hyper_parameters,
         ),
         torch.amp.GradScaler(device.type, enabled=cfg.train.precision == "fp16"),
     )

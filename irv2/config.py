@@ -120,6 +120,11 @@ class Data(Section):
         "or s3:// URL, or synthetic:IMAGESxCLASSES"
     )
     val: Location = machine(description="validation images, same classes; as train")
+    classes: Location | None = machine(
+        None,
+        description="file of the class folders to take, one a line, such as "
+        "configs/classes/imagenet100.txt; null: all",
+    )
     image_size: Annotated[int, Field(ge=75, le=MAX_IMAGE_SIZE)] = Field(
         299, description="side of the input, px"
     )
@@ -225,12 +230,40 @@ class Train(Section):
             raise ValueError("must be a whole number of at least 1, or auto") from None
 
 
+# Of each optimizer: its hyper-parameters beside lr and weight_decay, with their defaults.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "rmsprop_tf": {"alpha": 0.9, "eps": 1.0, "momentum": 0.9},
+    "sgd": {"momentum": 0.9, "nesterov": False},
+    "adamw": {"betas": [0.9, 0.999], "eps": 1e-8},
+    "lamb": {"betas": [0.9, 0.999], "eps": 1e-6},
+}
+
+
 class Optim(Section):
-    lr: Annotated[float, Field(gt=0)] = Field(0.045, description="base learning rate")
-    alpha: Decay = Field(0.9, description="decay of RMSProp's mean square")
-    eps: Annotated[float, Field(gt=0)] = Field(1.0, description="inside the root, as TensorFlow")
-    momentum: Decay = Field(0.9, description="momentum of the scaled gradient")
-    weight_decay: NonNegative = Field(4e-5, description="L2 on convolutions and linear layers")
+    kind: Literal["rmsprop_tf", "sgd", "adamw", "lamb"] = Field(
+        "rmsprop_tf", description="optimizer: the paper's, torch's SGD and AdamW, timm's Lamb"
+    )
+    lr: Annotated[float, Field(gt=0)] = Field(
+        0.045, description="base learning rate; must be given with another kind than rmsprop_tf"
+    )
+    alpha: Decay | None = Field(0.9, description="rmsprop_tf: decay of the mean square")
+    eps: Annotated[float, Field(gt=0)] | None = Field(
+        1.0,
+        description="rmsprop_tf: inside the root, as TensorFlow; adamw (1e-8), lamb (1e-6): beside "
+        "it",
+    )
+    momentum: Decay | None = Field(
+        0.9, description="rmsprop_tf: momentum of the scaled gradient; sgd (0.9): of the gradient"
+    )
+    nesterov: bool | None = Field(None, description="sgd (false): Nesterov's momentum")
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="adamw, lamb ([0.9, 0.999]): decay of the gradient's mean and mean square"
+    )
+    weight_decay: NonNegative = Field(
+        4e-5,
+        description="L2 on convolutions and linear layers; adamw, lamb: decay of the weights "
+        "themselves",
+    )
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(
         2.0, description="largest global gradient norm; null: no clipping"
     )
@@ -239,6 +272,30 @@ class Optim(Section):
         description="learning rate of each of the network's nine stages as a share of the next "
         "one's, the classifier's being lr; 1: one rate",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_the_kinds_defaults(cls, tree: Any) -> Any:
+        kind = tree.get("kind", "rmsprop_tf") if isinstance(tree, dict) else None
+        if not isinstance(kind, str) or kind not in OPTIMIZERS:
+            return tree
+        keys = {key for defaults in OPTIMIZERS.values() for key in defaults}
+        given = {key: value for key, value in tree.items() if key not in keys or value is not None}
+        return dict.fromkeys(keys) | OPTIMIZERS[kind] | given
+
+    @field_validator("alpha", "eps", "momentum", "nesterov", "betas")
+    @classmethod
+    def _is_the_kinds(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = info.data.get("kind")
+        if value is not None and kind is not None and info.field_name not in OPTIMIZERS[kind]:
+            own = ", ".join(OPTIMIZERS[kind])
+            raise ValueError(f"no key of optim.kind={kind}, which has lr, weight_decay, {own}")
+        return value
+
+    @property
+    def hyper_parameters(self) -> dict[str, Any]:
+        """What the optimizer takes beside lr and weight_decay."""
+        return {key: getattr(self, key) for key in OPTIMIZERS[self.kind]}
 
 
 class ScheduleSection(Section):
@@ -309,6 +366,10 @@ class Config(Section):
             "too": model.freeze is not None and model.init is None,
             "model.aux_logits=true has nothing to teach with model.freeze=backbone: leave out one "
             "of them": model.freeze == "backbone" and model.aux_logits,
+            f"optim.lr must be given with optim.kind={self.optim.kind}: its default is "
+            "rmsprop_tf's": (
+                self.optim.kind != "rmsprop_tf" and "lr" not in self.optim.model_fields_set
+            ),
             "train.compile and model.grad_checkpointing do not go together": (
                 self.train.compile and model.grad_checkpointing
             ),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import label_sets, sources, stream
+from data import label_sets, sources, stream, subset
 from data.base import Source
 from data.errors import DataError
 from data.label_files import LabelledFolder
@@ -120,6 +120,8 @@ def prepare(
         source = LabelledFolder(images, files.labels)
     else:
         source = _open(images, data if is_own else data.model_copy(update={"cache_dir": None}))
+    if data.classes is not None and network.classes is not None and files.class_index is None:
+        source = subset.of_classes(source, network.classes, images, network.name)
     if not (allow_resized or (is_own and data.allow_resized)):
         sources.refuse_resized(source, images, "--allow-resized")
 
@@ -140,7 +142,10 @@ def prepare(
 
 
 def _open(images: str, data: Data) -> Source:
-    """Open images, without a run's cache if that belongs to another machine. Raises DataError."""
+    """Open images of all classes, without a run's cache if that belongs to another machine.
+    Raises DataError.
+    """
+    data = data.model_copy(update={"classes": None})  # a run's list may be gone; names are not
     try:
         return input_pipeline.open_source(images, data)
     except CacheError as error:

@@ -36,6 +36,8 @@ def metadata(network: Trained) -> dict[str, str]:
     """Metadata stored with the weights, each value as JSON; `trained.load_weights` reads it."""
     content: dict[str, Any] = {"blocks": list(network.model.blocks)}
     content["data"] = {key: getattr(network.data, key) for key in VIEW}
+    if network.data.classes is not None:
+        content["data"]["classes"] = Path(network.data.classes).name
     content["result"] = {"weights": network.which, "step": network.step}
     if network.class_order is not None:
         content["class_order"] = network.class_order

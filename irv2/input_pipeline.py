@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from data import levels, loader, sources, stream, transforms
+from data import levels, loader, sources, stream, subset, transforms
 from data.augment import Augment, Mix
 from data.base import Source
 from data.errors import DataError, ImageError
@@ -35,12 +35,16 @@ def open_sources(cfg: Config) -> tuple[Source, Source]:
 
 
 def open_source(spec: str, data: Data, timeout_s: float = RunSection().timeout_s) -> Source:
-    """Open images; those of an object store with the cache of `data`. Raises DataError.
+    """Open images, of all classes or those of `data.classes`; those of an object store with the
+    cache of `data`. Raises DataError.
 
     timeout_s: how long the loader will wait for an image.
     """
     # Fetching gives up before the loader does, which cannot name the object that it waits for.
-    return sources.open_source(spec, Storage(data.cache_dir, data.cache_gb, timeout_s / 2))
+    source = sources.open_source(spec, Storage(data.cache_dir, data.cache_gb, timeout_s / 2))
+    if data.classes is None:
+        return source
+    return subset.of_classes(source, subset.read_list(data.classes), spec, data.classes)
 
 
 def check_sources(cfg: Config, train: Source, val: Source) -> Source:

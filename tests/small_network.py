@@ -12,7 +12,7 @@ from data import loader
 from irv2.scoring import EvalOptions, collect, scored
 from irv2.training.distributed import World
 from irv2.training.metrics import Predictions
-from irv2.training.optim import RMSpropTF, parameter_groups
+from irv2.training.optim import KINDS, parameter_groups
 from irv2.training.state import TrainState, running_average
 from irv2.training.step import StepOptions, train_step
 
@@ -38,11 +38,12 @@ def small_network(drop_rate: float = 0.0) -> nn.Module:
     return network
 
 
-def new_state(network: nn.Module, ema_decay: float = 0.9) -> TrainState:
-    """A run's state before its first step, without loss scaling."""
+def new_state(network: nn.Module, ema_decay: float = 0.9, kind: str = "rmsprop_tf") -> TrainState:
+    """A run's state before its first step, without loss scaling; kind: of optimizer."""
     groups = parameter_groups(network, weight_decay=1e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return TrainState(network, running_average(network, ema_decay), RMSpropTF(groups, LR), scaler)
+    optimizer = KINDS[kind](groups, lr=LR)
+    return TrainState(network, running_average(network, ema_decay), optimizer, scaler)
 
 
 def randomised(module: nn.Module) -> nn.Module:

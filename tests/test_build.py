@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm.optim
 import torch
 
 from irv2 import build, config_file
@@ -11,12 +12,13 @@ from irv2.network.merged import MergedBlock
 from irv2.training.state import TrainState
 
 
-def first_state(seed: int = 0, **train) -> TrainState:
+def first_state(seed: int = 0, optim: dict | None = None, **train) -> TrainState:
     sections = {
         "data": {"train": "synthetic:8x4", "val": "synthetic:8x4"},
         "model": {"blocks": [1, 1, 1], "aux_logits": True},
         "run": {"seed": seed},
         "train": train,
+        "optim": optim or {},
     }
     return build.new_state(config_file.from_tree(sections), 4, torch.device("cpu"))
 
@@ -50,3 +52,25 @@ def test_one_key_leaves_the_network_plain_with_the_same_weights():
     ours, theirs = (state.model.state_dict() for state in (fast, plain))
     assert list(ours) == list(theirs)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize(
+    "kind, expected, own",
+    [
+        ("sgd", torch.optim.SGD, {"nesterov": True, "momentum": 0.9}),
+        ("adamw", torch.optim.AdamW, {"betas": [0.8, 0.99], "eps": 1e-8}),
+        ("lamb", timm.optim.Lamb, {"betas": [0.9, 0.999], "eps": 1e-3}),
+    ],
+)
+def test_other_optimizers_are_the_libraries_own_in_the_same_groups(kind, expected, own):
+    decays = {"lr": 0.01, "weight_decay": 0.05, "layer_decay": 0.5}
+    optimizer = first_state(optim={"kind": kind, **decays, **own}).optimizer
+    assert type(optimizer) is expected
+    paper = first_state(optim=decays).optimizer
+    for group, same in zip(optimizer.param_groups, paper.param_groups, strict=True):
+        assert [p.shape for p in group["params"]] == [p.shape for p in same["params"]]
+        for key in ("weight_decay", "lr_scale", "lr"):
+            assert group[key] == same[key], key
+        for key, value in own.items():
+            assert group[key] == (tuple(value) if isinstance(group[key], tuple) else value), key
+        assert group.get("max_grad_norm") is None  # clip_norm clips

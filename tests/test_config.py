@@ -202,6 +202,35 @@ def test_keys_that_contradict_each_other_are_both_named(sections, keys):
     assert all(key in fault for key in keys)
 
 
+@pytest.mark.parametrize(
+    "kind, own",
+    [
+        ("rmsprop_tf", {"alpha": 0.9, "eps": 1.0, "momentum": 0.9}),
+        ("sgd", {"momentum": 0.9, "nesterov": False}),
+        ("adamw", {"betas": [0.9, 0.999], "eps": 1e-8}),
+        ("lamb", {"betas": [0.9, 0.999], "eps": 1e-6}),
+    ],
+)
+def test_each_optimizer_has_its_own_keys_with_its_own_defaults(tmp_path, kind, own):
+    cfg = load(tmp_path, MINIMAL, f"optim.kind={kind}", "optim.lr=0.1")
+    assert cfg.optim.hyper_parameters == own
+    assert built(**{k: v for k, v in cfg.model_dump().items() if k != "run"}).optim == cfg.optim
+    others = {"alpha": 0.5, "eps": 0.5, "momentum": 0.5, "nesterov": True, "betas": [0.5, 0.5]}
+    for key in others.keys() & own.keys():
+        changed_to = load(tmp_path, MINIMAL, f"optim.kind={kind}", "optim.lr=0.1",
+                          f"optim.{key}={json.dumps(others[key])}")  # fmt: skip
+        assert changed_to.optim.hyper_parameters == own | {key: others[key]}
+    for key in others.keys() - own.keys():
+        value = f"optim.{key}={json.dumps(others[key])}"
+        with pytest.raises(ConfigError, match=rf"optim\.{key}=.*: no key of optim\.kind={kind}"):
+            load(tmp_path, MINIMAL, f"optim.kind={kind}", "optim.lr=0.1", value)
+
+
+def test_another_optimizer_does_not_take_rmsprops_rate(tmp_path):
+    with pytest.raises(ConfigError, match=r"optim\.lr must be given with optim\.kind=adamw"):
+        load(tmp_path, MINIMAL, "optim.kind=adamw")
+
+
 def test_keys_that_just_agree_are_accepted():
     agreeing = built(
         model={"aux_logits": True},
@@ -215,10 +244,10 @@ def test_keys_that_just_agree_are_accepted():
 
 def test_all_mistakes_are_reported_together(tmp_path):
     with pytest.raises(ConfigError) as caught:
-        load(tmp_path, "data: {train: 3}\noptim: {lr: fast, betas: [1]}\ntrian: {epochs: 1}\n")
+        load(tmp_path, "data: {train: 3}\noptim: {lr: fast, beta: [1]}\ntrian: {epochs: 1}\n")
     lines = str(caught.value).splitlines()
     assert [re.split("[=:]", line)[0] for line in lines] == [
-        *["data.train", "data.val", "optim.lr", "optim.betas"],
+        *["data.train", "data.val", "optim.lr", "optim.beta"],
         "trian",
     ]
 
@@ -421,7 +450,7 @@ def test_what_makes_another_experiment_is_no_machine_key():
 
 
 def test_a_run_may_move_to_another_machine():
-    keys = {"train.micro_batch", "data.workers", "data.train", "run.device"}
+    keys = {"train.micro_batch", "data.workers", "data.train", "data.classes", "run.device"}
     assert keys <= config.MACHINE_KEYS
 
 

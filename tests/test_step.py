@@ -27,6 +27,7 @@ from irv2.network.model import inception_resnet_v2
 from irv2.run import checkpoint
 from irv2.training import update as end_of_step
 from irv2.training.distributed import World
+from irv2.training.optim import KINDS
 from irv2.training.state import TrainState, running_average
 from irv2.training.step import (
     StepOptions,
@@ -133,13 +134,14 @@ def test_a_step_is_counted_leaves_no_gradients_and_takes_only_its_own_batches():
     assert len(list(batches)) == 4
 
 
-def test_a_restored_state_continues_bit_by_bit(tmp_path):
-    state = new_state(small_network(drop_rate=0.5))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_restored_state_continues_bit_by_bit(tmp_path, kind):
+    state = new_state(small_network(drop_rate=0.5), kind=kind)
     train(state, 4, steps=2, seed=3)
     state.images_seen = 8
     assert state.read_bad_steps() == ([], 0)
     checkpoint.save(tmp_path, state.step, state.tensors(), small_meta.meta(2) | state.counters())
-    restored = new_state(small_network(drop_rate=0.5))
+    restored = new_state(small_network(drop_rate=0.5), kind=kind)
     torch.rand(17)  # what the random generators did in between must not matter
     saved = checkpoint.load(tmp_path / "step-000000002")
     restored.load(saved.parts, saved.meta)
@@ -295,12 +297,16 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
         assert torch.allclose(tensor, theirs[name], rtol=tolerance, atol=tolerance), name
 
 
-@pytest.mark.parametrize("decided_on", ["host", "device"])
+@pytest.mark.parametrize(
+    "kind, decided_on", [*((k, "host") for k in KINDS), ("rmsprop_tf", "device")]
+)
 @pytest.mark.parametrize("harm", ["loss", "gradient"])
-def test_a_bad_step_changes_no_weight_statistic_average_or_slot(monkeypatch, harm, decided_on):
+def test_a_bad_step_changes_no_weight_statistic_average_or_slot(
+    monkeypatch, harm, kind, decided_on
+):
     if decided_on == "device":
         decide_on_the_device(monkeypatch)
-    state = new_state(small_network())
+    state = new_state(small_network(), kind=kind)
     step(state)
     before = everything(state)
     loss, norm = step(state, harm)
@@ -308,6 +314,15 @@ def test_a_bad_step_changes_no_weight_statistic_average_or_slot(monkeypatch, har
     assert_same(everything(state), before)
     assert state.step == 2
     assert all(parameter.grad is None for parameter in state.model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_a_bad_first_step_the_next_is_as_a_first_one(kind):
+    harmed, sound = (new_state(small_network(), ema_decay=0.0, kind=kind) for _ in range(2))
+    step(harmed, "gradient")
+    step(harmed)
+    step(sound)
+    assert_same(everything(harmed), everything(sound))
 
 
 def test_training_goes_on_after_a_bad_step():

@@ -21,7 +21,7 @@ import train
 from irv2 import build, config_file, evaluation, input_pipeline
 from irv2.network import weights
 from irv2.network.model import inception_resnet_v2
-from irv2.run import checkpoint, directory
+from irv2.run import checkpoint, directory, resume
 from irv2.training import distributed, step
 from irv2.training.distributed import World
 
@@ -200,6 +200,20 @@ def test_resume_from_another_runs_checkpoint(project) -> None:
 
 
 # ------------------------------------------------------------------------- several ranks
+
+
+def test_another_optimizer_begins_from_a_run_without_its_slots(project, tmp_path) -> None:
+    """Slots of RMSProp would be taken for SGD's momentum."""
+    cfg = config.load(project / "small.yaml", ["optim.kind=sgd", "optim.lr=0.1"])
+    state = build.new_state(cfg, 3, torch.device("cpu"))
+    world = World(0, 1, torch.device("cpu"))
+    experiment = build.experiment(
+        cfg, build.divide_batch(cfg, 3, world), input_pipeline.open_sources(cfg)[0]
+    )
+    resume.restore(state, tmp_path, str(project / "run"), experiment, world)
+    assert state.step == 8 and not state.optimizer.state
+    saved = final_state(project)["model"]
+    assert all(torch.equal(value, saved[name]) for name, value in state.model.state_dict().items())
 
 
 def test_two_ranks_train_and_evaluate_every_image_once(project: Path) -> None:

@@ -175,13 +175,21 @@ def _restore(
     else:
         loaded = checkpoint.load(Path(resume_from))
         check(loaded)
+    parts = loaded.parts
+    if _optimizer(loaded.meta["config"]) != _optimizer(experiment.config):
+        parts = parts | {"optimizer": {}}  # which another one could not go on with
     try:
-        state.load(loaded.parts, loaded.meta)
+        state.load(parts, loaded.meta)
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{loaded.path}: does not fit this network ({reason})") from None
     seen = f"{state.images_seen:,} images seen"
     say(f"continuing after step {state.step} ({seen}), from {loaded.path}")
+
+
+def _optimizer(config: dict[str, Any]) -> str:
+    """Return the kind of optimizer of a config, which may be older than that key."""
+    return config.get("optim", {}).get("kind", "rmsprop_tf")
 
 
 def _check_experiment(

@@ -25,7 +25,7 @@ from irv2.run.resume import load_newest
 
 IMAGENET_CLASSES = 1000
 SEEN = (
-    *("val", "allow_resized", "cache_dir", "cache_gb"),
+    *("val", "classes", "allow_resized", "cache_dir", "cache_gb"),
     *("image_size", "mean", "std", "eval_crop", "eval_interpolation"),
 )  # keys of section "data" that bear on an evaluation
 

@@ -1,9 +1,11 @@
-"""TensorFlow's RMSProp, multi-tensor, and the parameter groups it trains."""
+"""TensorFlow's RMSProp, multi-tensor, other optimizers by name, and the parameter groups."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
+import timm.optim
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -98,6 +100,14 @@ class RMSpropTF(torch.optim.Optimizer):
             state["square_avg"] = torch.ones_like(p)
             state["momentum_buffer"] = torch.zeros_like(p)
         return state
+
+
+KINDS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "rmsprop_tf": RMSpropTF,
+    "sgd": torch.optim.SGD,
+    "adamw": torch.optim.AdamW,
+    "lamb": partial(timm.optim.Lamb, max_grad_norm=None),  # clipped before, as for all
+}
 
 
 def parameter_groups(

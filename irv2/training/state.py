@@ -9,6 +9,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+GROUP = "group_step"  # of an optimizer that counts the steps of its groups, as Lamb
 COUNTERS = ("step", "images_seen", "bad_images", "bad_steps", "bad_steps_in_a_row")
 
 
@@ -31,14 +32,21 @@ class TrainState:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors to resume from, not copied; weights under timm's names."""
+        slots = {
+            f"{slot}.{name}": tensor
+            for name, parameter in self.model.named_parameters()
+            for slot, tensor in self.optimizer.state.get(parameter, {}).items()
+            if tensor is not None  # as SGD's without momentum
+        }
+        counts = {
+            f"{GROUP}.{number}": torch.as_tensor(group["step"])
+            for number, group in enumerate(self.optimizer.param_groups)
+            if "step" in group
+        }
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
-            "optimizer": {
-                f"{slot}.{name}": tensor
-                for name, parameter in self.model.named_parameters()
-                for slot, tensor in self.optimizer.state.get(parameter, {}).items()
-            },
+            "optimizer": slots | counts,
         }
 
     def counters(self) -> dict[str, Any]:
@@ -56,10 +64,15 @@ class TrainState:
         self.model.load_state_dict(tensors["model"])
         self.ema.module.load_state_dict(tensors["ema"])
         parameters = dict(self.model.named_parameters())
+        groups = {str(number): group for number, group in enumerate(self.optimizer.param_groups)}
         for key, saved in tensors["optimizer"].items():
             slot, _, name = key.partition(".")
+            if slot == GROUP:
+                groups[name]["step"] = saved.clone()
+                continue
             parameter = parameters[name]
-            self.optimizer.state[parameter][slot] = torch.empty_like(parameter).copy_(saved)
+            like = parameter if parameter.shape == saved.shape else saved  # as AdamW's count
+            self.optimizer.state[parameter][slot] = torch.empty_like(like).copy_(saved)
         self.scaler.load_state_dict(counters["scaler"])
         for name in COUNTERS:
             setattr(self, name, counters[name])

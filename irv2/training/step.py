@@ -1,6 +1,7 @@
 """One training step: begin, forward and backward for each micro-batch, update.
 
-Nothing here waits for the device (except in fp16, whose scaler checks for overflow).
+Nothing here waits for the device (except in fp16, whose scaler checks for overflow, and with other
+optimizers than RMSProp).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The end of a step: clipping, RMSProp and the running average - or, after a bad step, nothing.
+"""The end of a step: clipping, optimizer and running average - or, after a bad step, nothing.
 
-On a CPU one compiled loop does all three. On other devices PyTorch's multi-tensor operations do,
-under a mask, so that the host need not wait to learn whether the step was good.
+With RMSProp one compiled loop does all three on a CPU. On other devices PyTorch's multi-tensor
+operations do, under a mask, so that the host need not wait to learn whether the step was good; with
+other optimizers, which take no mask, it waits.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from irv2.network.accelerate import loops
+from irv2.training.optim import RMSpropTF
 from irv2.training.state import TrainState
 
 
@@ -36,7 +38,7 @@ def apply(
     norm: of the gradients, which are scaled down to `clip_norm` if it is more. To undo what forward
     has changed, `statistics` are set to `before`.
     """
-    if not good.is_cpu:
+    if not good.is_cpu and isinstance(state.optimizer, RMSpropTF):
         _apply_where(state, good, norm, clip_norm, statistics, before)
     elif good:
         _apply(state, norm, clip_norm)
@@ -45,7 +47,8 @@ def apply(
 
 
 def _apply(state: TrainState, norm: Tensor, clip_norm: float | None) -> None:
-    is_looped = loops is not None and not state.scaler.is_enabled()
+    has_loop = isinstance(state.optimizer, RMSpropTF) and loops is not None
+    is_looped = has_loop and not state.scaler.is_enabled()
     if not (is_looped and _apply_in_one_pass(state, norm, clip_norm)):
         _clip(state.model, norm, clip_norm)
         state.scaler.step(state.optimizer)
