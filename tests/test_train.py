@@ -204,7 +204,7 @@ def test_resume_from_another_runs_checkpoint(project) -> None:
 
 def test_another_optimizer_begins_from_a_run_without_its_slots(project, tmp_path) -> None:
     """Slots of RMSProp would be taken for SGD's momentum."""
-    cfg = config.load(project / "small.yaml", ["optim.kind=sgd", "optim.lr=0.1"])
+    cfg = config_file.load(project / "small.yaml", ["optim.kind=sgd", "optim.lr=0.1"])
     state = build.new_state(cfg, 3, torch.device("cpu"))
     world = World(0, 1, torch.device("cpu"))
     experiment = build.experiment(
