@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tarfile
 from collections import Counter
@@ -470,6 +471,8 @@ def test_images_that_a_table_lists_are_split_by_class(table, tmp_path, prepare):
 TABLES = {
     "path,label\nant/0.jpg,ant\nant/0.jpg,bee\n": "1 files are listed twice: ant/0.jpg",
     "path,label\nant/99.jpg,ant\nant/0.jpg,ant\n": "1 files are not below",
+    "path,label\n../outside.jpg,ant\nant/0.jpg,ant\n": "1 files are not below",
+    "path,label\nant/0.jpg,a/b\nant/1.jpg,a_b\n": "would share a folder: 'a/b', 'a_b'",
     "path,label\nant/notes.txt,ant\n": "1 files are no images",
     "path,label\nant/0.jpg,..\nant/1.jpg,..\n": "'..' cannot be the name of a class's folder",
     "path,label\nant/0.jpg,ant\n": "ant: one image cannot be in both train and val",
@@ -481,6 +484,7 @@ TABLES = {
 @pytest.mark.parametrize("content", TABLES)
 def test_a_table_that_cannot_be_used_is_told_in_a_line(content, unsplit, tmp_path, prepare):
     (unsplit / "table.csv").write_text(content)
+    shutil.copy(unsplit / "ant" / "0.jpg", unsplit.parent / "outside.jpg")
     status, told = prepare("csv", unsplit / "table.csv", "--out", tmp_path / "out")
     assert status == 1 and TABLES[content] in told and told.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -572,5 +576,11 @@ def test_a_data_set_that_cannot_be_used_is_told_in_a_line(tmp_path, prepare):
     assert "'..' cannot be the name of a class's folder" in refused()
     write_parquet(train, pets(4), PETS)
     assert "no column of labels (breed)" in refused("--label-column", "breed")
+    write_parquet(train, pets(4), ["dog/wolf", "dog_wolf"])
+    assert "would share a folder: 'dog/wolf', 'dog_wolf'" in refused()
+    write_parquet(tmp_path / "hub" / "small" / "train.parquet", pets(4), PETS)
+    assert f"its train files lie in 2 folders; give one of them: {train.parent}" in refused()
+    shutil.rmtree(tmp_path / "hub" / "small")
+    write_parquet(train, pets(4), PETS)
     write_parquet(tmp_path / "hub" / "test.parquet", [row for row in pets(4) if row[2]], PETS)
     assert "only one of train and val has images of cat" in refused()

@@ -119,6 +119,12 @@ def test_the_validation_images_alone_need_no_training_archive(preparation, expec
     assert preparation.images() == expected_tree
 
 
+def test_an_original_archive_may_be_named_itself(preparation, expected_tree):
+    preparation.archives /= ILSVRC2012.val.name
+    assert preparation.run("--only", "val") == 0
+    assert below(preparation.images(), "val/") == below(expected_tree, "val/")
+
+
 def test_a_class_that_was_removed_is_written_anew(preparation, expected_tree):
     assert preparation.run() == 0
     shutil.rmtree(preparation.out / "train" / CLASSES[1])

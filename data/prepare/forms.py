@@ -95,9 +95,11 @@ def recognise(asked: Asked) -> Form:
 
 
 def _originals(asked: Asked) -> Form | None:
-    """The three archives as image-net.org has them."""
+    """The three archives as image-net.org has them: their folder, or one of them."""
     expected, folder = asked.expected, asked.path
     archives = {role: getattr(expected, role) for role in ("devkit", "train", "val")}
+    if folder.name in {archive.name for archive in archives.values()}:
+        folder = folder.parent
     if not any((folder / archive.name).is_file() for archive in archives.values()):
         return None
     needed = [archives[role] for role in ("devkit", *asked.splits)]
@@ -269,7 +271,7 @@ def _members(folder: Path, split: str) -> Iterator[Member]:
 
 def _parquet(asked: Asked) -> Form | None:
     """Hugging Face's data set, whose file names say the split."""
-    files = files_by_split(asked.path, parquet.PARQUET)
+    files = parquet.files_of(asked.path)
     if not files:
         return None
     return Form(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data import strict_json
-from data.errors import DataError, ImageError
+from data.errors import DataError, ImageError, enumeration
 from data.ilsvrc import SYNSET, Expected, added_synset, original_name
 from data.image_formats import image_extensions
 from data.optional import needed
@@ -24,10 +24,23 @@ from data.prepare.imagenet import check_counts
 from data.prepare.listed import UNKNOWN, ListedSource, Listing, listing
 from data.prepare.members import Member, check_names
 from data.prepare.shard_writer import kind_and_size
-from data.prepare.splits import file_names, files_by_split, folder_name, held_out
+from data.prepare.splits import file_names, files_by_split, folder_names, held_out
 
 PARQUET = ".parquet"
 ROWS = 64  # that are read at a time
+
+
+def files_of(path: Path) -> dict[str, list[Path]]:
+    """Find the files of each split. Raises DataError where those of one lie in several folders,
+    which is how several data sets lie in one place."""
+    splits = files_by_split(path, PARQUET)
+    for split, files in splits.items():
+        if len(folders := sorted({str(file.parent) for file in files})) > 1:
+            raise DataError(
+                f"{path}: its {split} files lie in {len(folders):,} folders; give one of them: "
+                f"{enumeration(folders)}"
+            )
+    return splits
 
 
 class Columns(NamedTuple):
@@ -260,7 +273,7 @@ def open_data_set(
     Validation images are those of a split that is called so, else the test images, else a share
     held out of each class. Raises DataError.
     """
-    splits = files_by_split(path, PARQUET)
+    splits = files_of(path)
     if "train" not in splits:
         raise DataError(f"{path}: no parquet files of training images in it")
     columns = columns_of(splits["train"][0], image, label)
@@ -292,13 +305,13 @@ def _classes(files: Sequence[Path], columns: Columns) -> dict[str, list[Member]]
             name = columns.names[name] if is_label else None
         if name is None:
             raise DataError(f"{files[0]}: row {row.number:,}: {row.label!r} is no label of a class")
-        found.setdefault(folder_name(str(name), files[0]), []).append(row)
-    ending = _ending(files[0], columns)
+        found.setdefault(str(name), []).append(row)
+    ending, folders = _ending(files[0], columns), folder_names(found, files[0])
     classes = {}
     for name, some in found.items():
         numbers = [row.number for row in some]
         names = file_names([_file_name(row, ending) for row in some], numbers)
-        classes[name] = [Member(*each, UNKNOWN) for each in zip(names, numbers)]
+        classes[folders[name]] = [Member(*each, UNKNOWN) for each in zip(names, numbers)]
     return classes
 
 

@@ -110,15 +110,16 @@ def split_table(
         raise DataError(f"{table}: cannot be read ({error})") from None
     paths = [path for path, _ in rows]
     for fault, unfit in (
-        (f"not below {root}", [path for path in paths if not (root / path).is_file()]),
+        (f"not below {root}", [path for path in paths if not _is_below(root, path)]),
         ("no images", [path for path in paths if not path.lower().endswith(image_extensions())]),
         ("listed twice", [path for path, times in Counter(paths).items() if times > 1]),
     ):
         if unfit:
             raise DataError(f"{table}: {len(unfit):,} files are {fault}: {enumeration(unfit)}")
+    folders = folder_names({label for _, label in rows}, table)
     classes: dict[str, list[str]] = {}
     for path, label in rows:
-        classes.setdefault(folder_name(label, table), []).append(path)
+        classes.setdefault(folders[label], []).append(path)
     entries: list[Entry] = []
     for label, paths in sorted(classes.items()):
         names = [f"{label}/{name}" for name in file_names(paths, count())]
@@ -127,12 +128,27 @@ def split_table(
     return entries
 
 
-def folder_name(label: str, where: object) -> str:
-    """Make a folder's name of a class's. Raises DataError for one of which none can be made."""
-    name = label.replace("/", "_").replace("\0", "_").strip()
-    if name in ("", ".", "..") or len(os.fsencode(name)) > 255:
-        raise DataError(f"{where}: {label!r} cannot be the name of a class's folder")
-    return name
+def _is_below(root: Path, path: str) -> bool:
+    """True for a file in a folder or below it, however its path is written."""
+    inside = Path(os.path.normpath(root / path)).is_relative_to(os.path.normpath(root))
+    return inside and (root / path).is_file()
+
+
+def folder_names(labels: Iterable[str], where: object) -> dict[str, str]:
+    """Make a folder's name of the name of each class.
+
+    Raises DataError for a class of which none can be made, and for two that would share one.
+    """
+    folders: dict[str, str] = {}
+    for label in labels:
+        name = label.replace("/", "_").replace("\0", "_").strip()
+        if name in ("", ".", "..") or len(os.fsencode(name)) > 255:
+            raise DataError(f"{where}: {label!r} cannot be the name of a class's folder")
+        folders[label] = name
+    counts = Counter(folders.values())
+    if shared := sorted(label for label, name in folders.items() if counts[name] > 1):
+        raise DataError(f"{where}: classes would share a folder: {', '.join(map(repr, shared))}")
+    return folders
 
 
 def file_names(paths: Sequence[str], numbers: Iterable[int]) -> list[str]:
