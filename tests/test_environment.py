@@ -247,7 +247,7 @@ def test_a_picture_of_that_very_name_comes_first(home):
     assert cli.picture("~/x.jpg") == f"{home}/x.jpg"
 
 
-PATH_KEYS = ["run.dir", "data.train", "data.val", "data.cache_dir", "model.init"]
+PATH_KEYS = [*("run.dir", "data.train", "data.val", "data.cache_dir", "data.classes", "model.init")]
 
 
 @pytest.mark.parametrize("written", ["~/x", "$HOME/x"])

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -25,7 +25,9 @@ from PIL import Image
 from irv2.report import page, plots
 from irv2.report.statistics import Interval, calibration, wilson
 from irv2.report.thumbnails import Gallery, Picture
-from irv2.training.metrics import Predictions
+
+if TYPE_CHECKING:  # report.py starts without torch
+    from irv2.training.metrics import Predictions
 
 PAIRS, PAIR_PICTURES = 10, 4
 MISTAKES = 24
