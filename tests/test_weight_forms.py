@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 import validate
 from irv2.network import imagenet_names, weights
 from irv2.network.forms.base import WeightsError
-from irv2.network.model import inception_resnet_v2
+from irv2.network.model import InceptionResnetV2, inception_resnet_v2
 from irv2.run import checkpoint, trained
 from irv2.training import finetune
 from scripts import export, predict
@@ -42,7 +42,7 @@ State = dict[str, Tensor]
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that do not say how many blocks they hold have one of each kind here."""
-    monkeypatch.setattr(trained, "BLOCKS", BLOCKS)
+    monkeypatch.setattr(InceptionResnetV2, "published", (BLOCKS, 1.0))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from irv2.network.accelerate import accelerate
 from irv2.network.forms import metadata
 from irv2.network.forms.base import WeightsError
 from irv2.network.forms.pytorch import check_which
-from irv2.network.model import BLOCKS, InceptionResnetV2
+from irv2.network.model import InceptionResnetV2
 from irv2.run import checkpoint
 from irv2.run.checkpoint import Checkpoint, CheckpointError
 from irv2.run.directory import checkpoints
@@ -56,7 +56,7 @@ def load_run(directory: Path, which: str, say: Callable[[str], None]) -> Trained
 def from_checkpoint(loaded: Checkpoint, which: str) -> Trained:
     """Build the network of a checkpoint of which `part(which)` was read. Raises WeightsError."""
     cfg, meta, source = loaded.meta["config"], loaded.meta, str(loaded.path)
-    model = _network(loaded.parts[part(which)], source, tuple(cfg["model"]["blocks"]))
+    model = _network(loaded.parts[part(which)], source, cfg["model"]["blocks"])
     _check_classes(meta["classes"], model, source)
     data = _data(cfg["data"], f"{source}: its metadata is damaged")
     return Trained(model, source, which, meta["step"], meta["classes"], data, data.val)
@@ -70,7 +70,9 @@ def _check_classes(classes: list[str], model: InceptionResnetV2, source: str) ->
         )
 
 
-def _network(state: dict[str, Tensor], source: str, blocks: tuple[int, ...]) -> InceptionResnetV2:
+def _network(
+    state: dict[str, Tensor], source: str, blocks: Sequence[int] | None
+) -> InceptionResnetV2:
     """Build the network of a state dict, in its fast form. Raises WeightsError."""
     return accelerate(weights.build_model(state, source, blocks)).eval()
 
@@ -141,7 +143,7 @@ def load_weights(source: str, which: str | None = None) -> Trained:
     read = weights.read(source, which)
     told = metadata.parsed(read.metadata, source)
     check_which(which, told.result.weights, source)
-    model = _network(read.state, source, tuple(told.blocks or BLOCKS))
+    model = _network(read.state, source, told.blocks)
     outputs, classes = model.num_classes, told.classes
     if model.in_chans != 3:
         raise WeightsError(f"{source}: is for images of {model.in_chans} channels, not for RGB")

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from data import strict_json
 from irv2.network.forms import kinds, metadata, names, views
 from irv2.network.forms.base import Weights, WeightsError, in_one_line
+from irv2.network.model import InceptionResnetV2
 
 CONFIG = "config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")  # as timm prefers them
@@ -123,8 +124,10 @@ def _read_config(path: Path) -> Config:
     except (OSError, AttributeError, TypeError, ValueError) as error:
         reason = in_one_line(error)
         raise WeightsError(f"{path}: damaged or not timm's ({reason})") from None
-    if not config.architecture.startswith("inception_resnet_v2"):
-        raise WeightsError(f"{path}: is for {config.architecture}, not for Inception-ResNet-v2")
+    if not config.architecture.startswith(InceptionResnetV2.timm_name):
+        raise WeightsError(
+            f"{path}: is for {config.architecture}, not for {InceptionResnetV2.title}"
+        )
     asked = {"global_pool": config.global_pool} | config.model_args
     changed = [key for key, value in FIXED.items() if asked.get(key, value) != value]
     if changed:

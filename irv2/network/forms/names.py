@@ -6,10 +6,12 @@ import torch
 
 from data.names import shown
 from irv2.network.forms.base import State, Weights
+from irv2.network.model import InceptionResnetV2
 
-STEM = "conv2d_1a.conv.weight"  # in every form of PyTorch's; what stands before it is a prefix
+# In every form of PyTorch's; what stands before it is a prefix.
+STEM = f"{InceptionResnetV2.first_conv}.weight"
 COMPILED = "_orig_mod."
-CLASSIFIER, OTHER_CLASSIFIER = "classif.", "last_linear."
+CLASSIFIER, OTHER_CLASSIFIER = f"{InceptionResnetV2.classifier}.", "last_linear."
 CLASSIFIERS = (CLASSIFIER, f"aux.{CLASSIFIER}")  # whose shapes depend on the classes
 IMAGENET_WITH_BACKGROUND = 1001
 
