@@ -32,9 +32,10 @@ from data.errors import UserError
 from data.files import write_atomically
 from irv2 import build, cli, config_file
 from irv2.cli import positive
-from irv2.config import Config, Model
+from irv2.config import Config
 from irv2.network.memory import Sizes
 from irv2.report import markdown
+from irv2.sections import Model
 from irv2.training.schedule import total_steps
 from scripts.planning import devices, prediction, steptime
 from scripts.planning.devices import Device, Figure, Link, Table
