@@ -21,7 +21,7 @@ from data.transforms import DecodeError, EvalView, as_evaluated, decode
 from data.workers import default_workers
 
 STANDARD_INPUT = "-"
-HEAD = 1 << 13  # bytes that tell a list from a picture
+HEAD = 1 << 13  # bytes by which a list is known from a picture
 
 
 class Picture(NamedTuple):

@@ -172,7 +172,7 @@ def add_view(options: Options) -> None:
 
 
 def stated_view(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the options of `add_view` state, under its names in the config."""
+    """Return what the options of `add_view` state, under its names in the config."""
     view = {
         "image_size": arguments.image_size,
         "eval_crop": arguments.crop,
@@ -259,7 +259,7 @@ def exit_status(body: Callable[[], int]) -> int:
 
 
 def _place() -> Place:
-    """This process's place; a process that is told none, or nonsense, speaks for itself."""
+    """Return this process's place, or if it has none, or nonsense, that of a single process."""
     try:
         return distributed.place()
     except WorldError:

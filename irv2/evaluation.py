@@ -39,7 +39,7 @@ MANY_IMAGES = 1000  # of which the 95 % interval is 6 % wide at most, and is not
 
 
 class LabelFiles(NamedTuple):
-    """What selects images, or gives right answers where class folders do not: files, an order."""
+    """Files, and an order, that select images or give right answers where class folders do not."""
 
     labels: Path | None = None
     class_index: Path | None = None

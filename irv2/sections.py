@@ -296,7 +296,7 @@ class Optim(Section):
 
     @property
     def hyper_parameters(self) -> dict[str, Any]:
-        """What the optimizer takes beside lr and weight_decay."""
+        """Return what the optimizer takes beside lr and weight_decay."""
         return {key: getattr(self, key) for key in OPTIMIZERS[self.kind]}
 
 

@@ -126,7 +126,7 @@ def _write_classes(
 def _write_class(
     source: ListedSource, label: int, folder: Path, stop: threading.Event, put: Put
 ) -> int:
-    """Write a class under its temporary name, until told to stop; returns its label."""
+    """Write a class under its temporary name, until `stop` is set; returns its label."""
     target = folder / f"{source.classes[label]}{PARTIAL}"
     target.mkdir()
     # In the archive's order, which disks read fastest.

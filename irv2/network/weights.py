@@ -28,17 +28,17 @@ def read(source: str, which: str | None = None) -> Weights:
     """
     kind, _, name = source.removeprefix("timm:").partition(":")
     if kind in ("hf-hub", "hf_hub"):
-        found = hub.read_hub(name, lambda path: _read_file(path, which))
+        stored = hub.read_hub(name, lambda path: _read_file(path, which))
     elif kind == "local-dir" or Path(source).is_dir():
         folder = Path(name if kind == "local-dir" else source)
-        found = hub.read_folder(folder, lambda path: _read_file(path, which))
+        stored = hub.read_folder(folder, lambda path: _read_file(path, which))
     elif tensorflow.prefix(source) is not None:
-        found = tensorflow.read(source, which)
+        stored = tensorflow.read(source, which)
     elif source.startswith("timm:"):
-        found = hub.read_registered(source.removeprefix("timm:"))
+        stored = hub.read_registered(source.removeprefix("timm:"))
     else:
-        found = _read_file(Path(source), which)
-    return names.without_background(found, source)
+        stored = _read_file(Path(source), which)
+    return names.without_background(stored, source)
 
 
 def _read_file(path: Path, which: str | None) -> Weights:
@@ -51,14 +51,14 @@ def _read_file(path: Path, which: str | None) -> Weights:
     if kind == "tensorflow":
         return tensorflow.read(str(path), which)
     if kind == "safetensors":
-        stored = pytorch.read_safetensors(path)
-        content, (texts, remarks) = stored.state, (stored.metadata, [])
+        file = pytorch.read_safetensors(path)
+        content, (texts, remarks) = file.state, (file.metadata, [])
     else:
         content = pytorch.read_torch(path)
         texts, remarks = views.of_trainer(content, str(path))
-    found = pytorch.chosen(content, which, str(path))
-    state = names.in_timms(found.state)
-    return Weights(state, found.metadata | texts, [*found.remarks, *remarks])
+    stored = pytorch.chosen(content, which, str(path))
+    state = names.in_timms(stored.state)
+    return Weights(state, stored.metadata | texts, [*stored.remarks, *remarks])
 
 
 def write(path: Path, state: State, metadata: dict[str, str]) -> None:

@@ -141,29 +141,29 @@ def load_weights(source: str, which: str | None = None) -> Trained:
     and 1,000 classes are ImageNet's.
     """
     read = weights.read(source, which)
-    told = metadata.parsed(read.metadata, source)
-    check_which(which, told.result.weights, source)
-    model = _network(read.state, source, told.blocks)
-    outputs, classes = model.num_classes, told.classes
+    meta = metadata.parsed(read.metadata, source)
+    check_which(which, meta.result.weights, source)
+    model = _network(read.state, source, meta.blocks)
+    outputs, classes = model.num_classes, meta.classes
     if model.in_chans != 3:
         raise WeightsError(f"{source}: is for images of {model.in_chans} channels, not for RGB")
     if classes is None and outputs == IMAGENET_CLASSES:
         classes = imagenet_names.synsets()
     if classes is not None:
         _check_classes(classes, model, source)
-    stored = told.data | {"cache_dir": None}  # it may come from another machine
+    stored = meta.data | {"cache_dir": None}  # it may come from another machine
     data = _data(stored, f"{source}: its metadata is damaged")
     images = None if stored.get("val") is None else data.val
     return Trained(
         model,
         source,
-        told.result.weights or "as published",
-        told.result.step,
+        meta.result.weights or "as published",
+        meta.result.step,
         classes,
         data,
         images,
         tuple(read.remarks),
-        told.class_order,
+        meta.class_order,
     )
 
 

@@ -39,9 +39,9 @@ def begin(state: TrainState, source: str, classes: list[str], world: World) -> N
     Raises WeightsError.
     """
     pretrained = _read(source, world)
-    told = metadata.parsed(pretrained.metadata, source)
-    named = told.classes
-    if named is None and told.class_order == "natural":
+    meta = metadata.parsed(pretrained.metadata, source)
+    named = meta.classes
+    if named is None and meta.class_order == "natural":
         named = sorted(classes, key=natural)
     outcome = load(state.model, pretrained.state, named, classes, source)
     state.ema.module.load_state_dict(state.model.state_dict())

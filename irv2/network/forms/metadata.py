@@ -1,4 +1,4 @@
-"""What a weights file says of itself, as this project's own files say it."""
+"""Metadata of weights files, as this project writes it."""
 
 from __future__ import annotations
 
