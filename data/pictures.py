@@ -94,7 +94,7 @@ def _end_of_names(head: bytes) -> bytes:
 
 
 def _has_controls(head: bytes) -> bool:
-    """True for bytes that hardly a name has, though it may."""
+    """True for control characters, which a name may hold but hardly ever does."""
     return any(byte < 32 and byte not in b"\t\n\r" for byte in head)
 
 

@@ -95,7 +95,7 @@ def cells(row: dict[str, Any]) -> str:
 
 
 def batch_in_words(rows: list[dict[str, Any]], lr: float) -> str:
-    """How the fewest and the most ranks share a step, which has one learning rate."""
+    """Describe how the fewest and the most ranks share a step, which has one learning rate."""
     ends = dict.fromkeys(row["division"].in_words(row["ranks"]) for row in (rows[0], rows[-1]))
     return "\n".join([*ends, f"The rate, optim.lr={lr:g}, belongs to these images, not to ranks."])
 

@@ -102,7 +102,7 @@ def prefixed(state: State, prefix: str) -> State:
 
 
 def timms_checkpoint(state: State, averaged: State | None, **arguments: Any) -> dict[str, Any]:
-    """What timm's CheckpointSaver writes."""
+    """A file as timm's CheckpointSaver writes it."""
     content = {
         "epoch": 3,
         "arch": "inception_resnet_v2",
@@ -116,7 +116,7 @@ def timms_checkpoint(state: State, averaged: State | None, **arguments: Any) -> 
 
 
 def torchvisions_checkpoint(state: State, averaged: State) -> dict[str, Any]:
-    """What torchvision's references/classification/train.py writes with --model-ema."""
+    """A file as torchvision's references/classification/train.py writes it with --model-ema."""
     ema = AveragedModel(Ends(averaged))
     arguments = argparse.Namespace(
         model="x", val_crop_size=299, val_resize_size=342, interpolation="bilinear"

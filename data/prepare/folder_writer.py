@@ -82,7 +82,7 @@ def partial_of(folder: Path) -> Path:
 
 
 def present_folder(folder: Path, classes: Sequence[str]) -> Path:
-    """Return the folder as it is called now. Raises DataError if it holds anything else."""
+    """Return the folder under its present name. Raises DataError if it holds anything else."""
     unfinished = partial_of(folder)
     if folder.exists() and unfinished.exists():
         raise DataError(

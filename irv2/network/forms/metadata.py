@@ -13,7 +13,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Origin(BaseModel):
-    """Which weights of a run these are."""
+    """Weights of a run: averaged or raw, and after which step."""
 
     model_config = ConfigDict(strict=True)
 
