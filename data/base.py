@@ -1,4 +1,4 @@
-"""What every source of images offers, whether it reads folders, shards or archives."""
+"""The base class of all sources of images: folders, shards and archives."""
 
 from __future__ import annotations
 

@@ -16,14 +16,14 @@ MOST_NAMED = 5  # endings
 MOST_PAIRS = 3  # names that differ only in case
 
 
-class Found(NamedTuple):
+class Listing(NamedTuple):
     """Files of a class: its images, relative to its folder, and the others by their endings."""
 
     images: list[str]
     others: Counter[str]
 
 
-def search(top: str) -> Found:
+def search(top: str) -> Listing:
     """List a class's images in ImageFolder's order: folder by folder, a folder's files sorted.
 
     Raises DataError if there are none.
@@ -38,7 +38,7 @@ def search(top: str) -> Found:
             others.update(_ending(file) for file in set(files).difference(here))
     if not images:
         raise DataError(f"{top}: no images in it" + (f", only {kinds(others)}" if others else ""))
-    return Found(images, others)
+    return Listing(images, others)
 
 
 def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
@@ -88,14 +88,14 @@ class Remarks:
         self.alike: list[list[str]] = []
         self.leftovers = 0
 
-    def note(self, name: str, found: Found) -> None:
+    def note(self, name: str, listing: Listing) -> None:
         """Note the files of a class."""
-        self.others += found.others
+        self.others += listing.others
         self.alike += [
             [os.path.join(name, image) for image in group]
-            for group in same_but_for_case(found.images)
+            for group in same_but_for_case(listing.images)
         ]
-        self.leftovers += sum(os.path.basename(image).startswith("._") for image in found.images)
+        self.leftovers += sum(os.path.basename(image).startswith("._") for image in listing.images)
 
     def lines(self) -> list[str]:
         """Describe what was noted, a line for each kind."""

@@ -77,7 +77,7 @@ def count_scans(jpeg: bytes) -> int:
 
 
 def read_image(path: str) -> bytes:
-    """Read an image's file. Raises ImageError, or as `unreadable` what is no fault of the image."""
+    """Read an image's file. Raises ImageError; a fault of the system as `unreadable` makes it."""
     try:
         return read_regular(path, MAX_BYTES)
     except OSError as error:

@@ -70,7 +70,7 @@ def refuse_overlap(train: str, val: str) -> None:
 
 
 def _place(where: str) -> str:
-    """The one name of a folder or URL."""
+    """Canonical name of a folder or URL."""
     if "://" in where:
         return where.rstrip("/")
     return os.path.realpath(os.path.expanduser(where))

@@ -16,8 +16,8 @@ def shown(name: str, most: int | None = None) -> str:
     """A name or a message with names as a program may print it, in one line.
 
     It acts on no terminal and forges no line: control characters, line ends, marks that turn the
-    direction of writing, and bytes that are no UTF-8 are escaped. It tells no secret of a URL. With
-    `most` it has so many columns at most: what is too long is left out in the middle.
+    direction of writing, and bytes that are no UTF-8 are escaped. Secrets in URLs are left out.
+    With `most` it has so many columns at most: what is too long is left out in the middle.
     """
     text = "".join(c if c.isprintable() else _escaped(c) for c in without_secrets(name))
     if most is None or width(text) <= most:

@@ -21,7 +21,7 @@ from data.transforms import DecodeError, EvalView, as_evaluated, decode
 from data.workers import default_workers
 
 STANDARD_INPUT = "-"
-HEAD = 1 << 13  # bytes that tell a list from a picture
+HEAD = 1 << 13  # bytes by which a list is known from a picture
 
 
 class Picture(NamedTuple):
@@ -94,7 +94,7 @@ def _end_of_names(head: bytes) -> bytes:
 
 
 def _has_controls(head: bytes) -> bool:
-    """True for bytes that hardly a name has, though it may."""
+    """True for control characters, which a name may hold but hardly ever does."""
     return any(byte < 32 and byte not in b"\t\n\r" for byte in head)
 
 

@@ -36,7 +36,7 @@ def parse(text: str | bytes) -> Any:
         value = json.loads(text, parse_constant=_refuse)
     except RecursionError:
         raise ValueError("nested too deep") from None
-    except ValueError as error:  # of a number with thousands of digits, Python tells a remedy, too
+    except ValueError as error:  # of a number with thousands of digits, Python adds a remedy
         raise ValueError(f"not JSON: {str(error).partition(';')[0]}") from None
     _check_depth(value)
     return value

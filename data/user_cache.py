@@ -34,7 +34,7 @@ def folder(name: str, room: int = 0) -> Path | None:
             path.mkdir(mode=0o700, exist_ok=True)
             _make_private(path)
         with tempfile.TemporaryFile(dir=path) as file:
-            file.write(bytes(room))  # nothing else tells of a quota
+            file.write(bytes(room))  # nothing else shows a quota
         return path
     except (OSError, RuntimeError) as error:  # no permission, no room; no home directory
         say_not_kept(path, error)

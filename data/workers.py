@@ -134,7 +134,7 @@ def batches_of(loader: DataLoader[Made], in_hand: InHand) -> Iterator[Made]:
     """
     others = multiprocessing.active_children()
     if loader.num_workers:
-        # Training needs as many again in its evaluations, and shall not end at the first of them.
+        # Training needs as many again in its evaluations, and must not end at the first of them.
         limits.check_open_files(loader.num_workers, 0 if others else loader.num_workers)
         limits.shorten_sockets()
     with all_or_none():

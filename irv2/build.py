@@ -10,12 +10,13 @@ import torch
 
 from data.base import Source
 from irv2 import input_pipeline
-from irv2.config import Config, Model
+from irv2.config import Config
 from irv2.network import memory
 from irv2.network.accelerate import accelerate
 from irv2.network.model import InceptionResnetV2, inception_resnet_v2
 from irv2.run import directory
 from irv2.run.resume import Experiment
+from irv2.sections import Model
 from irv2.training import batch, finetune, optim
 from irv2.training.batch import Division
 from irv2.training.distributed import World

@@ -24,9 +24,9 @@ from data.errors import DataError, UserError
 from data.names import LONGEST_LINE, shown
 from data.paths import expanded
 from irv2 import streams
-from irv2.config import MAX_IMAGE_SIZE
 from irv2.run import trained
 from irv2.run.trained import Trained
+from irv2.sections import MAX_IMAGE_SIZE
 from irv2.streams import OutputLostError
 from irv2.training import distributed
 from irv2.training.distributed import Place, World, WorldError
@@ -40,14 +40,14 @@ Arguments = ParamSpec("Arguments")
 def program(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
     """Make a function a program's `main`: an error ends it in a line.
 
-    Where nobody reads its output any more it ends as a program does that knows nothing of this.
+    A lost output ends it, as it ends any program.
     """
     return _guarded(main, outlives_output=False)
 
 
 def run(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
-    """Make a function a program's `main`, as `program` does, whose result is its files: it goes on
-    where its output is lost."""
+    """Make a function a program's `main` as `program` does; its result is files, so it continues
+    when its output is lost."""
     return _guarded(main, outlives_output=True)
 
 
@@ -161,7 +161,7 @@ def add_which(options: Options) -> None:
 
 
 def add_view(options: Options) -> None:
-    """Add how images are seen, where that is not to be as the weights say."""
+    """Add options of the view, which override what the weights say."""
     options.add_argument("--image-size", type=image_size, metavar="PX", help="side of the input")
     options.add_argument("--crop", type=share, help="centre crop's share of the resized side")
     options.add_argument("--interpolation", choices=["bicubic", "bilinear"])
@@ -172,7 +172,7 @@ def add_view(options: Options) -> None:
 
 
 def stated_view(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the options of `add_view` state, under its names in the config."""
+    """Return what the options of `add_view` state, under its names in the config."""
     view = {
         "image_size": arguments.image_size,
         "eval_crop": arguments.crop,
@@ -259,7 +259,7 @@ def exit_status(body: Callable[[], int]) -> int:
 
 
 def _place() -> Place:
-    """This process's place; a process that is told none, or nonsense, speaks for itself."""
+    """Return this process's place, or if it has none, or nonsense, that of a single process."""
     try:
         return distributed.place()
     except WorldError:

@@ -23,7 +23,7 @@ from data.protocols import PROTOCOLS
 from data.shards.disk_cache import CacheError
 from data.workers import Workers
 from irv2 import input_pipeline, scoring
-from irv2.config import Config, Data
+from irv2.config import Config
 from irv2.report import figures
 from irv2.report.statistics import Interval, wilson
 from irv2.run import trained
@@ -31,6 +31,7 @@ from irv2.run.logbook import Logbook
 from irv2.run.stopping import Stopped, StopRequest, until_stopped
 from irv2.run.trained import Trained
 from irv2.scoring import EvalOptions
+from irv2.sections import Data
 from irv2.training.distributed import World
 from irv2.training.metrics import Predictions
 
@@ -38,7 +39,7 @@ MANY_IMAGES = 1000  # of which the 95 % interval is 6 % wide at most, and is not
 
 
 class LabelFiles(NamedTuple):
-    """What selects images, or gives right answers where class folders do not: files, an order."""
+    """Files, and an order, that select images or give right answers where class folders do not."""
 
     labels: Path | None = None
     class_index: Path | None = None

@@ -16,14 +16,12 @@ from torch import Tensor
 from data.errors import UserError
 from irv2.network import imagenet_names, weights
 from irv2.network.accelerate import fold_batch_norm
-from irv2.network.model import BLOCKS
 from irv2.run import trained
 from irv2.run.trained import Trained
 
 VIEW = ("image_size", "eval_crop", "eval_interpolation", "mean", "std")
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 EXTRA = "metadata.json"  # of torch.export
-TIMM = "inception_resnet_v2"
 
 Forward = Callable[[Tensor], Tensor]  # float32 [B, 3, size, size], normalised -> logits [B, C]
 
@@ -65,11 +63,11 @@ def run_safetensors(path: Path, network: Trained) -> Forward:
 def write_timm(network: Trained, folded: bool, path: Path) -> None:
     """Write a folder like timm's save_for_hf: model.safetensors and config.json."""
     texts = metadata(network)
-    own = (network.model.blocks, network.model.width)
-    if own != (BLOCKS, 1.0):
+    own, theirs = (network.model.blocks, network.model.width), network.model.published
+    if own != theirs:
         raise ExportError(
-            f"{network.name}: timm's network has {BLOCKS} blocks of width 1, this one {own[0]} "
-            f"of width {own[1]:g}"
+            f"{network.name}: timm's network has {theirs[0]} blocks of width {theirs[1]:g}, "
+            f"this one {own[0]} of width {own[1]:g}"
         )
     path.mkdir()
     weights.write(path / "model.safetensors", network.model.state_dict(), {"format": "pt"} | texts)
@@ -79,21 +77,21 @@ def write_timm(network: Trained, folded: bool, path: Path) -> None:
 
 def timm_config(network: Trained) -> dict[str, Any]:
     """Return config.json as `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it."""
-    data, outputs = network.data, network.model.num_classes
+    data, model = network.data, network.model
     content: dict[str, Any] = {
-        "architecture": TIMM,
-        "num_classes": outputs,
-        "num_features": network.model.num_features,
+        "architecture": model.timm_name,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
         "pretrained_cfg": {
-            "num_classes": outputs,
+            "num_classes": model.num_classes,
             "input_size": [3, data.image_size, data.image_size],
             "pool_size": None,
             "crop_pct": data.eval_crop,
             "interpolation": data.eval_interpolation,
             "mean": data.mean,
             "std": data.std,
-            "first_conv": "conv2d_1a.conv",
-            "classifier": "classif",
+            "first_conv": model.first_conv,
+            "classifier": model.classifier,
         },
     }
     if network.classes is not None:
@@ -104,9 +102,9 @@ def timm_config(network: Trained) -> dict[str, Any]:
 
 
 def run_timm(path: Path, network: Trained) -> Forward:
-    outputs = network.model.num_classes
+    name, outputs = network.model.timm_name, network.model.num_classes
     file = str(path / "model.safetensors")
-    return timm.create_model(TIMM, num_classes=outputs, checkpoint_path=file).eval()
+    return timm.create_model(name, num_classes=outputs, checkpoint_path=file).eval()
 
 
 # ------------------------------------------------------------------------- torch.export

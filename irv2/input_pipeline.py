@@ -22,7 +22,8 @@ from data.shards.remote import Storage
 from data.stream import Stream
 from data.to_input import ToInput
 from data.workers import Workers
-from irv2.config import Config, Data, RunSection
+from irv2.config import Config
+from irv2.sections import Data, RunSection
 from irv2.training.distributed import World
 
 

@@ -56,7 +56,7 @@ class Result:
 
     @property
     def view(self) -> dict[str, Any]:
-        """How the images were seen: the protocol and the keys of VIEW."""
+        """View of the images: the protocol and the keys of VIEW."""
         return _view(self.evaluation)
 
     @property

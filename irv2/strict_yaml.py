@@ -2,7 +2,7 @@
 
 A plain value is null, true, false or a decimal number, and otherwise text. YAML 1.1 would read 3e-4
 as text, but 010 as 8, 1:30 as 90, no as false and 2024-01-01 as a date. Tags, which build objects,
-and anchors, by which a short file becomes an endless value, are told by the key they stand at.
+and anchors, by which a short file becomes an endless value, are reported by the key they stand at.
 """
 
 from __future__ import annotations

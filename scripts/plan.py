@@ -32,9 +32,10 @@ from data.errors import UserError
 from data.files import write_atomically
 from irv2 import build, cli, config_file
 from irv2.cli import positive
-from irv2.config import Config, Model
+from irv2.config import Config
 from irv2.network.memory import Sizes
 from irv2.report import markdown
+from irv2.sections import Model
 from irv2.training.schedule import total_steps
 from scripts.planning import devices, prediction, steptime
 from scripts.planning.devices import Device, Figure, Link, Table
@@ -94,7 +95,7 @@ def cells(row: dict[str, Any]) -> str:
 
 
 def batch_in_words(rows: list[dict[str, Any]], lr: float) -> str:
-    """How the fewest and the most ranks share a step, which has one learning rate."""
+    """Describe how the fewest and the most ranks share a step, which has one learning rate."""
     ends = dict.fromkeys(row["division"].in_words(row["ranks"]) for row in (rows[0], rows[-1]))
     return "\n".join([*ends, f"The rate, optim.lr={lr:g}, belongs to these images, not to ranks."])
 

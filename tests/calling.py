@@ -13,7 +13,7 @@ from unittest import mock
 
 
 class Called(NamedTuple):
-    """What a program has left."""
+    """Exit status, output and messages of a program."""
 
     status: int
     out: str

@@ -160,7 +160,7 @@ def shards(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
-    """What is flushed (a path, its size if it is a file) and renamed (the new path), in order."""
+    """Record flushes (a path, its size if it is a file) and renames (the new path), in order."""
     seen: list[tuple[str, object]] = []
     fsync, replace, rename = os.fsync, os.replace, Path.rename
 

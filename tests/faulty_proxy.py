@@ -31,7 +31,7 @@ class FaultyProxy:
         self.lock = threading.Lock()
 
     def told(self, path: str) -> str:
-        """What befalls a GET."""
+        """Choose the fault of a GET."""
         with self.lock:
             self.requests.append(path)
             kind = self.fault(path, len(self.requests) - 1)

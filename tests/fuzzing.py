@@ -383,7 +383,7 @@ def state_of(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def fault_of(kind: Kind, called: Called) -> str:
-    """What is wrong with a reader's words; empty if nothing is."""
+    """Describe what is wrong with a reader's words; empty if nothing is."""
     lines, said = called.err.splitlines(), called.out + called.err
     if called.status not in (0, 1):
         return f"status {called.status}"
@@ -413,7 +413,7 @@ def read(kind: Kind, at: Path) -> tuple[int | None, str]:
 
 
 class Tally(NamedTuple):
-    """What came of the mutants of a kind."""
+    """Outcomes of the mutants of a kind."""
 
     read: int  # as if nothing were wrong
     refused: int

@@ -27,7 +27,7 @@ class Specimen(NamedTuple):
 
     @property
     def expected(self) -> str:
-        """What becomes of it in training."""
+        """Outcome in training."""
         return "replaced" if self.pixels is None else "decodes"
 
 

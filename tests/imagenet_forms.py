@@ -171,7 +171,7 @@ def write_flat(folder: Path, added: bool = False) -> Path:
 
 
 def meta_bin() -> bytes:
-    """What torchvision writes when it has read the development kit."""
+    """Write what torchvision writes after reading the development kit."""
     buffer = io.BytesIO()
     torch.save((dict.fromkeys(IDS.values(), ("thing", "object")), VAL_SYNSETS), buffer)
     return buffer.getvalue()

@@ -45,7 +45,7 @@ def photograph(seed: int) -> bytes:
 
 
 def train_images() -> dict[str, list[Entry]]:
-    """Of each inner archive; n02105855_2933.JPEG is a PNG, as in the original."""
+    """Members of each inner archive; n02105855_2933.JPEG is a PNG, as in the original."""
     images = {
         synset: [(f"{synset}_{i}.JPEG", photograph(k * 10 + n)) for n, i in enumerate(numbers)]
         for k, (synset, numbers) in enumerate(NUMBERS.items())
@@ -65,7 +65,7 @@ def val_images() -> list[Entry]:
 
 
 def devkit_files() -> dict[str, bytes]:
-    """Of the folder data/."""
+    """Files of the folder data/."""
     return {
         "meta.mat": meta(IDS),
         "ILSVRC2012_validation_ground_truth.txt": "".join(f"{i}\n" for i in VAL_IDS).encode(),
@@ -119,7 +119,7 @@ def write_archives(
 
 
 def expected(**archives: Archive) -> Expected:
-    """What the miniature holds; of archives that are not given only the name."""
+    """Contents of the miniature; of archives that are not given only the name."""
     unknown = {role: getattr(ILSVRC2012, role)._replace(size=None) for role in ROLES}
     return Expected(
         **(unknown | archives),

@@ -1,4 +1,4 @@
-"""What two runs must have in common that saw the same images: batches, weights, logs."""
+"""Checks that two runs saw the same images and came to the same: batches, weights, logs."""
 
 from __future__ import annotations
 

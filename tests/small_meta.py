@@ -1,4 +1,4 @@
-"""What train.py writes into meta.json, of a run of batches of 4."""
+"""The meta.json that train.py writes in a run of batches of 4."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def test_other_norms_behind_merged_heads_are_used(spec):
 
 
 def test_hooks_inside_are_called_in_training_and_when_folded():
-    """Of all modules: what is observed runs as plain operations."""
+    """Every module: what is observed runs as plain operations."""
     model = accelerate(small()).train()
     folded = fold_batch_norm(model)
     for network, grad in ((model, True), (folded, False)):

@@ -98,7 +98,7 @@ def configured(*overrides: tuple[str, dict]) -> config.Config:
 
 
 def fitting(monkeypatch, images: int, cfg: config.Config, ranks: int = 1) -> int:
-    """What is found where memory holds a step of so many images on each rank."""
+    """Micro-batch chosen where memory holds a step of so many images on each rank."""
     need = build.memory_sizes(cfg, 4).training(images)
     monkeypatch.setattr(memory, "device_memory", lambda _: int(ranks * need / 0.85) + 1)
     room = batch.memory_room(CPU, ranks)

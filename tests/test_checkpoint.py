@@ -360,6 +360,6 @@ def test_text_that_a_parser_chokes_on_is_refused(tmp_path, content, words):
 
 
 def test_a_checkpoint_under_another_name_is_read(tmp_path):
-    """What people set aside, to begin from it."""
+    """A checkpoint that people set aside, to begin from it."""
     (path,) = save(tmp_path, 1)
     assert checkpoint.load(path.rename(tmp_path / "the-best")).meta["step"] == 1

@@ -1,4 +1,4 @@
-"""What HTTP servers may send: no more is taken than was asked for, and nonsense has an end."""
+"""Answers of HTTP servers: no more is taken than was asked for, and nonsense has an end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def impatient(monkeypatch) -> None:
 
 
 def refused(url: str, timeout_s: float = 5.0) -> str:
-    """What is said of an index of at most 1,000 bytes."""
+    """The error for an index of at most 1,000 bytes."""
     with pytest.raises(StorageError) as caught:
         ObjectStore(url, timeout_s).read(NAME, 1000)
     assert str(caught.value).startswith(f"{url}{NAME}: ") and "\n" not in str(caught.value)

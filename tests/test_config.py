@@ -422,7 +422,7 @@ def test_a_config_of_this_repository_loads_and_points_editors_at_the_schema(path
 
 
 def changed(key: str, value: object, **sections: dict) -> list[str]:
-    """What differs once `key` of a config has been changed."""
+    """Differences once `key` of a config has been changed."""
     before = built(**sections).model_dump()
     after = copy.deepcopy(before)
     section, name = key.split(".")

@@ -209,7 +209,7 @@ def in_flow_style(text: str, again: str = "") -> str:
 
 @functools.cache
 def spec_of(key: str) -> dict:
-    """What the JSON schema says about a key."""
+    """The JSON schema's entry for a key."""
     section, name = key.split(".")
     definition = SCHEMA["properties"][section]["$ref"].rsplit("/", 1)[1]
     return SCHEMA["$defs"][definition]["properties"][name]
@@ -330,7 +330,7 @@ def hostile_values(text: str) -> Iterator[Mistake]:
 
 
 def unreadable_lines(text: str) -> Iterator[Mistake]:
-    """What is no YAML is told by its line, or by the next: some ends are missed only there."""
+    """Invalid YAML is reported by its line, or by the next: some ends are missed only there."""
     for key in keys_of(text):
         name = key.split(".")[1]
         lines = [f"  {name}: {value}" for value in UNREADABLE]

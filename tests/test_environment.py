@@ -1,4 +1,4 @@
-"""What a program finds around it: a terminal or a log, a home directory, torchrun's variables."""
+"""Surroundings of a program: a terminal or a log, a home directory, torchrun's variables."""
 
 from __future__ import annotations
 

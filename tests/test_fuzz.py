@@ -20,7 +20,7 @@ SEED, FEW, MANY = 0, 2, 100
 
 
 def tallies(folder, count: int) -> list[dict]:
-    """What came of `count` mutants of each kind."""
+    """Outcomes of `count` mutants of each kind."""
     process = start_script(f"import fuzzing; fuzzing.main({str(folder)!r}, {SEED}, {count})")
     out, err = process.communicate()  # each mutant has its own limit of time
     assert process.returncode == 0, err

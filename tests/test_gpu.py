@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped aloud where there is none."""
+"""Promises that only a GPU can show; skipped aloud where there is none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be checked of scripts/launch without a cluster; with one: cluster/test_slurm.py."""
+"""Checks of scripts/launch that need no cluster; with one: cluster/test_slurm.py."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def objects() -> dict[str, dict[str, Any]]:
 
 
 def is_known(document: dict[str, Any]) -> bool:
-    """Whether the schema takes the object and keeps every key; models drop what they don't know."""
+    """True if the schema takes the object and keeps every key; models drop what they don't know."""
     return schema(document["kind"]).from_dict(document).to_dict() == document
 
 

@@ -282,7 +282,7 @@ SURENESS = [9, 2, 9, 5, 3, 9, 4, 1]  # of the answers, as logits
 
 
 def result(numbers: range = range(8)) -> Predictions:
-    """Of eight images, four wrong answers; of these the surest to images 3, 6, 4, 1."""
+    """Eight images, four wrong answers; the surest of these to images 3, 6, 4, 1."""
     scores = torch.zeros(8, 3)
     scores[torch.arange(8), torch.tensor(ANSWERS)] = torch.tensor(SURENESS).float()
     collector = Collector()
@@ -293,7 +293,7 @@ def result(numbers: range = range(8)) -> Predictions:
 
 @pytest.fixture
 def on_axes(monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
-    """What figures put on axes: images, texts within and titles."""
+    """Things that figures put on axes: images, texts within and titles."""
     seen = {"imshow": [], "text": [], "set_title": []}
     for method, calls in seen.items():
         own = getattr(Axes, method)
@@ -360,7 +360,7 @@ def test_a_picture_is_what_an_evaluation_sees_and_one_that_cannot_be_read_is_lef
 
 
 def shown(project: tuple[config.Config, Source], folder: Path) -> EventAccumulator:
-    """What TensorBoard finds of a result that is shown at step 6."""
+    """TensorBoard's events of a result that is shown at step 6."""
     cfg, source = project
     log = Logbook(folder, step=0, total_steps=6)
     evaluation.draw(cfg, result(), source, log, 6)

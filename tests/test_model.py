@@ -67,7 +67,7 @@ def record_outputs(module: nn.Module) -> list[Tensor]:
 
 @pytest.fixture(scope="module", params=FORMS)
 def form(request) -> Callable[[nn.Module], nn.Module]:
-    """What makes a network one of its two forms."""
+    """Function that gives a network one of its two forms."""
     return FORMS[request.param]
 
 

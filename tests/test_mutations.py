@@ -59,7 +59,7 @@ def sample() -> list[Row]:
 
 
 def is_slow(place: str) -> bool:
-    """Whether FILE::NAME is marked as slow, by itself or with its module."""
+    """True if FILE::NAME is marked as slow, by itself or with its module."""
     path, _, name = place.partition("::")
     text = modules_of_tests()[ROOT / path]
     marks = rf"^@pytest\.mark\.slow\n(@.*\n)*def {name}\(|^pytestmark = pytest\.mark\.slow$"

@@ -1,4 +1,4 @@
-"""What people do with a module works with the network, as it does with timm's.
+"""The network is an ordinary module: what works with timm's works with it.
 
 Every test takes both, of the same weights, with one of each residual block, and expects the same
 of them.

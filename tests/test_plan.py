@@ -250,7 +250,7 @@ def test_a_mistake_in_the_table_is_told_by_its_place(tmp_path, before, after, me
 
 
 def case(**changes: float) -> dict:
-    """What a CPU of 10 images a second, 0.2 s a pass whatever the batch, would have measured."""
+    """Measurements of a CPU of 10 images a second, 0.2 s a pass whatever the batch."""
     exchange = 1e8 / 5e8 + steptime.buckets(1e8) * 4e-4  # 2 (n - 1) / n = 1 for two processes
     return {
         **{"image_size": 75, "batch": 8, "forward_s": 0.3, "backward_s": 0.7},

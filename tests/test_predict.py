@@ -190,7 +190,7 @@ def test_names_act_on_no_terminal_and_widen_no_column(capsys):
 
 @pytest.fixture
 def piped(tmp_path: Path) -> Iterator[Callable[[bytes], list[pictures.Unseen]]]:
-    """What "-" yields for what is written to standard input."""
+    """Images that "-" yields for what is written to standard input."""
     before = os.dup(0)
 
     def run(content: bytes) -> list[pictures.Unseen]:

@@ -39,7 +39,7 @@ def no_flush(monkeypatch):
 
 
 def below(files: dict[str, bytes], folder: str) -> dict[str, bytes]:
-    """Those of a folder by their names in it."""
+    """Contents of a folder's files by their names in it."""
     return {
         name.removeprefix(folder): content
         for name, content in files.items()
@@ -49,7 +49,7 @@ def below(files: dict[str, bytes], folder: str) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def expected_tree(tmp_path_factory) -> dict[str, bytes]:
-    """What torchvision makes of the archives."""
+    """The data set that torchvision makes of the archives."""
     folder = tmp_path_factory.mktemp("peer")
     expected = write_archives(folder)
     with pytest.MonkeyPatch.context() as patch:

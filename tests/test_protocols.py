@@ -16,7 +16,7 @@ from data.transforms import EvalView
 
 
 def views(name: str, pixels: np.ndarray, size: int = 299) -> np.ndarray:
-    """What a protocol shows of an image, uint8 [views, size, size, 3]."""
+    """Views that a protocol shows of an image, uint8 [views, size, size, 3]."""
     view = PROTOCOLS[name].view(size, 0.875, "bicubic")
     out = np.empty(view.shape, np.uint8)
     assert view(pixels, 0, 0, out) == (False, None)

@@ -47,7 +47,7 @@ ROUNDING = 2.0**-8  # bfloat16's: half of the distance between neighbours, relat
 
 
 def on_ranks(size: int, function: str, folder: Path) -> list[dict]:
-    """What a function of this module, given a World and a folder, returns on each rank."""
+    """Results of a function of this module, given a World and a folder, on each rank."""
     text = f"from test_ranks import be_a_rank; be_a_rank({function!r}, {str(folder)!r})"
     run_script_on_ranks(size, text)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
@@ -120,7 +120,7 @@ def check_shared(world: World, folder: Path) -> str:
 
 
 def gradients(world: World, reduce_dtype: str) -> dict[str, Tensor]:
-    """What a rank applies: of its two images, averaged with the other's."""
+    """Gradient that a rank applies: of its two images, averaged with the other's."""
     torch.manual_seed(0)
     state = new_state(accelerate(inception_resnet_v2(10, blocks=(1, 1, 1), width=0.25)))
     network = distributed.parallel(state.model, False, world, reduce_dtype)
@@ -140,7 +140,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict]:
-    """What `two_ranks` returns on two processes."""
+    """Results of `two_ranks` on two processes."""
     return on_ranks(2, "two_ranks", folder)
 
 
@@ -253,7 +253,7 @@ def test_both_ranks_apply_the_same_gradients(ranks, reduce_dtype):
 
 
 def three_ranks(world: World, _folder: Path) -> dict[tuple[bool, str], bool]:
-    """Whether a continued run is bit-identical, by (settled, what gradients travel in)."""
+    """True if a continued run is bit-identical, by (settled, what gradients travel in)."""
     return {
         (settled, reduce_dtype): is_continued(world, settled, reduce_dtype)
         for settled, reduce_dtype in [(True, "fp32"), (False, "fp32"), (True, "bf16")]
@@ -261,7 +261,7 @@ def three_ranks(world: World, _folder: Path) -> dict[tuple[bool, str], bool]:
 
 
 def is_continued(world: World, settled: bool, reduce_dtype: str) -> bool:
-    """Whether two steps are those of a run that was stopped and continued between them."""
+    """True if two steps are those of a run that was stopped and continued between them."""
     unbroken, network = started(world, settled, reduce_dtype)
     one_step(unbroken, network, world)
     saved = {part: copied(tensors) for part, tensors in unbroken.tensors().items()}
@@ -313,7 +313,7 @@ def empty_store() -> dist.Store:
 
 
 def prefixes(store: dist.Store, size: int, before: str = "") -> list[str]:
-    """What the ranks of one start agree on, a thread each.
+    """Results that the ranks of one start agree on, a thread each.
 
     The ranks other than 0 come once the key `before` is there, if one is given.
     """

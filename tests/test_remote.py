@@ -30,8 +30,9 @@ from data.sources import open_source
 from data.to_input import ToInput
 from data.transforms import TrainView
 from data.workers import Workers
-from irv2 import config, config_file, evaluation, input_pipeline
+from irv2 import config_file, evaluation, input_pipeline
 from irv2.run.trained import Trained
+from irv2.sections import Data
 from irv2.training.distributed import World
 from scripts.benchmarks.range_server import serving
 from scripts.checks import images
@@ -225,12 +226,12 @@ def test_a_disk_that_refuses_is_told_and_the_run_goes_on(made, url, tmp_path, mo
     assert str(tmp_path / "cache") in told
 
 
-def data_section(**keys) -> config.Data:
+def data_section(**keys) -> Data:
     """Section "data" of a config."""
-    return config.Data(train="unused", image_size=75, **keys)
+    return Data(train="unused", image_size=75, **keys)
 
 
-def evaluated(data: config.Data) -> list[list[int]]:
+def evaluated(data: Data) -> list[list[int]]:
     """The images that validate.py shows a run's network, for which nothing is computed here."""
     model = SimpleNamespace(num_classes=3)
     network = Trained(model, "a run", "ema", 1, None, data, data.val)

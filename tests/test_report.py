@@ -351,7 +351,7 @@ def study(tmp_path: Path) -> Path:
 
 
 def rows_of(summary: str) -> dict[str, str]:
-    """What a run's summary says, by the first word of its lines."""
+    """A run's summary, by the first word of its lines."""
     return dict(line.split(maxsplit=1) for line in summary.splitlines())
 
 

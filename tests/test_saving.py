@@ -26,7 +26,7 @@ def saver(tmp_path: Path, said: list[str]) -> BackgroundSaver:
 
 @pytest.fixture
 def gate() -> threading.Event:
-    """What holds a saver's thread up until it is set."""
+    """Event that holds a saver's thread up until it is set."""
     return threading.Event()
 
 
@@ -50,7 +50,7 @@ def test_leaving_waits_until_everything_is_on_the_disk(tmp_path, saver, said):
 
 
 def test_training_goes_on_while_the_disk_is_slow(tmp_path, saver, gate, monkeypatch):
-    """What changes after the copy does not reach the checkpoint."""
+    """Changes after the copy do not reach the checkpoint."""
     save = checkpoint.save
 
     def slow_save(*arguments) -> Path:

@@ -105,7 +105,7 @@ def test_a_staircase_does_not_depend_on_how_long_the_run_is():
 
 
 def test_a_period_ends_with_the_step_that_reaches_or_passes_it():
-    """Of 10 images an epoch, in batches of 4: half epochs end at 5, 10, 15, 20 images."""
+    """10 images an epoch, in batches of 4: half epochs end at 5, 10, 15, 20 images."""
     schedule = staircase(images_per_epoch=10, global_batch=4)
     ended = [seen for seen in range(0, 24, 4) if schedule.period_ended(seen, 0.5)]
     assert ended == [8, 12, 16, 20]

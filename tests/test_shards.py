@@ -48,7 +48,7 @@ def index_here(root: Path, classes: Path | None = None) -> ShardSource:
 
 
 def refusal(root: Path, classes: Path | None = None) -> str:
-    """What is said of shards that cannot be indexed; nothing is written."""
+    """The error for shards that cannot be indexed; nothing is written."""
     before = sorted(path.name for path in root.iterdir())
     with pytest.raises(DataError) as error:
         index_folder(root, classes and read_classes(classes), 1, ignore)

@@ -199,7 +199,7 @@ def test_every_private_name_in_use_is_in_the_table_and_the_other_way_round():
 
 
 def owner_of(name: str) -> Any:
-    """What an attribute without a library belongs to."""
+    """Objects that an attribute without a library belongs to."""
     layer = nn.Linear(1, 1)
     owners = (torch.zeros(1), layer, layer.state_dict())
     return next((owner for owner in owners if hasattr(owner, name)), None)

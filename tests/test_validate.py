@@ -91,7 +91,7 @@ def peer(photographs: Path) -> Peer:
 
 
 def validated(folder: Path, *arguments: object) -> tuple[dict, str]:
-    """What validate.py leaves with --json in a folder, and what it says."""
+    """The result that validate.py leaves with --json in a folder, and its output."""
     status, stdout, stderr = call(validate, *arguments, "--json", folder / "result.json")
     assert status == 0, stderr
     return json.loads((folder / "result.json").read_text()), stdout

@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 import validate
 from irv2.network import imagenet_names, weights
 from irv2.network.forms.base import WeightsError
-from irv2.network.model import inception_resnet_v2
+from irv2.network.model import InceptionResnetV2, inception_resnet_v2
 from irv2.run import checkpoint, trained
 from irv2.training import finetune
 from scripts import export, predict
@@ -42,7 +42,7 @@ State = dict[str, Tensor]
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that do not say how many blocks they hold have one of each kind here."""
-    monkeypatch.setattr(trained, "BLOCKS", BLOCKS)
+    monkeypatch.setattr(InceptionResnetV2, "published", (BLOCKS, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def prefixed(state: State, prefix: str) -> State:
 
 
 def timms_checkpoint(state: State, averaged: State | None, **arguments: Any) -> dict[str, Any]:
-    """What timm's CheckpointSaver writes."""
+    """A file as timm's CheckpointSaver writes it."""
     content = {
         "epoch": 3,
         "arch": "inception_resnet_v2",
@@ -116,7 +116,7 @@ def timms_checkpoint(state: State, averaged: State | None, **arguments: Any) -> 
 
 
 def torchvisions_checkpoint(state: State, averaged: State) -> dict[str, Any]:
-    """What torchvision's references/classification/train.py writes with --model-ema."""
+    """A file as torchvision's references/classification/train.py writes it with --model-ema."""
     ema = AveragedModel(Ends(averaged))
     arguments = argparse.Namespace(
         model="x", val_crop_size=299, val_resize_size=342, interpolation="bilinear"

@@ -284,7 +284,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def opened(path: Path, state: State, **metadata: str) -> trained.Trained:
-    """What a file is taken for that holds this small network and metadata."""
+    """Load a file that holds this small network and metadata."""
     weights.write(path, state, {"blocks": "[1, 1, 1]"} | metadata)
     return trained.load_weights(str(path))
 

@@ -101,7 +101,7 @@ def _digest(source: Source, index: int) -> bytes | None:
 
 
 def digest_of(encoded: bytes) -> bytes:
-    """Compute a digest that tells contents apart."""
+    """Compute a digest that differs between contents."""
     return hashlib.blake2b(encoded, digest_size=16).digest()
 
 

@@ -82,7 +82,7 @@ def partial_of(folder: Path) -> Path:
 
 
 def present_folder(folder: Path, classes: Sequence[str]) -> Path:
-    """Return the folder as it is called now. Raises DataError if it holds anything else."""
+    """Return the folder under its present name. Raises DataError if it holds anything else."""
     unfinished = partial_of(folder)
     if folder.exists() and unfinished.exists():
         raise DataError(
@@ -126,7 +126,7 @@ def _write_classes(
 def _write_class(
     source: ListedSource, label: int, folder: Path, stop: threading.Event, put: Put
 ) -> int:
-    """Write a class under its temporary name, until told to stop; returns its label."""
+    """Write a class under its temporary name, until `stop` is set; returns its label."""
     target = folder / f"{source.classes[label]}{PARTIAL}"
     target.mkdir()
     # In the archive's order, which disks read fastest.

@@ -53,7 +53,7 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be prepared, and from where."""
+    """The data set to prepare, and where it comes from."""
 
     path: Path
     splits: Sequence[str]  # of "train" and "val"
@@ -64,7 +64,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Form:
-    """A form in which ImageNet was found."""
+    """A form that ImageNet is distributed in."""
 
     words: str
     splits: Sequence[str]  # that it has
@@ -205,19 +205,19 @@ def _streamed(
 
     @cache
     def images() -> dict[str, list[Member]]:
-        found: dict[str, list[Member]] = {split: [] for split in PATHS}
+        members: dict[str, list[Member]] = {split: [] for split in PATHS}
         try:
             with open_stream() as stream:
                 for member in files_in_tar(stream, path):
                     if split := split_of(member):
-                        found[split].append(member)
+                        members[split].append(member)
                 while stream.read(1 << 20):  # to gzip's own checksum, behind the tar's end
                     pass
         except DataError:
             raise
         except UNREADABLE as error:
             raise DataError(f"{path}: not a whole archive ({error}); download it anew") from None
-        return found
+        return members
 
     def open_split(split: str) -> ListedSource:
         listings = _sorted(asked, split, images()[split], path, solution)
@@ -307,10 +307,10 @@ def _sorted(
 def _labels_near(path: Path) -> Path:
     """Find labels of the validation images beside a path or above it. Raises DataError."""
     names = (SOLUTION, "meta.bin", ILSVRC2012.devkit.name, LABELS)
-    for found in (folder / name for folder in [path, *path.parents][:4] for name in names):
-        if found.is_file():
-            print(shown(f"labels of the validation images: {found}"))
-            return found
+    for file in (folder / name for folder in [path, *path.parents][:4] for name in names):
+        if file.is_file():
+            print(shown(f"labels of the validation images: {file}"))
+            return file
     raise DataError(
         f"{path}: no labels of the validation images there ({', '.join(names)}); --labels FILE"
     )

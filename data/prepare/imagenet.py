@@ -91,16 +91,16 @@ def check_counts(
         for synset, count in counts.items()
         if (count != wanted[synset] if synset in wanted else not count)
     ]
-    if sum(counts.values()) == total and all(counts.values()):
+    images = sum(counts.values())
+    if images == total and all(counts.values()):
         return
     if len(differing) > MAX_LISTED:
         differing[MAX_LISTED:] = [f"  … and {len(differing) - MAX_LISTED:,} classes more"]
-    found = sum(counts.values())
-    raise DataError(f"{path}: {found:,} images, {total:,} expected", *differing)
+    raise DataError(f"{path}: {images:,} images, {total:,} expected", *differing)
 
 
 def split_of(member: Member) -> str | None:
-    """Tell of which split a member of Kaggle's archives is an image; None for another file."""
+    """Name the split of which a member of Kaggle's archives is an image; None for another file."""
     return next((split for split, path in PATHS.items() if path.fullmatch(member.name)), None)
 
 

@@ -22,7 +22,7 @@ from data.image_formats import MAX_BYTES
 from data.prepare.members import Member, Packed
 
 ZIP_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
-UNKNOWN = -1  # a size that only reading tells
+UNKNOWN = -1  # a size that only reading shows
 
 
 class Listing(NamedTuple):

@@ -58,8 +58,8 @@ def look_alikes(
 
 
 def _looks(source: Source, indices: Sequence[int], processes: int) -> dict[int, Look]:
-    found = in_parallel(_look, source, indices, processes, "looking")
-    return {index: look for index, look in found if look is not None}
+    looks = in_parallel(_look, source, indices, processes, "looking")
+    return {index: look for index, look in looks if look is not None}
 
 
 def _look(source: Source, index: int) -> Look | None:

@@ -213,8 +213,8 @@ def imagenet_source(
             )
         synset, name = synsets[row.label], original_name(row.name or "")
         begins = SYNSET.match(name)
-        for told in (added_synset(row.name or ""), begins and begins[0]):
-            if told not in (None, synset):
+        for own in (added_synset(row.name or ""), begins and begins[0]):
+            if own not in (None, synset):
                 raise DataError(f"{path}: {row.name} has label {row.label}, which is {synset}")
         if not IMAGENET_NAME.fullmatch(name):
             name, nameless = f"{split}_{row.number:08d}.JPEG", nameless + 1
@@ -238,7 +238,7 @@ def imagenet_source(
 def _signs_of_conversion(files: Sequence[Path], columns: Columns) -> list[str]:
     """Say what the first images of each file show of being others than ImageNet's own.
 
-    That a JPEG file was made anew as another of its size cannot be told.
+    A JPEG file that was made anew with the same size goes unnoticed.
     """
     others, sides, looked = Counter(), set(), 0
     for path in files:
@@ -297,7 +297,7 @@ def open_data_set(
 
 def _classes(files: Sequence[Path], columns: Columns) -> dict[str, list[Member]]:
     """List the images of each class that has some; their names are those of folders and files."""
-    found: dict[str, list[Row]] = {}
+    of_class: dict[str, list[Row]] = {}
     for row in rows(files, columns):
         name = row.label
         if columns.names is not None:
@@ -305,10 +305,10 @@ def _classes(files: Sequence[Path], columns: Columns) -> dict[str, list[Member]]
             name = columns.names[name] if is_label else None
         if name is None:
             raise DataError(f"{files[0]}: row {row.number:,}: {row.label!r} is no label of a class")
-        found.setdefault(str(name), []).append(row)
-    ending, folders = _ending(files[0], columns), folder_names(found, files[0])
+        of_class.setdefault(str(name), []).append(row)
+    ending, folders = _ending(files[0], columns), folder_names(of_class, files[0])
     classes = {}
-    for name, some in found.items():
+    for name, some in of_class.items():
         numbers = [row.number for row in some]
         names = file_names([_file_name(row, ending) for row in some], numbers)
         classes[folders[name]] = [Member(*each, UNKNOWN) for each in zip(names, numbers)]

@@ -40,7 +40,7 @@ _number = 0
 
 
 class Cancelled(Exception):
-    """Another job has failed, or the program was told to stop."""
+    """Another job has failed, or the program is stopping."""
 
 
 def take_in_hand(name: str) -> None:
@@ -98,7 +98,7 @@ def _collect(
     finished: SimpleQueue[Future[Result]] = SimpleQueue()
     for future in futures:
         future.add_done_callback(finished.put)
-    left, told, at_work = len(futures), set[str](), time.monotonic()
+    left, reported, at_work = len(futures), set[str](), time.monotonic()
     while left:
         with suppress(Empty):
             done(finished.get(timeout=LOOK_S).result())
@@ -108,8 +108,8 @@ def _collect(
         names, idle_s = in_hand.names(TIMEOUT_S), time.monotonic() - at_work
         if names or idle_s > TIMEOUT_S:  # one that is stopped between two jobs may block them all
             raise hanging(TIMEOUT_S, names)
-        if names := [name for name in in_hand.names(SLOW_S) if name not in told]:
-            told.update(names)
+        if names := [name for name in in_hand.names(SLOW_S) if name not in reported]:
+            reported.update(names)
             say_waiting(SLOW_S, names)
 
 

@@ -202,7 +202,7 @@ def imagenette(size: str, path: Path | None, check_md5: bool = True) -> Iterator
 def archive_file(published: Archive, path: Path | None, check_md5: bool) -> Iterator[Path]:
     """Find a published archive: `path`, the file of its name in the folder `path`, or downloaded.
 
-    Raises DataError for a missing file and, unless told not to check, one with another MD5.
+    Raises DataError for a missing file and, unless that is not checked, one with another MD5.
     """
     with tempfile.TemporaryDirectory() as scratch:
         if path is None:

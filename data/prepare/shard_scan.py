@@ -77,9 +77,9 @@ def scan(path: Path) -> Scan:
     """Read a shard. Raises DataError, naming shard and key, for a sample that is not whole."""
     try:
         with open_regular(path) as file:
-            found = _by_key(path, _members(path, file))
+            by_key = _by_key(path, _members(path, file))
             scanned = Scan(Shard(path.name, path.stat().st_size, sha256_of(path)))
-            for key, members in found.items():
+            for key, members in by_key.items():
                 take_in_hand(f"{path}: key {key!r}")
                 sample, name = _sample(path, file, key, members)
                 scanned.samples.append(sample)

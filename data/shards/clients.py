@@ -29,7 +29,7 @@ class Http:
     """Objects by their URLs. Raises ImportError where aiohttp is missing."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        """`say` is told the hosts that others redirect to."""
+        """say: called with the hosts that others redirect to."""
         import aiohttp
         import fsspec
 
@@ -59,7 +59,7 @@ class Http:
         return stated
 
     async def read(self, url: str, most: int, start: int | None = None) -> bytes:
-        """Read `most` bytes from `start` on, or a whole object; one more tells of there being more.
+        """Read `most` bytes from `start` on, or a whole object; one more shows that there is more.
 
         Raises StatusError, StorageError, or what a fault raises.
         """

@@ -58,7 +58,7 @@ class Index:
 
 
 class _Header(TypedDict):
-    """What an index says beside its columns, as text."""
+    """The part of an index beside its columns, as text."""
 
     shards: list[Shard]
     classes: list[str]

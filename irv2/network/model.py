@@ -25,7 +25,7 @@ from irv2.network.blocks import (
     Stack,
 )
 
-NUM_FEATURES = 1536
+FIRST_CHANNELS, NUM_FEATURES = 32, 1536  # of the first layer and the last map, at width 1
 BLOCKS = (10, 20, 9)  # repeats of block35, block17 and block8
 
 # Children with weights, stage by stage from the classifier to the image.
@@ -72,6 +72,10 @@ class AuxHead(nn.Module):
 class InceptionResnetV2(nn.Module):
     """See `inception_resnet_v2`; attributes carry timm's names."""
 
+    title = "Inception-ResNet-v2"
+    timm_name, first_conv, classifier = "inception_resnet_v2", "conv2d_1a.conv", "classif"
+    published = (BLOCKS, 1.0)  # blocks and width of the network that timm has
+
     def __init__(
         self,
         num_classes: int,
@@ -95,7 +99,9 @@ class InceptionResnetV2(nn.Module):
         def repeat(spec: BlockSpec, times: int) -> Stack:
             return Stack(*[block(spec) for _ in range(times)])
 
-        self.conv2d_1a = ConvNormAct(in_chans, Conv(32, 3, stride=2).widened(width), norm)
+        self.conv2d_1a = ConvNormAct(
+            in_chans, Conv(FIRST_CHANNELS, 3, stride=2).widened(width), norm
+        )
         self.conv2d_2a = conv(32, Conv(32, 3))
         self.conv2d_2b = conv(32, Conv(64, 3, padding=1))
         self.maxpool_3a = nn.MaxPool2d(3, stride=2)

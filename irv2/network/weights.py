@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from data.files import write_atomically
 from irv2.network.forms import hub, keras, kinds, names, pytorch, tensorflow, views
 from irv2.network.forms.base import State, Weights, WeightsError
-from irv2.network.model import BLOCKS, InceptionResnetV2, inception_resnet_v2
+from irv2.network.model import FIRST_CHANNELS, InceptionResnetV2, inception_resnet_v2
 
-ENDS = {names.STEM: 4, "classif.weight": 2}  # tensors at the ends of the network: dimensions
-FIRST_CHANNELS = 32  # of the first convolution at width 1
+CLASSIFIER = f"{names.CLASSIFIER}weight"
+ENDS = {names.STEM: 4, CLASSIFIER: 2}  # tensors at the ends of the network: dimensions
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -27,17 +28,17 @@ def read(source: str, which: str | None = None) -> Weights:
     """
     kind, _, name = source.removeprefix("timm:").partition(":")
     if kind in ("hf-hub", "hf_hub"):
-        found = hub.read_hub(name, lambda path: _read_file(path, which))
+        stored = hub.read_hub(name, lambda path: _read_file(path, which))
     elif kind == "local-dir" or Path(source).is_dir():
         folder = Path(name if kind == "local-dir" else source)
-        found = hub.read_folder(folder, lambda path: _read_file(path, which))
+        stored = hub.read_folder(folder, lambda path: _read_file(path, which))
     elif tensorflow.prefix(source) is not None:
-        found = tensorflow.read(source, which)
+        stored = tensorflow.read(source, which)
     elif source.startswith("timm:"):
-        found = hub.read_registered(source.removeprefix("timm:"))
+        stored = hub.read_registered(source.removeprefix("timm:"))
     else:
-        found = _read_file(Path(source), which)
-    return names.without_background(found, source)
+        stored = _read_file(Path(source), which)
+    return names.without_background(stored, source)
 
 
 def _read_file(path: Path, which: str | None) -> Weights:
@@ -50,14 +51,14 @@ def _read_file(path: Path, which: str | None) -> Weights:
     if kind == "tensorflow":
         return tensorflow.read(str(path), which)
     if kind == "safetensors":
-        stored = pytorch.read_safetensors(path)
-        content, (texts, remarks) = stored.state, (stored.metadata, [])
+        file = pytorch.read_safetensors(path)
+        content, (texts, remarks) = file.state, (file.metadata, [])
     else:
         content = pytorch.read_torch(path)
         texts, remarks = views.of_trainer(content, str(path))
-    found = pytorch.chosen(content, which, str(path))
-    state = names.in_timms(found.state)
-    return Weights(state, found.metadata | texts, [*found.remarks, *remarks])
+    stored = pytorch.chosen(content, which, str(path))
+    state = names.in_timms(stored.state)
+    return Weights(state, stored.metadata | texts, [*stored.remarks, *remarks])
 
 
 def write(path: Path, state: State, metadata: dict[str, str]) -> None:
@@ -68,27 +69,29 @@ def write(path: Path, state: State, metadata: dict[str, str]) -> None:
 
 
 def build_model(
-    state: State, source: str, blocks: tuple[int, int, int] = BLOCKS
+    state: State, source: str, blocks: Sequence[int] | None = None
 ) -> InceptionResnetV2:
     """Build the network of a state dict, with its weights; an auxiliary head is left out.
 
+    blocks: repeats of its three kinds; None: the published network's.
     Raises WeightsError, naming `source`, if they are another network's, before memory is taken for
     more than is stored.
     """
+    blocks = blocks or InceptionResnetV2.published[0]
     kept = {key: value for key, value in state.items() if not key.startswith("aux.")}
     for name, dimensions in ENDS.items():
         if name not in kept or kept[name].ndim != dimensions:
             what = f"no {name} of {dimensions} dimensions in it"
-            raise WeightsError(f"{source}: not an Inception-ResNet-v2 ({what})")
+            raise WeightsError(f"{source}: not an {InceptionResnetV2.title} ({what})")
     if sum(blocks) > len(kept):
         raise WeightsError(f"{source}: says that it has {list(blocks)} blocks, and holds fewer")
     first_channels, in_chans = kept[names.STEM].shape[:2]
-    width, num_classes = first_channels / FIRST_CHANNELS, len(kept["classif.weight"])
+    width, num_classes = first_channels / FIRST_CHANNELS, len(kept[CLASSIFIER])
     try:
         with torch.device("meta"):
             model = inception_resnet_v2(num_classes, in_chans, blocks=blocks, width=width)
     except (ValueError, RuntimeError) as error:
-        raise WeightsError(f"{source}: not an Inception-ResNet-v2 ({error})") from None
+        raise WeightsError(f"{source}: not an {InceptionResnetV2.title} ({error})") from None
     load_into(model, kept, source, assign=True)
     return model
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -25,9 +25,6 @@ from PIL import Image
 from irv2.report import page, plots
 from irv2.report.statistics import Interval, calibration, wilson
 from irv2.report.thumbnails import Gallery, Picture
-
-if TYPE_CHECKING:  # report.py starts without torch
-    from irv2.training.metrics import Predictions
 
 PAIRS, PAIR_PICTURES = 10, 4
 MISTAKES = 24
@@ -38,11 +35,11 @@ _wilson = cache(wilson)  # a thousand classes of fifty images ask thousands of t
 
 @dataclass(frozen=True)
 class Content:
-    """What the page shows. Classes are the network's outputs, in their order."""
+    """Content of the page. Classes are the network's outputs, in their order."""
 
     title: str  # "runs/quickstart, step 180 (ema)"
     facts: list[tuple[str, str]]  # rows of the headline table, ready for people
-    predictions: Predictions
+    predictions: Any  # irv2.training.metrics.Predictions, which needs torch
     classes: list[str]  # folder or class id
     names: list[str]  # the same in words; may equal `classes`
     image_name: Callable[[int], str]  # image number -> path
@@ -159,7 +156,7 @@ def floor(scores: Any) -> int:
 # ------------------------------------------------------------------------- classes
 
 
-def confusions(predictions: Predictions) -> list[tuple[int, int, int]]:
+def confusions(predictions: Any) -> list[tuple[int, int, int]]:
     """Return (right class, answer, images) of each confusion, the most frequent first."""
     wrong = predictions.rank >= 1
     pairs = np.stack([predictions.label[wrong], predictions.top[wrong, 0]], axis=1)
@@ -224,12 +221,12 @@ def confident_mistakes(content: Content) -> list[Mistake]:
 # ------------------------------------------------------------------------- confidence, sizes
 
 
-def confidence(predictions: Predictions) -> np.ndarray:
+def confidence(predictions: Any) -> np.ndarray:
     """Probability of each image's answer, float64 [N]; 0 where it is NaN."""
     return np.nan_to_num(predictions.probability[:, 0].astype(np.float64))
 
 
-def calibrated(predictions: Predictions) -> Calibration:
+def calibrated(predictions: Any) -> Calibration:
     """The reliability diagram and its figures."""
     sure = confidence(predictions)
     bins, error = calibration(sure, predictions.rank < 1)
@@ -275,7 +272,7 @@ def cell(name: str) -> str:
 
 
 class Lines(list):
-    """What a csv.writer writes, a line an item."""
+    """Lines that a csv.writer writes."""
 
     write = list.append
 

@@ -86,7 +86,7 @@ class Run:
         device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
         ranks = f"{world.size} rank{'s' if world.size > 1 else ''}"
         say(
-            f"{cfg.run.name}: Inception-ResNet-v2, {parameters:,} parameters, "
+            f"{cfg.run.name}: {model.title}, {parameters:,} parameters, "
             f"{len(self.experiment.classes)} classes, {cfg.data.image_size} px, "
             f"{cfg.train.precision} on {ranks} of {device}"
         )

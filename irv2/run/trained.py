@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,17 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from irv2.config import Data
 from irv2.network import imagenet_names, weights
 from irv2.network.accelerate import accelerate
 from irv2.network.forms import metadata
 from irv2.network.forms.base import WeightsError
 from irv2.network.forms.pytorch import check_which
-from irv2.network.model import BLOCKS, InceptionResnetV2
+from irv2.network.model import InceptionResnetV2
 from irv2.run import checkpoint
 from irv2.run.checkpoint import Checkpoint, CheckpointError
 from irv2.run.directory import checkpoints
 from irv2.run.resume import load_newest
+from irv2.sections import Data
 
 IMAGENET_CLASSES = 1000
 SEEN = (
@@ -56,7 +56,7 @@ def load_run(directory: Path, which: str, say: Callable[[str], None]) -> Trained
 def from_checkpoint(loaded: Checkpoint, which: str) -> Trained:
     """Build the network of a checkpoint of which `part(which)` was read. Raises WeightsError."""
     cfg, meta, source = loaded.meta["config"], loaded.meta, str(loaded.path)
-    model = _network(loaded.parts[part(which)], source, tuple(cfg["model"]["blocks"]))
+    model = _network(loaded.parts[part(which)], source, cfg["model"]["blocks"])
     _check_classes(meta["classes"], model, source)
     data = _data(cfg["data"], f"{source}: its metadata is damaged")
     return Trained(model, source, which, meta["step"], meta["classes"], data, data.val)
@@ -70,7 +70,9 @@ def _check_classes(classes: list[str], model: InceptionResnetV2, source: str) ->
         )
 
 
-def _network(state: dict[str, Tensor], source: str, blocks: tuple[int, ...]) -> InceptionResnetV2:
+def _network(
+    state: dict[str, Tensor], source: str, blocks: Sequence[int] | None
+) -> InceptionResnetV2:
     """Build the network of a state dict, in its fast form. Raises WeightsError."""
     return accelerate(weights.build_model(state, source, blocks)).eval()
 
@@ -139,29 +141,29 @@ def load_weights(source: str, which: str | None = None) -> Trained:
     and 1,000 classes are ImageNet's.
     """
     read = weights.read(source, which)
-    told = metadata.parsed(read.metadata, source)
-    check_which(which, told.result.weights, source)
-    model = _network(read.state, source, tuple(told.blocks or BLOCKS))
-    outputs, classes = model.num_classes, told.classes
+    meta = metadata.parsed(read.metadata, source)
+    check_which(which, meta.result.weights, source)
+    model = _network(read.state, source, meta.blocks)
+    outputs, classes = model.num_classes, meta.classes
     if model.in_chans != 3:
         raise WeightsError(f"{source}: is for images of {model.in_chans} channels, not for RGB")
     if classes is None and outputs == IMAGENET_CLASSES:
         classes = imagenet_names.synsets()
     if classes is not None:
         _check_classes(classes, model, source)
-    stored = told.data | {"cache_dir": None}  # it may come from another machine
+    stored = meta.data | {"cache_dir": None}  # it may come from another machine
     data = _data(stored, f"{source}: its metadata is damaged")
     images = None if stored.get("val") is None else data.val
     return Trained(
         model,
         source,
-        told.result.weights or "as published",
-        told.result.step,
+        meta.result.weights or "as published",
+        meta.result.step,
         classes,
         data,
         images,
         tuple(read.remarks),
-        told.class_order,
+        meta.class_order,
     )
 
 

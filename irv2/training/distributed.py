@@ -107,27 +107,27 @@ class Place(NamedTuple):
     local_size: int = 1
 
     def variables(self) -> dict[str, str]:
-        """What torchrun would set to tell a process of this place."""
+        """Environment variables by which torchrun would give a process this place."""
         return dict(zip(PLACE, map(str, self)))
 
 
 def place() -> Place:
-    """This process's place, as torchrun tells it; without torchrun it is the only process.
+    """Return this process's place from torchrun's variables; without them it is the only process.
 
     Raises WorldError where the environment holds half of torchrun's variables, or nonsense: left
     over from something else, they would have a process wait for others, or hold its tongue for one.
     """
     given = {name: os.environ[name] for name in PLACE if name in os.environ}
-    told = " ".join(f"{name}={value}" for name, value in given.items())
+    listed = " ".join(f"{name}={value}" for name, value in given.items())
     remedy = f"start the program by torchrun, or without them: unset {' '.join(given)}"
     if given and not {"RANK", "WORLD_SIZE"} <= given.keys():
         missing = " and ".join(name for name in ("RANK", "WORLD_SIZE") if name not in given)
-        raise WorldError(f"the environment has {told}, but no {missing}: {remedy}")
+        raise WorldError(f"the environment has {listed}, but no {missing}: {remedy}")
     if not all(re.fullmatch("[0-9]{1,9}", value) for value in given.values()):
-        raise WorldError(f"the environment has {told}, which are not all numbers: {remedy}")
+        raise WorldError(f"the environment has {listed}, which are not all numbers: {remedy}")
     own = Place(*(int(given.get(name, default)) for name, default in zip(PLACE, Place())))
     if not (own.rank < own.size and own.local_rank < own.size):
-        raise WorldError(f"the environment has {told}, which do not go together: {remedy}")
+        raise WorldError(f"the environment has {listed}, which do not go together: {remedy}")
     return own
 
 

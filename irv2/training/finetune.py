@@ -11,7 +11,7 @@ from data.names import are_same, in_nfc, natural
 from irv2.network import weights
 from irv2.network.forms import metadata
 from irv2.network.forms.base import State, Weights, WeightsError
-from irv2.network.forms.names import CLASSIFIERS
+from irv2.network.forms.names import CLASSIFIER, CLASSIFIERS
 from irv2.network.model import InceptionResnetV2
 from irv2.training.distributed import World
 from irv2.training.state import TrainState
@@ -39,9 +39,9 @@ def begin(state: TrainState, source: str, classes: list[str], world: World) -> N
     Raises WeightsError.
     """
     pretrained = _read(source, world)
-    told = metadata.parsed(pretrained.metadata, source)
-    named = told.classes
-    if named is None and told.class_order == "natural":
+    meta = metadata.parsed(pretrained.metadata, source)
+    named = meta.classes
+    if named is None and meta.class_order == "natural":
         named = sorted(classes, key=natural)
     outcome = load(state.model, pretrained.state, named, classes, source)
     state.ema.module.load_state_dict(state.model.state_dict())
@@ -78,22 +78,23 @@ def load(
     one that the model lacks is left out. Raises WeightsError, naming a tensor, where anything else
     does not fit.
     """
-    if state.get("classif.weight", torch.empty(0, 0)).ndim != 2:
-        raise WeightsError(f"{source}: classif.weight is no matrix")
+    weight = f"{CLASSIFIER}weight"
+    if state.get(weight, torch.empty(0, 0)).ndim != 2:
+        raise WeightsError(f"{source}: {weight} is no matrix")
     count = f"{len(classes):,} classes"
     new: tuple[str, ...] = ()
     ordered = _in_order(state, named, classes)
     if ordered is not None:
         order = "" if are_same(named, classes) else ", its rows put into their order"
         state, outcome = ordered, f"classifier kept, of the same {count}{order}"
-    elif "classif.weight" not in state:
+    elif weight not in state:
         new, outcome = CLASSIFIERS, f"new classifier for {count}, as it has none"
-    elif named is None and len(state["classif.weight"]) == len(classes):
+    elif named is None and len(state[weight]) == len(classes):
         outcome = f"classifier kept, of {count} that it does not name"
         if sorted(classes, key=natural) != classes:
             outcome += ", taken to be in alphabetical order (timm's is class2 before class10)"
     else:
-        others = len(state["classif.weight"])
+        others = len(state[weight])
         new, outcome = CLASSIFIERS, f"new classifier for {count}, as its {others:,} are others"
     if model.aux is not None and not any(name.startswith(AUX) for name in state):
         new += (AUX,)

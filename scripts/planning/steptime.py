@@ -92,7 +92,7 @@ def all_reduce_s(ranks: int, gradients: Gradients, link: Link) -> float:
     """Seconds for all-reduces of all messages, one after another, over equal links.
 
     The ring's bytes over the bandwidth, and 2 ceil(log2 n) latencies an all-reduce: up and down a
-    tree, which libraries take where a ring's 2 (n - 1) would tell. 0 for one rank. Traffic of
+    tree, which libraries take where a ring's 2 (n - 1) would matter. 0 for one rank. Traffic of
     others on the link, and ranks that are late, are left out.
     """
     if ranks == 1:

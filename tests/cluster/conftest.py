@@ -1,4 +1,4 @@
-"""What a test of several hosts needs of this machine."""
+"""Requirements of tests of several hosts on this machine."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Slurm:
         return result.stdout
 
     def state(self, job: int) -> dict[str, str]:
-        """What `scontrol show job` says, asked again if a busy machine answers too late."""
+        """Output of `scontrol show job`, asked again if a busy machine answers too late."""
         words = self.ask("scontrol", "--oneliner", "show", "job", job, tries=3).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 

@@ -76,8 +76,8 @@ def test_hosts_train_as_one_host_with_as_many_ranks(
 
 
 def test_a_host_that_vanishes_is_done_without_and_taken_in_again(config, tmp_path, note: Note):
-    """Of three; the first, which keeps the rendezvous, stays. Saves are slowed down, so that the
-    run is not over before the third is back."""
+    """One of three; the first, which keeps the rendezvous, stays. Saves are slowed down, so that
+    the run is not over before the third is back."""
     recipe = ("train.global_batch=6", "train.micro_batch=6", "train.epochs=12")
     assert run("train.py", *arguments(config, tmp_path / "one", *recipe)).returncode == 0
     place = arguments(config, tmp_path / "many", *recipe, "run.timeout_s=30")

@@ -93,7 +93,7 @@ def two_hosts_s(config: Path, folder: Path, case: Case) -> float:
 
 
 def predicted_s(config: Path, case: Case, device: steptime.Device) -> float:
-    """What the model of scripts/plan.py says for a link with a limit."""
+    """Prediction of the model of scripts/plan.py for a link with a limit."""
     cfg = config_file.load(config, list(case.recipe))
     bytes_per_s = case.mbit_s * 1e6 / 8 * ETHERNET
     link = steptime.Link(bytes_per_s, case.delay_ms / 1e3)

@@ -129,7 +129,7 @@ def test_a_cancelled_job_has_saved_and_stays_cancelled(slurm: Slurm, config: Pat
 
 
 def requeue_log(said: str, controller: str, job: int, folder: Path) -> str:
-    """What a job's output and Slurm's controller say of its starts and ends, paths shortened."""
+    """Lines of a job's output and Slurm's controller on its starts and ends, paths shortened."""
     told = ("slurm.sbatch:", "slurmstepd", "[default0]:continuing", "[default0]:step")
     told += ("[default0]:stopped", "[default0]:finished")
     lines = [line for line in said.splitlines() if line.startswith(told)]

@@ -42,7 +42,7 @@ class Place:
 
     @contextmanager
     def behind(self, monkeypatch: pytest.MonkeyPatch, fault) -> Iterator[tuple[str, FaultyProxy]]:
-        """What data.train says to read them through a proxy with faults."""
+        """Value of data.train that reads them through a proxy with faults."""
         with faulty(self.upstream, fault) as (at, proxy):
             if self.kind == "s3":
                 monkeypatch.setenv("AWS_ENDPOINT_URL", at)

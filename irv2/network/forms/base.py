@@ -1,4 +1,4 @@
-"""What every form of weights is read into, and the error of those that are not read."""
+"""The result of reading weights in any form, and the error of those that cannot be read."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from data import strict_json
 from irv2.network.forms import kinds, metadata, names, views
 from irv2.network.forms.base import Weights, WeightsError, in_one_line
+from irv2.network.model import InceptionResnetV2
 
 CONFIG = "config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")  # as timm prefers them
@@ -86,11 +87,11 @@ def read_folder(folder: Path, read: ReadFile) -> Weights:
     return _with_config(folder / CONFIG, read(weights), str(folder))
 
 
-def _with_config(path: Path, found: Weights, source: str) -> Weights:
+def _with_config(path: Path, weights: Weights, source: str) -> Weights:
     """Add what timm's config.json says to weights; it goes before what these say themselves."""
     config = _read_config(path)
     texts, remarks = views.of_config(config.pretrained_cfg, {}, source)
-    own, theirs = metadata.parsed(found.metadata, source), metadata.parsed(texts, source)
+    own, theirs = metadata.parsed(weights.metadata, source), metadata.parsed(texts, source)
     theirs.classes = _classes(config, source)
     differing = [key for key, value in theirs.data.items() if own.data.get(key, value) != value]
     if None not in (own.classes, theirs.classes) and own.classes != theirs.classes:
@@ -102,11 +103,11 @@ def _with_config(path: Path, found: Weights, source: str) -> Weights:
         )
     merged = {"data": own.data | theirs.data, "classes": theirs.classes or own.classes}
     texts = {key: json.dumps(value) for key, value in merged.items() if value is not None}
-    state = found.state
+    state = weights.state
     if offset := config.label_offset:
         state = names.without_first(state, offset)
         remarks.append(f"{source}: its first {offset} outputs are left out, as label_offset says")
-    return Weights(state, found.metadata | texts, [*found.remarks, *remarks])
+    return Weights(state, weights.metadata | texts, [*weights.remarks, *remarks])
 
 
 def _read_config(path: Path) -> Config:
@@ -117,14 +118,16 @@ def _read_config(path: Path) -> Config:
     try:
         content = strict_json.load(path, MAX_BYTES)
         nested = content.get("pretrained_cfg", content)
-        told = {"pretrained_cfg": nested, "label_names": nested.get("labels")} | nested | content
-        told = {key: value for key, value in told.items() if value is not None}
-        config = strict_json.checked(told, _CONFIG)
+        entries = {"pretrained_cfg": nested, "label_names": nested.get("labels")} | nested | content
+        entries = {key: value for key, value in entries.items() if value is not None}
+        config = strict_json.checked(entries, _CONFIG)
     except (OSError, AttributeError, TypeError, ValueError) as error:
         reason = in_one_line(error)
         raise WeightsError(f"{path}: damaged or not timm's ({reason})") from None
-    if not config.architecture.startswith("inception_resnet_v2"):
-        raise WeightsError(f"{path}: is for {config.architecture}, not for Inception-ResNet-v2")
+    if not config.architecture.startswith(InceptionResnetV2.timm_name):
+        raise WeightsError(
+            f"{path}: is for {config.architecture}, not for {InceptionResnetV2.title}"
+        )
     asked = {"global_pool": config.global_pool} | config.model_args
     changed = [key for key, value in FIXED.items() if asked.get(key, value) != value]
     if changed:

@@ -39,11 +39,11 @@ class Kinds(NamedTuple):
     dense: dict[str, Layer]
 
     @classmethod
-    def of(cls, found: Mapping[str, Layer]) -> Kinds:
+    def of(cls, by_name: Mapping[str, Layer]) -> Kinds:
         """Sort layers by their variables' dimensions."""
         kinds = cls({}, {}, {})
         by_dimensions = {4: kinds.convolutions, 2: kinds.dense, 1: kinds.batch_norms}
-        for name, layer in found.items():
+        for name, layer in by_name.items():
             dimensions = max(values.ndim for values in layer.values())
             by_dimensions.get(dimensions, {})[name] = layer
         return kinds
@@ -57,11 +57,11 @@ def read(path: Path) -> Weights:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                found, _ = _read_hdf5(io.BytesIO(_member(archive, WEIGHTS)))
+                stored, _ = _read_hdf5(io.BytesIO(_member(archive, WEIGHTS)))
                 config = _member(archive, CONFIG)
         else:
             with open(path, "rb") as file:
-                found, config = _read_hdf5(file)
+                stored, config = _read_hdf5(file)
         metadata = _metadata(config)
     except ImportError:
         raise WeightsError(
@@ -70,7 +70,7 @@ def read(path: Path) -> Weights:
     except DAMAGES as error:
         raise WeightsError(f"{path}: damaged or not Keras' ({in_one_line(error)})") from None
     try:
-        return Weights(in_timms(found), metadata)
+        return Weights(in_timms(stored), metadata)
     except (LookupError, TypeError, ValueError) as error:
         reason = f"no {error} in it" if isinstance(error, KeyError) else in_one_line(error)
         raise WeightsError(f"{path}: not Keras' Inception-ResNet-v2 ({reason})") from None
@@ -91,7 +91,7 @@ def _read_hdf5(file: BinaryIO) -> tuple[Kinds, bytes | str | None]:
     """
     import h5py
 
-    found: dict[str, Layer] = defaultdict(dict)
+    by_name: dict[str, Layer] = defaultdict(dict)
 
     def visit(path: str, item: Any) -> None:
         is_values = isinstance(item, h5py.Dataset) and item.dtype.kind == "f"
@@ -101,12 +101,12 @@ def _read_hdf5(file: BinaryIO) -> tuple[Kinds, bytes | str | None]:
             raise ValueError(f"{path} is not stored plainly")
         group, _, variable = path.rpartition("/")
         layer = group.removesuffix("/vars").rpartition("/")[2]
-        found[str(item.parent.attrs.get("name", layer))][variable.partition(":")[0]] = item[()]
+        by_name[str(item.parent.attrs.get("name", layer))][variable.partition(":")[0]] = item[()]
 
     with h5py.File(file, "r") as content:
         content.visititems(visit)
         config = content.attrs.get("model_config")
-    return Kinds.of(found), config
+    return Kinds.of(by_name), config
 
 
 def _metadata(config: bytes | str | None) -> dict[str, str]:
@@ -122,22 +122,22 @@ def _metadata(config: bytes | str | None) -> dict[str, str]:
 # ------------------------------------------------------------------------ names
 
 
-def in_timms(found: Kinds) -> State:
+def in_timms(stored: Kinds) -> State:
     """Give layers timm's names and PyTorch's shapes.
 
     Raises KeyError for a layer or variable that is missing, ValueError for another number."""
-    convolutions, batch_norms = _places(found)
+    convolutions, batch_norms = _places(stored)
     state: State = {}
     for name, place in convolutions.items():
-        state |= layers.convolution(name, *_values(found.convolutions[place], ("kernel", "bias")))
+        state |= layers.convolution(name, *_values(stored.convolutions[place], ("kernel", "bias")))
     for name, place in batch_norms.items():
-        layer = found.batch_norms[place]
+        layer = stored.batch_norms[place]
         first = 0 if len(layer) == len(BATCH_NORM) else 1
         gamma = [] if first == 0 else [None]
         state |= layers.batch_norm(name, *gamma, *_values(layer, BATCH_NORM[first:]))
-    if len(found.dense) > 1:
-        raise ValueError(f"{len(found.dense)} dense layers")
-    for layer in found.dense.values():
+    if len(stored.dense) > 1:
+        raise ValueError(f"{len(stored.dense)} dense layers")
+    for layer in stored.dense.values():
         state |= layers.linear("classif", *_values(layer, ("kernel", "bias")))
     return state
 
@@ -148,16 +148,16 @@ def _values(layer: Layer, names: Sequence[str]) -> list[np.ndarray]:
     return [layer[str(i) if are_numbered else name] for i, name in enumerate(names[: len(layer)])]
 
 
-def _places(found: Kinds) -> tuple[dict[str, str], dict[str, str]]:
+def _places(stored: Kinds) -> tuple[dict[str, str], dict[str, str]]:
     """timm's names of convolutions and of batch norms -> the layers' names in the file.
 
     With Keras' own names, layers without one of their author's are counted as they were created.
     In .weights.h5 of older versions all of a class are counted, in the order of `Model.layers`.
     """
     units, ends = layers.layers()
-    convolutions = _counted(found.convolutions, "conv2d")
-    batch_norms = _counted(found.batch_norms, "batch_normalization")
-    if ENDS[0] not in found.convolutions:
+    convolutions = _counted(stored.convolutions, "conv2d")
+    batch_norms = _counted(stored.batch_norms, "batch_normalization")
+    if ENDS[0] not in stored.convolutions:
         order = list(_in_model_layers())
         bare = [name for name in order if name not in ends]
         return layers.paired(order, convolutions), layers.paired(bare, batch_norms)

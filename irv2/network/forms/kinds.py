@@ -80,6 +80,6 @@ def _members(path: Path) -> set[str]:
 
 def refuse_folder(folder: Path, needed: str) -> None:
     """Raise WeightsError for a folder that is not in timm's form."""
-    found = (words for name, words in FOLDERS.items() if (folder / name).exists())
-    what = next(found, f"a folder without {needed}: give a file of weights, or a run as --run")
+    reasons = (words for name, words in FOLDERS.items() if (folder / name).exists())
+    what = next(reasons, f"a folder without {needed}: give a file of weights, or a run as --run")
     raise WeightsError(f"{folder}: is {what}")

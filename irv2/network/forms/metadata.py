@@ -1,4 +1,4 @@
-"""What a weights file says of itself, as this project's own files say it."""
+"""Metadata of weights files, as this project writes it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Origin(BaseModel):
-    """Which weights of a run these are."""
+    """Weights of a run: averaged or raw, and after which step."""
 
     model_config = ConfigDict(strict=True)
 

@@ -6,10 +6,12 @@ import torch
 
 from data.names import shown
 from irv2.network.forms.base import State, Weights
+from irv2.network.model import InceptionResnetV2
 
-STEM = "conv2d_1a.conv.weight"  # in every form of PyTorch's; what stands before it is a prefix
+# In every form of PyTorch's; what stands before it is a prefix.
+STEM = f"{InceptionResnetV2.first_conv}.weight"
 COMPILED = "_orig_mod."
-CLASSIFIER, OTHER_CLASSIFIER = "classif.", "last_linear."
+CLASSIFIER, OTHER_CLASSIFIER = f"{InceptionResnetV2.classifier}.", "last_linear."
 CLASSIFIERS = (CLASSIFIER, f"aux.{CLASSIFIER}")  # whose shapes depend on the classes
 IMAGENET_WITH_BACKGROUND = 1001
 
@@ -33,11 +35,11 @@ def split(state: State) -> dict[str, State]:
 
 
 def remarks(state: State, prefix: str, left_out: int) -> list[str]:
-    """What `split` has done to the names of a state dict."""
-    found = [prefix] if prefix else []
+    """Describe what `split` has done to the names of a state dict."""
+    left = [prefix] if prefix else []
     if any(COMPILED in name for name in state):
-        found.append(COMPILED)
-    lines = [f"{shown(' and '.join(found))} is left out of its tensors' names"] if found else []
+        left.append(COMPILED)
+    lines = [f"{shown(' and '.join(left))} is left out of its tensors' names"] if left else []
     if left_out:
         lines.append(f"{left_out} tensors that are not the network's are passed over")
     return lines
@@ -58,13 +60,13 @@ def without_first(state: State, count: int) -> State:
     return state | {name: v[count:] for name, v in state.items() if name.startswith(CLASSIFIERS)}
 
 
-def without_background(found: Weights, source: str) -> Weights:
+def without_background(weights: Weights, source: str) -> Weights:
     """Leave out the background, TensorFlow's class 0, where classes can only be ImageNet's.
 
     timm did so as it ported TF-slim's weights.
     """
-    outputs = found.state.get(CLASSIFIER + "weight", torch.empty(0)).shape[:1]
-    if "classes" in found.metadata or outputs != (IMAGENET_WITH_BACKGROUND,):
-        return found
+    outputs = weights.state.get(CLASSIFIER + "weight", torch.empty(0)).shape[:1]
+    if "classes" in weights.metadata or outputs != (IMAGENET_WITH_BACKGROUND,):
+        return weights
     line = f"{source}: of its 1,001 outputs the first, TensorFlow's background, is left out"
-    return Weights(without_first(found.state, 1), found.metadata, [*found.remarks, line])
+    return Weights(without_first(weights.state, 1), weights.metadata, [*weights.remarks, line])

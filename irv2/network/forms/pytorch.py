@@ -70,12 +70,12 @@ def _check_archive(path: Path) -> None:
 def _unwanted(path: Path) -> str:
     """Describe what a pickle holds beside tensors and numbers, and what to do."""
     try:
-        found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        classes = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # an older form, or a damaged one
-        found = []
-    if any(name.startswith("torch.nn.modules.") for name in found):
+        classes = []
+    if any(name.startswith("torch.nn.modules.") for name in classes):
         return f"a whole pickled module, whose classes would be run: {STATE_DICT}"
-    what = f", but also {enumeration(found)}" if found else ""
+    what = f", but also {enumeration(classes)}" if classes else ""
     return f"not a file of tensors and numbers only{what}: {STATE_DICT}"
 
 

@@ -108,7 +108,7 @@ def _table(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
 
 
 class Handle(NamedTuple):
-    """Where a block lies."""
+    """Place of a block."""
 
     offset: int
     size: int
@@ -235,7 +235,7 @@ def _shape(message: memoryview) -> tuple[int, ...]:
 
 
 def _in_timms(variables: Variables) -> State:
-    """Raises KeyError for a variable that is missing, ValueError for another number of layers."""
+    """Give variables timm's names. Raises KeyError for a missing one, ValueError for odd layers."""
     own = {n.removeprefix(SCOPE): v for n, v in variables.items() if n.startswith(SCOPE)}
     if not own:
         raise ValueError(f"no variables of {SCOPE}; Keras' are read from .h5 and .keras")

@@ -17,7 +17,7 @@ from irv2.network.forms.base import WeightsError, in_one_line
 PUBLISHED = "inception_resnet_v2.tf_in1k"
 INTERPOLATIONS = ("bicubic", "bilinear")
 
-Told = tuple[dict[str, str], list[str]]  # metadata, remarks
+Described = tuple[dict[str, str], list[str]]  # metadata, remarks
 Size = Annotated[int, Field(gt=0)]
 
 
@@ -51,14 +51,14 @@ class Arguments(BaseModel):
 _VIEW, _ARGUMENTS = TypeAdapter(View), TypeAdapter(Arguments)
 
 
-def of_config(config: dict[str, Any], arguments: dict[str, Any], source: str) -> Told:
+def of_config(config: dict[str, Any], arguments: dict[str, Any], source: str) -> Described:
     """Take the view of a pretrained_cfg, and of arguments that go before it, as timm's validate.py.
 
     Raises WeightsError if timm cannot read it, or it is not square.
     """
     try:
-        found = resolve_data_config(arguments, config, use_test_size=True)
-        view = strict_json.checked(found, _VIEW)
+        resolved = resolve_data_config(arguments, config, use_test_size=True)
+        view = strict_json.checked(resolved, _VIEW)
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
         reason = f"{source}: what it says of its images is damaged ({in_one_line(error)})"
         raise WeightsError(reason) from None
@@ -76,8 +76,8 @@ def of_config(config: dict[str, Any], arguments: dict[str, Any], source: str) ->
     return {"data": json.dumps(data)}, remarks
 
 
-def of_trainer(content: Any, source: str) -> Told:
-    """What the arguments in a checkpoint of timm's or torchvision's trainer say, if any are there.
+def of_trainer(content: Any, source: str) -> Described:
+    """Describe what the arguments in a checkpoint of timm's or torchvision's trainer say, if any.
 
     Both see images as their evaluations do. timm sorts class folders naturally (class2 before
     class10), torchvision as text. Raises WeightsError as `of_config`.
@@ -85,11 +85,11 @@ def of_trainer(content: Any, source: str) -> Told:
     stored = content.get("args") if isinstance(content, dict) else None
     if not isinstance(stored, argparse.Namespace):
         return {}, []
-    told, is_timms = vars(stored), "arch" in content
-    if not is_timms and None in (told.get("val_crop_size"), told.get("val_resize_size")):
+    values, is_timms = vars(stored), "arch" in content
+    if not is_timms and None in (values.get("val_crop_size"), values.get("val_resize_size")):
         return {}, []  # another trainer's, whose arguments may mean anything
     try:
-        arguments = strict_json.checked(told, _ARGUMENTS)
+        arguments = strict_json.checked(values, _ARGUMENTS)
     except ValueError as error:
         raise WeightsError(f"{source}: its trainer's arguments are damaged ({error})") from None
     if is_timms:

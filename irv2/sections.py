@@ -1,0 +1,341 @@
+"""Sections of a run's YAML file: every key with its type, unit, default and description.
+
+Sections speak of the experiment, with the few `machine` keys that only say how this machine carries
+it out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from data.paths import expanded
+from data.urls import check_url
+
+MAX_IMAGE_SIZE = 2048  # px, seven times the network's own
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def machine(default: Any = ..., *, description: str) -> Any:
+    """Describe a key that may differ when a run is continued.
+
+    Such keys move the same run to another place; all others speak of the experiment.
+    """
+    return Field(default, description=description, json_schema_extra=_mark)
+
+
+def _mark(_schema: dict[str, Any]) -> None:
+    """Mark a machine key; the schema for editors stays as it is."""
+
+
+def is_machine_key(field: FieldInfo) -> bool:
+    """True for a key that `machine` describes."""
+    return field.json_schema_extra is _mark
+
+
+Text = Annotated[str, Field(min_length=1)]
+Location = Annotated[Text, AfterValidator(expanded)]  # a path, or a URL, synthetic:…, timm:…
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
+Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
+PositiveChannels = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+
+
+class RunSection(Section):
+    name: Text | None = machine(
+        None, description="name of the run, that of one folder; null: the YAML file's name"
+    )
+    dir: Location | None = machine(None, description="run directory; null: runs/<run.name>")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of everything random")
+    device: Literal["auto", "cpu", "cuda"] = machine(
+        "auto", description="auto: a GPU if there is one"
+    )
+    deterministic: bool = machine(
+        False,
+        description="on a GPU, too, repeat and continue a run to the bit: kernels are chosen by "
+        "rule, not by timing them, and add up in one order",
+    )
+    timeout_s: Annotated[float, Field(gt=0, le=1e6)] = machine(
+        600.0, description="seconds after which a rank or loader that does not answer ends the run"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _is_one_component(cls, value: str | None) -> str | None:
+        if value in (".", "..") or not {"/", "\0"}.isdisjoint(value or ""):
+            raise ValueError("must be the name of a folder, without /; run.dir takes a path")
+        return value
+
+
+class Model(Section):
+    drop_rate: Decay = Field(0.2, description="dropout before the classifier")
+    aux_logits: bool = Field(False, description="TF-slim's auxiliary head while training")
+    bn_momentum: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="share of a new batch in batch norm's running statistics"
+    )
+    bn_scale: bool = Field(True, description="learn batch norm's gamma; false: 1, as TF-slim")
+    freeze_bn: bool = Field(False, description="use and keep batch norm's running statistics")
+    init: Location | None = Field(
+        None,
+        description="weights that a new run begins with: a file or folder in any form that "
+        "docs/evaluation.md lists, timm:NAME or hf-hub:ORG/NAME; a classifier for other classes is "
+        "made new",
+    )
+    freeze: Literal["stem", "backbone"] | None = Field(
+        None,
+        description="what keeps init's weights and statistics: stem, all before mixed_5b; "
+        "backbone, all but the classifier",
+    )
+    blocks: Annotated[list[Positive], Field(min_length=3, max_length=3)] = Field(
+        [10, 20, 9],
+        description="repeats of block35, block17, block8; other values: another network",
+    )
+    width: Annotated[float, Field(gt=0, multiple_of=1 / 16)] = Field(
+        1.0, description="multiplies every layer's channels; other values: another network"
+    )
+    grad_checkpointing: bool = machine(
+        False, description="recompute blocks in backward: less memory"
+    )
+
+
+class Data(Section):
+    train: Location = machine(
+        description="training images: folder/<class>/<image>, a folder of shards or its https:// "
+        "or s3:// URL, or synthetic:IMAGESxCLASSES"
+    )
+    val: Location = machine(description="validation images, same classes; as train")
+    classes: Location | None = machine(
+        None,
+        description="file of the class folders to take, one a line, such as "
+        "configs/classes/imagenet100.txt; null: all",
+    )
+    image_size: Annotated[int, Field(ge=75, le=MAX_IMAGE_SIZE)] = Field(
+        299, description="side of the input, px"
+    )
+    workers: Annotated[int, Field(ge=0)] | None = machine(
+        None, description="loader processes of each rank; null: its share of the cores, at most 8"
+    )
+    cache_dir: Location | None = machine(
+        None,
+        description="folder of a local disk that keeps images of https:// and s3://, for all runs "
+        "of a machine; null: none is kept",
+    )
+    cache_gb: Annotated[float, Field(gt=0)] = machine(
+        160.0, description="the most that cache_dir may take, 10^9 bytes; ImageNet has 155"
+    )
+    mean: Channels = Field([0.5, 0.5, 0.5], description="subtracted from pixels in [0, 1]")
+    std: PositiveChannels = Field([0.5, 0.5, 0.5], description="divides pixels after the mean")
+    crop_area: Pair = Field(
+        [0.05, 1.0], description="training crop: range of its share of the image"
+    )
+    crop_aspect: Pair = Field([0.75, 1.33], description="training crop: range of width / height")
+    hflip: Share = Field(0.5, description="probability of a horizontal flip")
+    colour: bool = Field(True, description="brightness ±32/255 and saturation 0.5-1.5 in training")
+    rand_augment: Annotated[int, Field(ge=0, le=30)] | None = Field(
+        None, description="magnitude of RandAugment, two operations; null: none"
+    )
+    random_erasing: Share = Field(0.0, description="probability that a part is made grey")
+    mixup: NonNegative = Field(0.0, description="mixup of pairs: alpha of its shares; 0: none")
+    cutmix: NonNegative = Field(0.0, description="cutmix of pairs: alpha of its shares; 0: none")
+    shuffle_window: Positive | None = Field(
+        None,
+        description="shards: shuffle blocks of this many images that lie one after another, for "
+        "slow disks; null: shuffle all images",
+    )
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8975, description="evaluation: centre crop's share of the resized side"
+    )
+    eval_interpolation: Literal["bicubic", "bilinear"] = Field(
+        "bicubic", description="evaluation: how the image is resized"
+    )
+    allow_resized: bool = machine(
+        False, description="evaluate shards whose images were resized when they were made"
+    )
+    max_bad_fraction: Share = machine(
+        0.001,
+        description="end the run when more than this share of the images seen, or of one epoch's "
+        "if that is more, could not be used and were replaced",
+    )
+
+    @property
+    def mixes_pairs(self) -> bool:
+        """True if images are mixed in pairs, so that a micro-batch must hold whole pairs."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @field_validator("train", "val")
+    @classmethod
+    def _holds_no_secret(cls, value: str) -> str:
+        if "://" in value:
+            check_url(value)
+        return value
+
+    @field_validator("crop_area", "crop_aspect")
+    @classmethod
+    def _rises(cls, value: list[float], info: ValidationInfo) -> list[float]:
+        upper = 1.0 if info.field_name == "crop_area" else float("inf")
+        if not 0 < value[0] <= value[1] <= upper:
+            raise ValueError(f"must rise, above 0 and up to {upper:g}")
+        return value
+
+
+class Train(Section):
+    epochs: Annotated[float, Field(gt=0)] = Field(
+        200, description="passes over the training images"
+    )
+    global_batch: Positive = Field(640, description="images of one update, over all ranks")
+    micro_batch: Positive | Literal["auto"] = machine(
+        32, description="most images one device takes at once; auto: what its memory holds"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type")
+    reduce_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="type in which gradients travel between ranks; bf16: half the traffic"
+    )
+    accelerate: bool = Field(
+        True, description="merged convolutions, fused on CPUs; false: the network as timm has it"
+    )
+    compile: bool = machine(
+        False, description="torch.compile the network, block by block: for GPUs"
+    )
+    max_steps: Positive | None = machine(
+        None, description="stop after this many updates; null: never"
+    )
+    max_bad_steps: Annotated[int, Field(ge=0)] = machine(
+        10,
+        description="end the run after more than this many steps in a row that were left out "
+        "because the loss or the gradient was not finite",
+    )
+
+    @field_validator("micro_batch", mode="wrap")
+    @classmethod
+    def _whole_or_auto(cls, value: Any, check: ValidatorFunctionWrapHandler) -> int | str:
+        try:
+            return check(value)
+        except ValidationError:  # which names every type that could have been meant
+            raise ValueError("must be a whole number of at least 1, or auto") from None
+
+
+# Of each optimizer: its hyper-parameters beside lr and weight_decay, with their defaults.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "rmsprop_tf": {"alpha": 0.9, "eps": 1.0, "momentum": 0.9},
+    "sgd": {"momentum": 0.9, "nesterov": False},
+    "adamw": {"betas": [0.9, 0.999], "eps": 1e-8},
+    "lamb": {"betas": [0.9, 0.999], "eps": 1e-6},
+}
+
+
+class Optim(Section):
+    kind: Literal["rmsprop_tf", "sgd", "adamw", "lamb"] = Field(
+        "rmsprop_tf", description="optimizer: the paper's, torch's SGD and AdamW, timm's Lamb"
+    )
+    lr: Annotated[float, Field(gt=0)] = Field(
+        0.045, description="base learning rate; must be given with another kind than rmsprop_tf"
+    )
+    alpha: Decay | None = Field(0.9, description="rmsprop_tf: decay of the mean square")
+    eps: Annotated[float, Field(gt=0)] | None = Field(
+        1.0,
+        description="rmsprop_tf: inside the root, as TensorFlow; adamw (1e-8), lamb (1e-6): beside "
+        "it",
+    )
+    momentum: Decay | None = Field(
+        0.9, description="rmsprop_tf: momentum of the scaled gradient; sgd (0.9): of the gradient"
+    )
+    nesterov: bool | None = Field(None, description="sgd (false): Nesterov's momentum")
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="adamw, lamb ([0.9, 0.999]): decay of the gradient's mean and mean square"
+    )
+    weight_decay: NonNegative = Field(
+        4e-5,
+        description="L2 on convolutions and linear layers; adamw, lamb: decay of the weights "
+        "themselves",
+    )
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        2.0, description="largest global gradient norm; null: no clipping"
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="learning rate of each of the network's nine stages as a share of the next "
+        "one's, the classifier's being lr; 1: one rate",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_the_kinds_defaults(cls, tree: Any) -> Any:
+        kind = tree.get("kind", "rmsprop_tf") if isinstance(tree, dict) else None
+        if not isinstance(kind, str) or kind not in OPTIMIZERS:
+            return tree
+        keys = {key for defaults in OPTIMIZERS.values() for key in defaults}
+        given = {key: value for key, value in tree.items() if key not in keys or value is not None}
+        return dict.fromkeys(keys) | OPTIMIZERS[kind] | given
+
+    @field_validator("alpha", "eps", "momentum", "nesterov", "betas")
+    @classmethod
+    def _is_the_kinds(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = info.data.get("kind")
+        if value is not None and kind is not None and info.field_name not in OPTIMIZERS[kind]:
+            own = ", ".join(OPTIMIZERS[kind])
+            raise ValueError(f"no key of optim.kind={kind}, which has lr, weight_decay, {own}")
+        return value
+
+    @property
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Return what the optimizer takes beside lr and weight_decay."""
+        return {key: getattr(self, key) for key in OPTIMIZERS[self.kind]}
+
+
+class ScheduleSection(Section):
+    kind: Literal["staircase", "cosine"] = Field("staircase", description="form of the decay")
+    decay_rate: Annotated[float, Field(gt=0, le=1)] = Field(0.94, description="staircase: factor")
+    decay_epochs: Annotated[float, Field(gt=0)] = Field(2.0, description="staircase: epochs a step")
+    warmup_epochs: NonNegative = Field(0.0, description="linear warm-up from 0, epochs")
+    min_lr: NonNegative = Field(0.0, description="cosine: final learning rate")
+
+
+class LossSection(Section):
+    label_smoothing: Decay = Field(0.1, description="weight of the uniform distribution")
+    aux_weight: NonNegative = Field(0.4, description="weight of the auxiliary head's loss")
+    class_weights: Literal["balanced"] | None = Field(
+        None,
+        description="balanced: an image's loss times N / (C n), of N images and C classes, n its "
+        "class's images; null: all alike",
+    )
+
+
+class Ema(Section):
+    decay: Decay = Field(
+        0.9999, description="running average of weights and statistics; warms up as (1+n)/(10+n)"
+    )
+
+
+class Eval(Section):
+    every_epochs: Annotated[float, Field(gt=0)] = machine(
+        1.0, description="epochs between evaluations"
+    )
+    batch: Positive = machine(64, description="images a device evaluates at once")
+
+
+class CheckpointSection(Section):
+    every_steps: Positive = machine(1000, description="updates between checkpoints")
+    keep: Positive = machine(2, description="newest checkpoints kept")
+
+
+class Log(Section):
+    every_steps: Positive = machine(50, description="updates between lines")
+    ledger: bool = machine(False, description="write the images of every step, by rank, to ledger/")
