@@ -21,7 +21,7 @@ from data.base import Source
 from data.workers import worker_errors
 from irv2 import build, cli, config_file, evaluation, input_pipeline
 from irv2.config import Config
-from irv2.run import directory, resume
+from irv2.run import directory, resume, trackers
 from irv2.run.resume import Experiment
 from irv2.run.run import Run
 from irv2.run.stopping import StopRequest
@@ -168,6 +168,7 @@ def main() -> int:
     arguments = parse_arguments()
     cfg = config_file.load(arguments.config, arguments.overrides)
     build.check_batch(cfg, distributed.place().size)  # before a device is touched
+    trackers.check_installed(cfg.log.to)
     with (
         StopRequest() as stop,
         distributed.start(cfg.run.device, cfg.run.timeout_s, cfg.run.deterministic) as world,

@@ -233,7 +233,7 @@ def shown_interval(predictions: Predictions) -> Interval | None:
 
 
 def draw(cfg: Config, predictions: Predictions, source: Source, log: Logbook, step: int) -> None:
-    """Show the confusion matrix and the most confident mistakes in TensorBoard."""
+    """Show the confusion matrix and the most confident mistakes in the run's trackers."""
     if not log.active:
         return
     if len(source.classes) <= figures.MOST_CLASSES:

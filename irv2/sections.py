@@ -338,4 +338,9 @@ class CheckpointSection(Section):
 
 class Log(Section):
     every_steps: Positive = machine(50, description="updates between lines")
+    to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = machine(
+        ["tensorboard"],
+        description="trackers that show the log, too, beside log.jsonl; on this machine unless "
+        "their own environment variables, such as WANDB_API_KEY, lead elsewhere",
+    )
     ledger: bool = machine(False, description="write the images of every step, by rank, to ledger/")

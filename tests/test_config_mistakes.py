@@ -99,6 +99,7 @@ OUT_OF_RANGE = {
     "loss.aux_weight": ["-0.4", "1e999"],
     "loss.class_weights": ["Balanced", "[1.0, 2.0]"],
     "ema.decay": ["-0.1", "1.0"],
+    "log.to": ["wandb", "[Wandb]", "[tensorboard, mail]"],
     "eval.every_epochs": ["0", "-1.0"],
     "eval.batch": ["0", "-64"],
     "checkpoint.every_steps": ["0", "-1"],

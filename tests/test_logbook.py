@@ -12,11 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 from written_runs import eval_line, train_line
 
 from irv2.run.jsonl import JsonLines, cut_back, read
 from irv2.run.logbook import Logbook
+
+PICTURE = np.zeros((4, 4, 3), np.uint8)
 
 
 @pytest.fixture
@@ -250,7 +254,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     log = Logbook(None, step=0, total_steps=6)
     log.train(trained(1))
     log.eval(evaluated(1, 50.0))
-    log.text("config", "a: 1", 0)
+    log.figure("picture", PICTURE, 0)
     with log.progress(10, "evaluating") as bar:
         bar.update(10)
     log.close()
@@ -258,18 +262,17 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tensorboard_without_room_ends_itself_not_the_run(path, capsys):
-    log = Logbook(path.parent, step=0, total_steps=6)
-
+def test_a_tensorboard_without_room_ends_itself_not_the_run(path, capsys, monkeypatch):
     def fail(*_arguments: object, **_options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    log._board.add_scalar = fail
+    log = Logbook(path.parent, step=0, total_steps=6)
+    monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
     for step in (1, 2):
         log.train(trained(step))
-    log.text("config", "x", 2)
+    log.figure("picture", PICTURE, 2)
     log.close()
-    assert capsys.readouterr().out.count("TensorBoard shows nothing more") == 1
+    assert capsys.readouterr().out.count("tensorboard shows nothing more") == 1
     assert steps_of(path) == [1, 2]
 
 

@@ -3,6 +3,7 @@
 runs/<name>/config.yaml             every key spelled out, with git revision and versions
 runs/<name>/log.jsonl               a line per logged step and per evaluation
 runs/<name>/tensorboard/            the same, for TensorBoard
+runs/<name>/tracked                 the run's id for other trackers, with log.to
 runs/<name>/checkpoints/            the newest states to resume from
 runs/<name>/bad_images.jsonl        images that training could not use, if there were any
 runs/<name>/ledger/                 the images of every step, by rank, with log.ledger=true

@@ -1,11 +1,11 @@
-"""One outlet for everything a run reports: log.jsonl, TensorBoard, progress bar or plain lines."""
+"""One outlet for everything a run reports: log.jsonl, trackers, progress bar or plain lines."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,28 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data.names import shown
-from irv2.run.directory import TENSORBOARD
 from irv2.run.jsonl import JsonLines
+from irv2.run.trackers import Tracked, Trackers
 
 
 class Logbook:
     """Records of the main rank; on other ranks (`directory=None`) every call does nothing."""
 
-    def __init__(self, directory: Path | None, step: int, total_steps: int) -> None:
-        """Open the log of a run that stands at `step`; lines of later steps are dropped."""
+    def __init__(
+        self,
+        directory: Path | None,
+        step: int,
+        total_steps: int,
+        to: Sequence[str] = ("tensorboard",),
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        """Open the log of a run that stands at `step`; lines of later steps are dropped.
+
+        to: trackers; config: what they show as the run's.
+        """
         self.active = directory is not None
         self.total_steps = total_steps
         self.evals: list[dict[str, Any]] = []
@@ -35,9 +44,7 @@ class Logbook:
         self._lines = JsonLines(directory / "log.jsonl", step, self.say)
         self._bad_images = JsonLines(directory / "bad_images.jsonl", step, self.say)
         self.evals = [line for line in self._lines.kept if line.get("kind") == "eval"]
-        self._board: SummaryWriter | None = SummaryWriter(
-            str(directory / TENSORBOARD), purge_step=step + 1
-        )
+        self._trackers = Trackers(to, Tracked(directory, step, config or {}), self.say)
         self._start_step, self._started = step, time.perf_counter()
         if sys.stdout.isatty():
             self._bar = tqdm(
@@ -50,18 +57,6 @@ class Logbook:
             tqdm.write(shown(text), file=sys.stdout)
             sys.stdout.flush()
 
-    def _draw(self, method: str, *arguments: Any, **options: Any) -> None:
-        """Call a method of TensorBoard's writer, until a full disk has ended it."""
-        if self._board is None:
-            return
-        try:
-            getattr(self._board, method)(*arguments, **options)
-        except OSError as error:
-            board, self._board = self._board, None
-            with suppress(OSError):  # its thread must not keep trying
-                board.close()
-            self.say(f"TensorBoard shows nothing more until the run is started again ({error})")
-
     def stepped(self) -> None:
         """Advance the bar by a step."""
         if self._bar is not None:
@@ -72,8 +67,8 @@ class Logbook:
         if not self.active:
             return
         self._lines.append({"kind": "train", **line})
-        for key in ("loss", "lr", "grad_norm", "images_per_s", "data_wait"):
-            self._draw("add_scalar", f"train/{key}", line[key], line["step"])
+        keys = ("loss", "lr", "grad_norm", "images_per_s", "data_wait")
+        self._trackers.scalars({f"train/{key}": line[key] for key in keys}, line["step"])
         words = f"loss {line['loss']:.3f}  lr {line['lr']:.4g}  {line['images_per_s']:.0f} images/s"
         if self._bar is not None:
             self._bar.set_postfix_str(words)
@@ -92,8 +87,9 @@ class Logbook:
         line = {"kind": "eval", **line}
         self._lines.append(line)
         self.evals.append(line)
-        for key in ("top1", "top5", "mean_per_class", "loss"):
-            self._draw("add_scalar", f"eval_{line['weights']}/{key}", line[key], line["step"])
+        keys = ("top1", "top5", "mean_per_class", "loss")
+        values = {f"eval_{line['weights']}/{key}": line[key] for key in keys}
+        self._trackers.scalars(values, line["step"])
         top1, mean = f"{line['top1']:.2f} %", f"{line['mean_per_class']:.2f} %"
         between = f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
         per_class = f"  mean of classes {mean}" if mean != top1 else ""
@@ -132,21 +128,14 @@ class Logbook:
         """Highest top-1 so far, percent; -1 before the first evaluation."""
         return max((e["top1"] for e in self.evals), default=-1.0)
 
-    def text(self, tag: str, content: str, step: int) -> None:
-        """Show preformatted text in TensorBoard."""
-        if self.active:
-            indented = "".join(f"    {line}\n" for line in content.splitlines())
-            self._draw("add_text", tag, indented, step)
-
     def images(self, tag: str, pixels: Tensor, names: list[str]) -> None:
-        """Show a grid of images [B, 3, H, W] in [0, 1] with class names in TensorBoard."""
-        if self.active:
-            self._draw("add_image", tag, _grid(pixels, names), self._start_step, dataformats="HWC")
+        """Show a grid of images [B, 3, H, W] in [0, 1] with class names."""
+        self.figure(tag, _grid(pixels, names), self._start_step)
 
     def figure(self, tag: str, pixels: np.ndarray, step: int) -> None:
-        """Show a figure uint8 [H, W, 3] in TensorBoard."""
+        """Show a figure uint8 [H, W, 3] in the trackers."""
         if self.active:
-            self._draw("add_image", tag, pixels, step, dataformats="HWC")
+            self._trackers.image(tag, pixels, step)
 
     @contextmanager
     def progress(self, total: int, title: str) -> Iterator[tqdm]:
@@ -164,7 +153,7 @@ class Logbook:
         if self.active:
             self._lines.close()
             self._bad_images.close()
-            self._draw("close")
+            self._trackers.close()
 
     def _time_left(self, step: int) -> str:
         elapsed = time.perf_counter() - self._started

@@ -59,8 +59,8 @@ class Run:
         if world.is_main:
             directory.set_aside_unusable(self.directory, state.step)
             directory.write_config(self.directory, experiment.config)
-        self.log = Logbook(self.directory if world.is_main else None, state.step, total_steps)
-        self.log.text("config", directory.config_text(experiment.config), state.step)
+        place = self.directory if world.is_main else None
+        self.log = Logbook(place, state.step, total_steps, cfg.log.to, experiment.config)
         self._ledger: JsonLines | None = None
         if cfg.log.ledger:
             ranks = (world.rank, world.size)
@@ -120,7 +120,7 @@ class Run:
     # ------------------------------------------------------------------ images
 
     def note_batch(self, batch: Batch) -> None:
-        """Take note of a micro-batch that this rank trains on; TensorBoard shows the first."""
+        """Take note of a micro-batch that this rank trains on; trackers show the first."""
         self._keys += batch.keys
         self._checksums += batch.checksums
         self._replaced += batch.replaced
