@@ -14,15 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import programs
 import pytest
+import small_meta
 import torch
+from calling import call
 from drawn_weights import DATA, drawn, image, write_slim
 from torch import Tensor
 
+import validate
 from irv2.network import weights
 from irv2.network.forms import keras, tensorflow
 from irv2.network.forms.base import State, WeightsError
 from irv2.network.model import inception_resnet_v2
+from irv2.run import checkpoint as run
+from scripts import export
 
 VARIABLES = {4: ("kernel", "bias"), 2: ("kernel", "bias"), 1: keras.BATCH_NORM[1:]}
 SCOPE = "InceptionResnetV2"
@@ -220,3 +226,30 @@ def test_damaged_checkpoints_are_refused(checkpoint, tmp_path, monkeypatch):
             path.write_bytes(harmed.tobytes())
             with pytest.raises(WeightsError, match=r"few\.ckpt|a\.ckpt"):
                 weights.read(str(path))
+
+
+# ---------------------------------------------------------------------------------- both
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("origin", ["Keras", "TF-slim"])
+def test_their_networks_have_one_figure_through_every_form(origin, layers, checkpoint, tmp_path):
+    theirs = write_hdf5(tmp_path / "a.h5", layers, "h5") if origin == "Keras" else checkpoint
+    state = weights.read(str(theirs)).state
+    count = len(state["classif.bias"])
+    view = {"image_size": 75, "train": "x", "val": "y"}
+    names = [f"n{i:08d}" for i in range(count)]
+    photographs = programs.write_images(tmp_path / "images", names, 1)
+    config = small_meta.config(data=view, model={"blocks": [10, 20, 9], "width": 0.25})
+    meta = small_meta.meta(7, config=config, classes=names)
+    run.save(tmp_path / "run" / "checkpoints", 7, {"ema": state, "model": state}, meta)
+    told = ("--weights", theirs, "--image-size", 75)
+    ours = tmp_path / "ours.safetensors"
+    assert call(export, *told, "--format", "safetensors", "--out", ours).status == 0
+    losses = []
+    for source in (told, ("--weights", ours), ("--run", tmp_path / "run")):
+        out = tmp_path / "result.json"
+        status, _, error = call(validate, *source, "--data", photographs, "--json", out)
+        assert status == 0, error
+        losses.append(json.loads(out.read_text())["loss"])
+    assert len(set(losses)) == 1 and losses[0] > 0
