@@ -213,8 +213,7 @@ def main() -> int:
 def write_figures(path: Path, results: dict[str, Figures]) -> None:
     """Write one benchmark's figures, or several by name, with the machine."""
     only = next(iter(results.values())) if len(results) == 1 else results
-    content = json.dumps({**only, "machine": machine(results)}, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(content.encode()))
+    write_atomically(path, json.dumps({**only, "machine": machine(results)}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

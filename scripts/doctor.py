@@ -164,8 +164,7 @@ def main() -> int:
     print(f"{levels.count(FAIL)} FAIL, {levels.count(WARN)} warn, {levels.count(OK)} ok")
     if report is not None:
         lines = [{"check": name, **asdict(finding)} for name, finding in findings]
-        text = json.dumps(lines, indent=1) + "\n"
-        write_atomically(report, lambda file: file.write(text.encode()))
+        write_atomically(report, json.dumps(lines, indent=1) + "\n")
     return 1 if FAIL in levels else 0
 
 

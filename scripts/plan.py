@@ -238,8 +238,7 @@ def main() -> int:
     if arguments.page is not None:
         markdown.replace_section(arguments.page, "plan", text)
     if arguments.json is not None:
-        content = json.dumps(rows, indent=1, default=asdict) + "\n"
-        write_atomically(arguments.json, lambda file: file.write(content.encode()))
+        write_atomically(arguments.json, json.dumps(rows, indent=1, default=asdict) + "\n")
     return 0
 
 

@@ -48,7 +48,7 @@ class Tracked(NamedTuple):
             if (known := read_text(path, _LONGEST_ID).strip()).isalnum():
                 return known
         drawn = secrets.token_hex(8)
-        write_atomically(path, lambda file: file.write(f"{drawn}\n".encode()))
+        write_atomically(path, f"{drawn}\n")
         return drawn
 
 

@@ -157,8 +157,7 @@ def main() -> None:
     with distributed.start("cpu") as world:
         measured = [measure(case, arguments.rounds, world) for case in json.loads(arguments.cases)]
         if world.is_main:
-            content = json.dumps(measured).encode()
-            write_atomically(arguments.out, lambda file: file.write(content))
+            write_atomically(arguments.out, json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -88,8 +88,7 @@ def check_decoding(case: Case) -> Iterator[Finding]:
     path = case.options.bad_files
     if path is not None:
         text = "".join(f"{_in_a_line(name)}\t{reason}\n" for name, reason in everything)
-        content = text.encode("utf-8", "surrogateescape")
-        write_atomically(path, lambda file: file.write(content))
+        write_atomically(path, text.encode("utf-8", "surrogateescape"))
 
 
 def _in_a_line(name: str) -> str:
