@@ -76,14 +76,17 @@ def open_own(path: str | Path, mode: str) -> BinaryIO:
         raise
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+FileContent = bytes | str | Callable[[BinaryIO], Any]  # of a file; a function writes it by itself
+
+
+def write_atomically(path: Path, content: FileContent) -> None:
     """Create or replace a file so that it is never seen half-written, also after a power cut.
 
-    Raises OSError that names the file.
+    Text is written as UTF-8. Raises OSError that names the file.
     """
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        write_through(temporary, write)
+        write_through(temporary, content)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException as error:
@@ -100,10 +103,13 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink()
 
 
-def write_through(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+def write_through(path: Path, content: FileContent) -> None:
     """Write a new file and have its content reach the disk."""
     with open(path, "xb") as file:
-        write(file)
+        if callable(content):
+            content(file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
 

@@ -16,14 +16,14 @@ MOST_NAMED = 5  # endings
 MOST_PAIRS = 3  # names that differ only in case
 
 
-class Listing(NamedTuple):
+class ClassFiles(NamedTuple):
     """Files of a class: its images, relative to its folder, and the others by their endings."""
 
     images: list[str]
     others: Counter[str]
 
 
-def search(top: str) -> Listing:
+def search(top: str) -> ClassFiles:
     """List a class's images in ImageFolder's order: folder by folder, a folder's files sorted.
 
     Raises DataError if there are none.
@@ -38,7 +38,7 @@ def search(top: str) -> Listing:
             others.update(_ending(file) for file in set(files).difference(here))
     if not images:
         raise DataError(f"{top}: no images in it" + (f", only {kinds(others)}" if others else ""))
-    return Listing(images, others)
+    return ClassFiles(images, others)
 
 
 def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
@@ -88,14 +88,14 @@ class Remarks:
         self.alike: list[list[str]] = []
         self.leftovers = 0
 
-    def note(self, name: str, listing: Listing) -> None:
+    def note(self, name: str, files: ClassFiles) -> None:
         """Note the files of a class."""
-        self.others += listing.others
+        self.others += files.others
         self.alike += [
             [os.path.join(name, image) for image in group]
-            for group in same_but_for_case(listing.images)
+            for group in same_but_for_case(files.images)
         ]
-        self.leftovers += sum(os.path.basename(image).startswith("._") for image in listing.images)
+        self.leftovers += sum(os.path.basename(image).startswith("._") for image in files.images)
 
     def lines(self) -> list[str]:
         """Describe what was noted, a line for each kind."""

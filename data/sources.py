@@ -46,9 +46,9 @@ class FolderSource(Source):
         self._names: list[bytes] = []  # of each class: its images' paths within it, end to end
         ends = []  # of each path within its class's bytes
         for name in self.classes:
-            listing = search(os.path.join(self.root, name))
-            remarks.note(name, listing)
-            images = listing.images
+            files = search(os.path.join(self.root, name))
+            remarks.note(name, files)
+            images = files.images
             if all(os.sep in path for path in images):
                 self.nested[name] = sorted({path.partition(os.sep)[0] for path in images})
             paths = [os.fsencode(path) for path in images]

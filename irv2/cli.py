@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
         super().error(shown(message))
 
 
-class Options(Protocol):
+class OptionGroup(Protocol):
     """A parser, or a group of its options."""
 
     def add_argument(self, *names: str, **description: Any) -> argparse.Action: ...
@@ -151,7 +151,7 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     add_view(parser)
 
 
-def add_which(options: Options) -> None:
+def add_which(options: OptionGroup) -> None:
     """Add --which, of a run and of files that hold both kinds of weights."""
     options.add_argument(
         "--which",
@@ -160,7 +160,7 @@ def add_which(options: Options) -> None:
     )
 
 
-def add_view(options: Options) -> None:
+def add_view(options: OptionGroup) -> None:
     """Add options of the view, which override what the weights say."""
     options.add_argument("--image-size", type=image_size, metavar="PX", help="side of the input")
     options.add_argument("--crop", type=share, help="centre crop's share of the resized side")

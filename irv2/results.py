@@ -271,13 +271,9 @@ def check_writable(json_path: Path | None, report: Path | None) -> None:
 def write_json(path: Path, results: list[Result], compare: bool) -> None:
     """Write results, and with `compare` McNemar's test of each pair, as JSON."""
     content = list(map(as_json, results))
-    several = {
-        "results": content,
-        "comparisons": comparisons(results) if compare else [],
-    }
+    several = {"results": content, "comparisons": comparisons(results) if compare else []}
     written = content[0] if len(content) == 1 else several
-    text = json.dumps(written, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, json.dumps(written, indent=2, allow_nan=False) + "\n")
 
 
 def as_json(result: Result) -> dict[str, Any]:

@@ -51,7 +51,7 @@ from scripts.benchmarks import (
     starting,
     updating,
 )
-from scripts.benchmarks.network import Case
+from scripts.benchmarks.network import Setting
 
 WHAT = ("train", "infer", "optimizer", "start", "data", "checkpoint", "scaling")
 MODULES = {"data": loading, "scaling": scaling, "remote": remote}  # on the CPU, wherever they run
@@ -97,7 +97,7 @@ def benchmarks(arguments: argparse.Namespace, device: torch.device) -> Iterator[
             yield Benchmark(what, lambda module=module: module.measure(rounds), module.table)
 
 
-def network_cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+def network_cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Setting]:
     """Yield a case for the precision asked for, else for those that the device is fast in."""
     batch = arguments.batch or (128 if device.type == "cuda" else 8)
     precisions = [arguments.precision] if arguments.precision else ["bf16"]
@@ -105,11 +105,11 @@ def network_cases(arguments: argparse.Namespace, device: torch.device) -> Iterat
         has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         precisions = ["bf16", "fp32"] if has_bf16 else ["fp32"]
     for precision in precisions:
-        yield Case(batch, arguments.image_size, precision, device)
+        yield Setting(batch, arguments.image_size, precision, device)
 
 
 def network_benchmark(
-    what: str, suffix: str, cases: list[Case], rounds: int, compiled: bool
+    what: str, suffix: str, cases: list[Setting], rounds: int, compiled: bool
 ) -> Benchmark:
     measure, check = {
         "train": (network.measure_training, network.check_training),
@@ -213,8 +213,7 @@ def main() -> int:
 def write_figures(path: Path, results: dict[str, Figures]) -> None:
     """Write one benchmark's figures, or several by name, with the machine."""
     only = next(iter(results.values())) if len(results) == 1 else results
-    content = json.dumps({**only, "machine": machine(results)}, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(content.encode()))
+    write_atomically(path, json.dumps({**only, "machine": machine(results)}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

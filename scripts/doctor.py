@@ -31,27 +31,27 @@ from irv2.config_file import ConfigError
 from irv2.training import batch, distributed
 from irv2.training.distributed import Place, WorldError
 from scripts.checks import images, machine
-from scripts.checks.case import FAIL, OK, WARN, Case, Finding, Request
+from scripts.checks.case import FAIL, OK, WARN, Case, CheckOptions, Finding
 
 
 def check_config(case: Case) -> Iterator[Finding]:
     """Check the config, its batch and its device; sets `case.cfg` and `case.division`."""
-    request = case.request
+    asked = case.options
     try:
-        case.cfg = config_file.load(request.config, request.overrides)
+        case.cfg = config_file.load(asked.config, asked.overrides)
         train = case.cfg.train
         device = distributed.choose_device(case.cfg.run.device)
         micro_batch = train.micro_batch
         if micro_batch == "auto":
-            room = batch.memory_room(device, request.ranks)
-            micro_batch = build.fitting_micro_batch(case.cfg, 1000, request.ranks, room)
+            room = batch.memory_room(device, asked.ranks)
+            micro_batch = build.fitting_micro_batch(case.cfg, 1000, asked.ranks, room)
         pairs = case.cfg.data.mixes_pairs
-        division = batch.divide(train.global_batch, micro_batch, request.ranks, pairs)
+        division = batch.divide(train.global_batch, micro_batch, asked.ranks, pairs)
     except (ConfigError, WorldError) as error:
         yield Finding(FAIL, str(error), "train.py would refuse it with the same words")
         return
     case.division = division
-    yield Finding(OK, f"{request.config}: {division.in_words(request.ranks)}, {device.type}")
+    yield Finding(OK, f"{asked.config}: {division.in_words(asked.ranks)}, {device.type}")
 
 
 Check = Callable[[Case], Iterable[Finding]]
@@ -154,18 +154,17 @@ def main() -> int:
     """Command line -> exit status."""
     options = vars(parse_arguments())
     report = options.pop("json")
-    request = Request(**options)
-    if request.near_duplicates:
+    asked = CheckOptions(**options)
+    if asked.near_duplicates:
         needed("imagehash", "--near-duplicates")
     distributed.place()  # what train.py would find, before a first rank's place is taken
-    os.environ.update(Place(local_size=request.ranks).variables())  # alone, with a rank's share
-    findings = examine(Case(request))
+    os.environ.update(Place(local_size=asked.ranks).variables())  # alone, with a rank's share
+    findings = examine(Case(asked))
     levels = [finding.level for _, finding in findings]
     print(f"{levels.count(FAIL)} FAIL, {levels.count(WARN)} warn, {levels.count(OK)} ok")
     if report is not None:
         lines = [{"check": name, **asdict(finding)} for name, finding in findings]
-        text = json.dumps(lines, indent=1) + "\n"
-        write_atomically(report, lambda file: file.write(text.encode()))
+        write_atomically(report, json.dumps(lines, indent=1) + "\n")
     return 1 if FAIL in levels else 0
 
 

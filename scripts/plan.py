@@ -38,7 +38,7 @@ from irv2.report import markdown
 from irv2.sections import Model
 from irv2.training.schedule import total_steps
 from scripts.planning import devices, prediction, steptime
-from scripts.planning.devices import Device, Figure, Link, Table
+from scripts.planning.devices import DeviceEntry, DeviceTable, Figure, LinkEntry
 from scripts.planning.prediction import Workload
 from scripts.planning.steptime import Cluster, Gradients, Step
 
@@ -60,7 +60,7 @@ def gradients(cfg: Config, sizes: Sizes) -> Gradients:
     return Gradients(size, steptime.buckets(sizes.trainable))
 
 
-def work_of(cfg: Config, num_classes: int, device: Device) -> float:
+def work_of(cfg: Config, num_classes: int, device: DeviceEntry) -> float:
     """Work of an image relative to one of the device's figure, the full network's."""
     asked = multiply_adds(cfg.model, num_classes, cfg.data.image_size)
     stated = multiply_adds(Model(), CLASSES, device.image_size)
@@ -118,7 +118,7 @@ def limits(workload: Workload, steps: dict[int, Step], refused: list[int]) -> li
     return lines
 
 
-def precision_note(asked: str, device: Device) -> list[str]:
+def precision_note(asked: str, device: DeviceEntry) -> list[str]:
     """A warning where the device's figures are of another precision than `asked`, the config's."""
     if (asked == "fp32") == (device.precision == "fp32"):
         return []
@@ -128,7 +128,7 @@ def precision_note(asked: str, device: Device) -> list[str]:
     ]
 
 
-def origins(device: Device, inside: Link, between: Link, table: Table) -> str:
+def origins(device: DeviceEntry, inside: LinkEntry, between: LinkEntry, table: DeviceTable) -> str:
     """A table of every figure that a plan rests on, with its source."""
     figures: dict[str, Figure | None] = {
         f"images/s of a device at {device.image_size} px, large batches": device.images_per_s,
@@ -238,8 +238,7 @@ def main() -> int:
     if arguments.page is not None:
         markdown.replace_section(arguments.page, "plan", text)
     if arguments.json is not None:
-        content = json.dumps(rows, indent=1, default=asdict) + "\n"
-        write_atomically(arguments.json, lambda file: file.write(content.encode()))
+        write_atomically(arguments.json, json.dumps(rows, indent=1, default=asdict) + "\n")
     return 0
 
 

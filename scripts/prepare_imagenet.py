@@ -157,7 +157,7 @@ def prepare(
             layout.write(source, out / split)
             cli.say(f"{out / split}: {len(source):,} images of {len(source.classes):,} classes")
         for name, content in form.notes().items():
-            write_atomically(out / name, lambda file, content=content: file.write(content))
+            write_atomically(out / name, content)
 
 
 def index_in_place(

@@ -60,7 +60,7 @@ def test_training_from_files_is_compared_with_training_from_memory(monkeypatch):
     assert f"**{found['ratio']:.2f}**" in end_to_end.table(found)
 
 
-SMALL_CASE = network.Case(batch=4, image_size=75, precision="fp32", device=torch.device("cpu"))
+SMALL_CASE = network.Setting(batch=4, image_size=75, precision="fp32", device=torch.device("cpu"))
 
 
 @pytest.fixture

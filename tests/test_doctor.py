@@ -30,7 +30,7 @@ from irv2.network.cpu import fused
 from irv2.training import distributed, step
 from scripts import doctor
 from scripts.checks import capacity, images, machine
-from scripts.checks.case import FAIL, OK, WARN, Case, Finding, Request
+from scripts.checks.case import FAIL, OK, WARN, Case, CheckOptions, Finding
 
 FULL = programs.ROOT / "configs" / "irv2_rmsprop.yaml"
 Usage = namedtuple("Usage", "total used free")
@@ -64,7 +64,7 @@ def test_one_process_has_the_share_of_the_machine_that_a_rank_would_have(monkeyp
 
 def case_of(project: Path, *overrides: str, **asked: object) -> Case:
     """A case whose config and data have been read."""
-    case = Case(Request(str(project), list(overrides), **asked))
+    case = Case(CheckOptions(str(project), list(overrides), **asked))
     assert [finding.level for finding in doctor.check_config(case)] == [OK]
     assert [finding.level for finding in images.check_sources(case)] == [OK]
     return case
@@ -443,7 +443,7 @@ def test_images_of_an_object_store_want_a_cache_with_room(
     free(free_bytes)
     place = None if cache is None else str(tmp_path / cache)
     data = {"train": spec, "val": spec, "cache_dir": place, "cache_gb": 2.0}
-    case = Case(Request("small.yaml", []), cfg=config_file.from_tree({"data": data}))
+    case = Case(CheckOptions("small.yaml", []), cfg=config_file.from_tree({"data": data}))
     (finding,) = machine.check_cache(case)
     assert finding.level == level
     assert bool(finding.todo) == (level != OK)

@@ -18,7 +18,7 @@ def names(directory: Path) -> list[str]:
 def test_a_file_is_created_and_replaced(tmp_path):
     path = tmp_path / "file"
     for content in (b"first, and longer", b"second"):
-        write_atomically(path, lambda file, content=content: file.write(content))
+        write_atomically(path, content)
         assert path.read_bytes() == content
     assert names(tmp_path) == ["file"]
 
@@ -57,7 +57,7 @@ def test_the_old_file_is_there_until_the_new_one_is_whole(old):
 
 def test_content_reaches_the_disk_before_the_name_and_the_name_before_the_return(tmp_path, events):
     path = tmp_path / "file"
-    write_atomically(path, lambda file: file.write(b"12345"))
+    write_atomically(path, "12345")
     (flush, _, size), *rest = events
     assert (flush, size) == ("fsync", 5)
     assert rest == [("rename", path), ("fsync", tmp_path, None)]
@@ -69,7 +69,7 @@ def test_a_failed_fsync_leaves_the_old_file(old, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="input/output"):
-        write_atomically(old, lambda file: file.write(b"new"))
+        write_atomically(old, b"new")
     assert old.read_bytes() == b"old"
     assert names(old.parent) == ["file"]
 

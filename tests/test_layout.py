@@ -6,7 +6,9 @@ import ast
 import functools
 import graphlib
 import json
+import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"irv2", "data"}
 STORIES = [ROOT / "train.py", ROOT / "validate.py"]
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+PROGRAM = [*STORIES, *MODULES, *sorted((ROOT / "scripts").rglob("*.py"))]
 # What irv2 and report take of data: nothing about images.
 SHARED = {
     *("data.errors", "data.files", "data.names", "data.native", "data.strict_json", "data.urls"),
@@ -226,8 +229,29 @@ def test_a_script_finds_the_project_before_it_imports_it():
             assert any(text.startswith("sys.path.insert(0, ") for text in before), path.name
 
 
+def test_no_file_is_longer_than_can_be_read_in_one_sitting():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in PROGRAM}
+    assert {name: length for name, length in lengths.items() if length > 350} == {}
+
+
+def test_no_two_classes_have_one_name():
+    homes = defaultdict(list)
+    for path in PROGRAM:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes[node.name].append(str(path.relative_to(ROOT)))
+    assert homes.keys() > {"Run", "Evaluation", "Config"}
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
+
+
+def test_no_docstring_begins_in_the_middle_of_a_sentence():
+    begins = re.compile(r'"""(Of|That|Those|What|Whether)\b')
+    files = [*PROGRAM, *(ROOT / "tests").rglob("*.py")]
+    assert [str(path.relative_to(ROOT)) for path in files if begins.search(path.read_text())] == []
+
+
 def test_no_module_is_called_utils():
-    names = {path.stem for path in [*MODULES, *STORIES, *(ROOT / "scripts").rglob("*.py")]}
+    names = {path.stem for path in PROGRAM}
     assert not names & {"util", "utils", "helpers", "common", "misc"}
 
 

@@ -36,7 +36,7 @@ from irv2.sections import Data
 from irv2.training.distributed import World
 from scripts.benchmarks.range_server import serving
 from scripts.checks import images
-from scripts.checks.case import OK, Case, Request
+from scripts.checks.case import OK, Case, CheckOptions
 
 pytest.importorskip("aiohttp", reason="remote shards are NOT tested: requirements-remote.txt")
 
@@ -263,7 +263,7 @@ def test_an_evaluation_goes_on_where_a_runs_cache_cannot_be(url, tmp_path, capsy
 
 def test_a_doctors_look_fills_the_cache_of_the_run(url, made, tmp_path):
     data = {"train": str(made), "val": url, "cache_dir": str(tmp_path / "cache")}
-    case = Case(Request("small.yaml", []), cfg=config_file.from_tree({"data": data}))
+    case = Case(CheckOptions("small.yaml", []), cfg=config_file.from_tree({"data": data}))
     assert [finding.level for finding in images.check_sources(case)] == [OK]
     everything(case.val)
     assert len(list((tmp_path / "cache").glob("*/[0-9a-f]*-*"))) == IMAGES

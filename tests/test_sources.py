@@ -18,7 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from data import levels, loader, names, sources
 from data.base import Source
 from data.errors import DataError, ImageError, StorageError
-from data.folders import Found, search
+from data.folders import ClassFiles, search
 from data.image_formats import image_extensions
 from data.sources import (
     FolderSource,
@@ -177,7 +177,7 @@ def test_an_image_costs_its_name_and_four_bytes(tmp_path, monkeypatch):
     for i in range(50):
         (tmp_path / f"n{i:08d}").mkdir()
     names = [f"n01440764_{i}.JPEG" for i in range(10_000, 11_000)]
-    monkeypatch.setattr(sources, "search", lambda _top: Found(list(names), Counter()))
+    monkeypatch.setattr(sources, "search", lambda _top: ClassFiles(list(names), Counter()))
     tracemalloc.start()
     source = FolderSource(tmp_path)
     held, _ = tracemalloc.get_traced_memory()

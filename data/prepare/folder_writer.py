@@ -171,8 +171,7 @@ def _write_in_order(
                 list(pool.map(Path.write_bytes, paths, (content for content, _ in contents)))
                 bar.update(len(some))
             os.sync()
-            count = str(begin + len(part)).encode()
-            write_atomically(note, lambda file, count=count: file.write(count))
+            write_atomically(note, str(begin + len(part)))
     _flush_and_rename(source, labels, folder)
 
 

@@ -53,7 +53,7 @@ class Entry(NamedTuple):
     content: bytes | Path
 
 
-class Archive(NamedTuple):
+class PublishedArchive(NamedTuple):
     """A published archive."""
 
     url: str
@@ -64,19 +64,19 @@ class Archive(NamedTuple):
         return self.url.rpartition("/")[2]
 
 
-CIFAR10 = Archive(
+CIFAR10 = PublishedArchive(
     "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
 )
 IMAGENETTE = {  # by the length of the shorter side, px; as in torchvision.datasets.Imagenette
-    "full": Archive(
+    "full": PublishedArchive(
         "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2.tgz",
         "fe2fc210e6bb7c5664d602c3cd71e612",
     ),
-    "320": Archive(
+    "320": PublishedArchive(
         "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz",
         "3df6f0d01a2c9592104656642f5e78a3",
     ),
-    "160": Archive(
+    "160": PublishedArchive(
         "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz",
         "e793b78cc4c9e9a4ccc0c1155377a412",
     ),
@@ -199,7 +199,7 @@ def imagenette(size: str, path: Path | None, check_md5: bool = True) -> Iterator
 
 
 @contextmanager
-def archive_file(published: Archive, path: Path | None, check_md5: bool) -> Iterator[Path]:
+def archive_file(published: PublishedArchive, path: Path | None, check_md5: bool) -> Iterator[Path]:
     """Find a published archive: `path`, the file of its name in the folder `path`, or downloaded.
 
     Raises DataError for a missing file and, unless that is not checked, one with another MD5.

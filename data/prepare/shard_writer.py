@@ -174,8 +174,7 @@ def claimed(out: Path, plan: dict[str, object]) -> Iterator[None]:
         if any(not entry.name.startswith(".") for entry in os.scandir(out)):
             check_plan(out, plan)
         else:
-            text = json.dumps(plan, indent=1) + "\n"
-            write_atomically(out / PLAN, lambda plan_file: plan_file.write(text.encode()))
+            write_atomically(out / PLAN, json.dumps(plan, indent=1) + "\n")
         yield
 
 

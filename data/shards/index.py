@@ -81,7 +81,7 @@ def save(index: Index, root: Path) -> None:
     header["crc32"] = _checksum(header, index.columns)
     # One key: safetensors puts several in another order each time.
     content = safetensors.numpy.save(index.columns, {"header": json.dumps(header)})
-    write_atomically(root / INDEX, lambda file: file.write(content))
+    write_atomically(root / INDEX, content)
 
 
 def load(root: str | Path) -> Index:

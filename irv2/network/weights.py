@@ -64,8 +64,7 @@ def _read_file(path: Path, which: str | None) -> Weights:
 def write(path: Path, state: State, metadata: dict[str, str]) -> None:
     """Write a state dict as safetensors, whole or not at all."""
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    content = safetensors.torch.save(tensors, metadata)
-    write_atomically(path, lambda file: file.write(content))
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
 def build_model(

@@ -24,7 +24,7 @@ from PIL import Image
 
 from irv2.report import page, plots
 from irv2.report.statistics import Interval, calibration, wilson
-from irv2.report.thumbnails import Gallery, Picture
+from irv2.report.thumbnails import Gallery, Thumbnail
 
 PAIRS, PAIR_PICTURES = 10, 4
 MISTAKES = 24
@@ -73,20 +73,20 @@ class ClassRow(NamedTuple):
     times: int
 
 
-class Pair(NamedTuple):
+class Confusion(NamedTuple):
     """Images of one class that were taken for another."""
 
     true: str
     predicted: str
     images: int
     share: float  # of the true class's images, percent
-    pictures: list[Picture]
+    pictures: list[Thumbnail]
 
 
 class Mistake(NamedTuple):
     """An image that the network got wrong."""
 
-    picture: Picture
+    picture: Thumbnail
     true: str
     true_percent: float
     predicted: str
@@ -187,7 +187,7 @@ def class_rows(content: Content) -> list[ClassRow]:
     ]
 
 
-def confused_pairs(content: Content) -> list[Pair]:
+def confused_pairs(content: Content) -> list[Confusion]:
     """Most frequent confusions, with the images whose wrong answer was the most confident."""
     predictions, names = content.predictions, content.names
     gallery = Gallery(content.thumbnail, content.image_name)
@@ -197,7 +197,7 @@ def confused_pairs(content: Content) -> list[Pair]:
         rows = wrong[(predictions.label[wrong] == true) & (predictions.top[wrong, 0] == predicted)]
         pictures = [gallery.picture(int(predictions.index[row])) for row in rows[:PAIR_PICTURES]]
         share = 100.0 * images / int((predictions.label == true).sum())
-        pairs.append(Pair(names[true], names[predicted], images, share, pictures))
+        pairs.append(Confusion(names[true], names[predicted], images, share, pictures))
     return pairs
 
 

@@ -55,5 +55,4 @@ def encoded(text: str) -> bytes:
 
 def write(path: Path, content: bytes | str) -> None:
     """Create or replace a file, whole or not at all; text as by `encoded`."""
-    content = encoded(content) if isinstance(content, str) else content
-    write_atomically(path, lambda file: file.write(content))
+    write_atomically(path, encoded(content) if isinstance(content, str) else content)

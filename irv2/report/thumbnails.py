@@ -14,7 +14,7 @@ SIDE = 112  # px, of the longer side
 TINY = SIDE // 2  # a picture up to here is shown enlarged, pixel by pixel
 
 
-class Picture(NamedTuple):
+class Thumbnail(NamedTuple):
     """A picture as an <img> takes it."""
 
     name: str  # of its file
@@ -30,7 +30,7 @@ class Gallery:
     ) -> None:
         self._picture, self._image_name = picture, image_name
 
-    def picture(self, number: int) -> Picture:
+    def picture(self, number: int) -> Thumbnail:
         """Load a picture, scaled down to `SIDE` if larger. Raises what the functions raise."""
         image = self._picture(number).convert("RGB")
         is_tiny = max(image.size) <= TINY
@@ -39,4 +39,4 @@ class Gallery:
         image.save(buffer, kind, quality=80, optimize=True)
         data = base64.b64encode(buffer.getvalue()).decode()
         name = PurePath(self._image_name(number)).name
-        return Picture(name, f"data:image/{kind};base64,{data}", is_tiny)
+        return Thumbnail(name, f"data:image/{kind};base64,{data}", is_tiny)

@@ -66,8 +66,8 @@ def save(directory: Path, step: int, parts: Parts, meta: dict[str, Any]) -> Path
         sums = {}
         for name, content in _files(parts, meta):
             sums[name] = hashlib.sha256(content).hexdigest()
-            write_through(new / name, lambda file, content=content: file.write(content))
-        write_through(new / SUMS, lambda file: file.write(_sums_text(sums).encode()))
+            write_through(new / name, content)
+        write_through(new / SUMS, _sums_text(sums))
         sync_folder(new)
         if path.exists():
             path.rename(old)

@@ -129,8 +129,7 @@ def config_text(config: dict[str, Any]) -> str:
 
 def write_config(directory: Path, config: dict[str, Any]) -> None:
     """Write config.yaml into the run directory."""
-    text = config_text(config)
-    write_atomically(directory / "config.yaml", lambda file: file.write(text.encode("utf-8")))
+    write_atomically(directory / "config.yaml", config_text(config))
 
 
 def micro_batch_before(directory: Path) -> int | None:

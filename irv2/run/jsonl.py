@@ -150,6 +150,5 @@ def _record(text: bytes) -> Record:
 def cut_back(path: Path, step: int) -> list[Record]:
     """Drop the lines of steps after `step` from a file; returns those that stay."""
     kept = [line for line in read(path) if line["step"] <= step]
-    text = "".join(json.dumps(line) + "\n" for line in kept)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept

@@ -17,12 +17,7 @@ from irv2.training.distributed import World
 from irv2.training.schedule import length_is_free
 from irv2.training.state import TrainState
 
-RECIPE = (
-    "optim",
-    "schedule",
-    "loss",
-    "ema",
-)  # sections that may change when a run begins from another
+RECIPE = ("optim", "schedule", "loss", "ema")  # may change when a run begins from another
 
 
 class OtherExperimentError(CheckpointError):

@@ -29,7 +29,7 @@ _LONGEST_ID = 64  # bytes
 
 
 class Tracked(NamedTuple):
-    """What a tracker is told of a run at its beginning."""
+    """Facts of a run that a tracker gets at its beginning."""
 
     directory: Path
     step: int  # at which it begins or goes on
@@ -48,12 +48,12 @@ class Tracked(NamedTuple):
             if (known := read_text(path, _LONGEST_ID).strip()).isalnum():
                 return known
         drawn = secrets.token_hex(8)
-        write_atomically(path, lambda file: file.write(f"{drawn}\n".encode()))
+        write_atomically(path, f"{drawn}\n")
         return drawn
 
 
 class Tracker(Protocol):
-    """What is asked of a tracker; the constructor takes a `Tracked`."""
+    """Interface of a tracker, whose constructor takes a `Tracked`."""
 
     def scalars(self, values: dict[str, float], step: int) -> None: ...
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None: ...  # uint8 [H, W, 3]
@@ -110,11 +110,11 @@ class MLflow:
 
     def __init__(self, run: Tracked) -> None:
         self._client = client = importlib.import_module("mlflow").MlflowClient()
-        found = client.get_experiment_by_name(PROJECT)
-        experiment = client.create_experiment(PROJECT) if found is None else found.experiment_id
-        known = client.search_runs([experiment], f"tags.{PROJECT}_id = '{run.id}'")
-        if known:
-            self._id = known[0].info.run_id
+        known = client.get_experiment_by_name(PROJECT)
+        experiment = client.create_experiment(PROJECT) if known is None else known.experiment_id
+        runs = client.search_runs([experiment], f"tags.{PROJECT}_id = '{run.id}'")
+        if runs:
+            self._id = runs[0].info.run_id
             client.update_run(self._id, "RUNNING")
         else:
             tags = {f"{PROJECT}_id": run.id}

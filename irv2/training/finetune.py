@@ -11,7 +11,7 @@ from data.names import are_same, in_nfc, natural
 from irv2.network import weights
 from irv2.network.forms import metadata
 from irv2.network.forms.base import State, Weights, WeightsError
-from irv2.network.forms.names import CLASSIFIER, CLASSIFIERS
+from irv2.network.forms.names import CLASSIFIERS
 from irv2.network.model import InceptionResnetV2
 from irv2.training.distributed import World
 from irv2.training.state import TrainState
@@ -78,7 +78,7 @@ def load(
     one that the model lacks is left out. Raises WeightsError, naming a tensor, where anything else
     does not fit.
     """
-    weight = f"{CLASSIFIER}weight"
+    weight = f"{model.classifier}.weight"
     if state.get(weight, torch.empty(0, 0)).ndim != 2:
         raise WeightsError(f"{source}: {weight} is no matrix")
     count = f"{len(classes):,} classes"

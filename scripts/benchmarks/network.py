@@ -37,7 +37,7 @@ GRADIENTS = {"fp32": 0.05, "bf16": 0.8, "fp16": 0.4}
 INFERENCE_TOLERANCES = {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.02}
 
 
-class Case(NamedTuple):
+class Setting(NamedTuple):
     """Setting of a measurement: images of one size, in one precision, on one device."""
 
     batch: int
@@ -91,7 +91,7 @@ def our_state(model: nn.Module, device: torch.device, precision: str = "fp32") -
     )
 
 
-def our_trainer(model: nn.Module, case: Case) -> Trainer:
+def our_trainer(model: nn.Module, case: Setting) -> Trainer:
     """Make steps as train.py does."""
     state = our_state(model, case.device, case.precision)
     options = StepOptions(Loss(SMOOTHING), clip_norm=CLIP, precision=case.precision)
@@ -106,7 +106,7 @@ def our_trainer(model: nn.Module, case: Case) -> Trainer:
     return Trainer(step, _forward_backward(model, case))
 
 
-def timms_trainer(model: nn.Module, case: Case) -> Trainer:
+def timms_trainer(model: nn.Module, case: Setting) -> Trainer:
     """Make steps with everything taken from timm and PyTorch."""
     optimizer = RMSpropTF(parameter_groups(model), **RECIPE)
     average = ModelEmaV3(model, DECAY, use_warmup=True)
@@ -123,7 +123,7 @@ def timms_trainer(model: nn.Module, case: Case) -> Trainer:
     return Trainer(step, _forward_backward(model, case))
 
 
-def _forward_backward(model: nn.Module, case: Case, keep: bool = False) -> Callable[[], Tensor]:
+def _forward_backward(model: nn.Module, case: Setting, keep: bool = False) -> Callable[[], Tensor]:
     """Forward, loss and backward; gradients are dropped unless `keep` is set."""
     x, labels = case.images(), case.labels()
     dtype = PRECISIONS[case.precision]
@@ -141,7 +141,7 @@ def _forward_backward(model: nn.Module, case: Case, keep: bool = False) -> Calla
     return work
 
 
-def measure_training(case: Case, rounds: int, compiled: bool) -> dict[str, Any]:
+def measure_training(case: Setting, rounds: int, compiled: bool) -> dict[str, Any]:
     """Measure whole steps, forward and backward alone, and the limits; `compiled`: both sides."""
     ours, peer = networks(case.device)
     own = our_trainer(ours, case)
@@ -159,7 +159,7 @@ def measure_training(case: Case, rounds: int, compiled: bool) -> dict[str, Any]:
     return figures | {"limits": _limits(case), **_described(case, rounds, compiled)}
 
 
-def measure_inference(case: Case, rounds: int, compiled: bool) -> dict[str, Any]:
+def measure_inference(case: Setting, rounds: int, compiled: bool) -> dict[str, Any]:
     """Measure forward in evaluation mode, our batch norm folded, and the limits."""
     ours, peer = networks(case.device)
     ours, peer = fold_batch_norm(ours), peer.eval()
@@ -182,7 +182,7 @@ def fastest_compiled(
     return min(times.values(), key=lambda pair: pair[0])[1]
 
 
-def _inference(model: nn.Module, case: Case) -> Callable[[], Tensor]:
+def _inference(model: nn.Module, case: Setting) -> Callable[[], Tensor]:
     x, dtype = case.images(), PRECISIONS[case.precision]
 
     def work() -> Tensor:
@@ -195,7 +195,7 @@ def _inference(model: nn.Module, case: Case) -> Callable[[], Tensor]:
     return work
 
 
-def peak_memory(case: Case, compiled: bool) -> dict[str, int]:
+def peak_memory(case: Setting, compiled: bool) -> dict[str, int]:
     """Most bytes that each side reserves on a GPU, alone there; nothing on a CPU.
 
     The compiled peer is in its default mode: memory of CUDA graphs would not be its network's.
@@ -222,12 +222,12 @@ def peak_memory(case: Case, compiled: bool) -> dict[str, int]:
     return peaks
 
 
-def _limits(case: Case) -> dict[str, float]:
+def _limits(case: Setting) -> dict[str, float]:
     dtype = PRECISIONS[case.precision] or torch.float32
     return limits.measure(case.batch, case.image_size, dtype, case.device)
 
 
-def _described(case: Case, rounds: int, compiled: bool) -> dict[str, Any]:
+def _described(case: Setting, rounds: int, compiled: bool) -> dict[str, Any]:
     shape = {"batch": case.batch, "image_size": case.image_size, "precision": case.precision}
     return {**shape, "device_type": case.device.type, "compiled": compiled, "rounds": rounds}
 
@@ -235,7 +235,7 @@ def _described(case: Case, rounds: int, compiled: bool) -> dict[str, Any]:
 # ----------------------------------------------------------------------------- the same results
 
 
-def check_training(case: Case) -> None:
+def check_training(case: Setting) -> None:
     """Raise DisagreementError unless one step gives timm's loss and gradients."""
     results = []
     for model in networks(case.device):
@@ -257,7 +257,7 @@ def weights_in_a_row(model: nn.Module) -> Tensor:
     return torch.cat([state[name].flatten() for name in names])
 
 
-def check_inference(case: Case) -> None:
+def check_inference(case: Setting) -> None:
     """Raise DisagreementError unless logits are timm's."""
     ours, peer = networks(case.device)
     ours, peer = fold_batch_norm(ours), peer.eval()
@@ -330,7 +330,7 @@ def table(figures: dict[str, Any]) -> str:
     return markdown.table(f"{shape} | ours, images/s | {peer} | ratio (range) | goal", rows)
 
 
-def profile(case: Case, training: bool) -> str:
+def profile(case: Setting, training: bool) -> str:
     """Profile our step or forward by operation, after one that is discarded."""
     ours, _ = networks(case.device)
     work = our_trainer(ours, case).step if training else _inference(fold_batch_norm(ours), case)

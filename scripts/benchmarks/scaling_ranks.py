@@ -35,7 +35,7 @@ MESSAGE = 1024  # numbers of one
 Way = Callable[[], None]
 
 
-class Trainer:
+class RankTrainer:
     """The network on one rank of a world, with one batch of noise to train on."""
 
     def __init__(self, case: dict[str, Any], world: World) -> None:
@@ -105,8 +105,8 @@ def slowest(own: float) -> float:
 
 def measure(case: dict[str, Any], rounds: int, world: World) -> dict[str, list[float]]:
     """Measure seconds of each part, one a round, without the first round. Rank 0's count."""
-    alone = Trainer(case, World(0, 1, world.device)) if world.is_main else None
-    both = Trainer(case, world)
+    alone = RankTrainer(case, World(0, 1, world.device)) if world.is_main else None
+    both = RankTrainer(case, world)
     numbers = sum(p.numel() for p in both.state.model.parameters())
     only_main = dist.new_group([0])
     exchanges = {
@@ -157,8 +157,7 @@ def main() -> None:
     with distributed.start("cpu") as world:
         measured = [measure(case, arguments.rounds, world) for case in json.loads(arguments.cases)]
         if world.is_main:
-            content = json.dumps(measured).encode()
-            write_atomically(arguments.out, lambda file: file.write(content))
+            write_atomically(arguments.out, json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def in_bytes(size: int) -> str:
 
 
 @dataclass(frozen=True)
-class Request:
+class CheckOptions:
     """Options of the command line."""
 
     config: str
@@ -60,7 +60,7 @@ class Request:
 class Case:
     """A run as far as it is known; a check that lacks something here is skipped."""
 
-    request: Request
+    options: CheckOptions
     cfg: Config | None = None
     division: Division | None = None
     train: Source | None = None
@@ -69,7 +69,7 @@ class Case:
     @property
     def cores(self) -> int:
         """Cores that each rank has for itself."""
-        return max(1, usable_cores() // self.request.ranks)
+        return max(1, usable_cores() // self.options.ranks)
 
     @property
     def workers(self) -> int:
@@ -83,5 +83,5 @@ class Case:
 
     def selected(self, source: Source) -> list[int]:
         """Numbers of the images of a source that --scan selects."""
-        count = len(source) if self.request.scan is None else self.request.scan
+        count = len(source) if self.options.scan is None else self.options.scan
         return checkup.sample(len(source), count, self.cfg.run.seed)

@@ -85,11 +85,10 @@ def check_decoding(case: Case) -> Iterator[Finding]:
         everything += bad
         allowed = case.cfg.data.max_bad_fraction if split == "train" else 0.0
         yield decoding_finding(split, bad, len(indices), len(source), allowed)
-    path = case.request.bad_files
+    path = case.options.bad_files
     if path is not None:
         text = "".join(f"{_in_a_line(name)}\t{reason}\n" for name, reason in everything)
-        content = text.encode("utf-8", "surrogateescape")
-        write_atomically(path, lambda file: file.write(content))
+        write_atomically(path, text.encode("utf-8", "surrogateescape"))
 
 
 def _in_a_line(name: str) -> str:
@@ -130,7 +129,7 @@ def check_duplicates(case: Case) -> Iterator[Finding]:
         yield Finding(OK, "synthetic images: not compared")
         return
     indices = case.selected(case.val)
-    limit = len(case.train) if case.request.scan is None else UNKNOWN_SIZES * len(indices)
+    limit = len(case.train) if case.options.scan is None else UNKNOWN_SIZES * len(indices)
     same = checkup.same_images(case.val, indices, case.train, limit, usable_cores())
     both = {index for index, _ in same.pairs}
     what = (
@@ -142,7 +141,7 @@ def check_duplicates(case: Case) -> Iterator[Finding]:
     todo = "remove them from train: the network would be tested on what it was trained on"
     level = OK if not both else FAIL if len(both) > MAX_SHARED * len(indices) else WARN
     yield Finding(level, what, todo if both else "", details, figures)
-    if case.request.near_duplicates:
+    if case.options.near_duplicates:
         yield _look_alikes(case, indices, limit)
 
 

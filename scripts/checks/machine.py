@@ -72,7 +72,7 @@ def check_cache(case: Case) -> Iterator[Finding]:
 
 def check_shared_memory(case: Case) -> Iterator[Finding]:
     """Check that /dev/shm has room for the batches that workers prepare."""
-    ranks = case.request.ranks
+    ranks = case.options.ranks
     need = capacity.shared_memory(case.cfg, case.division.micro_batch, case.workers, ranks)
     if need == 0 or not SHM.is_dir():
         yield Finding(OK, "not used" if need == 0 else f"{SHM}: not on this system")
@@ -90,7 +90,7 @@ def check_shared_memory(case: Case) -> Iterator[Finding]:
 
 def check_memory(case: Case) -> Iterator[Finding]:
     """Compare RAM and a GPU's memory with an estimate of what training holds."""
-    micro, ranks = case.division.micro_batch, case.request.ranks
+    micro, ranks = case.division.micro_batch, case.options.ranks
     sizes = build.memory_sizes(case.cfg, len(case.train.classes))
     on_gpu = sizes.training(micro) + memory.DEVICE_OVERHEAD
     at = f"at train.micro_batch={micro}, {case.cfg.train.precision}"
@@ -111,7 +111,7 @@ def check_memory(case: Case) -> Iterator[Finding]:
 
 def check_pace(case: Case) -> Iterator[Finding]:
     """Compare the loader's images per second with the network's."""
-    cfg, micro, seconds = case.cfg, case.division.micro_batch, case.request.seconds
+    cfg, micro, seconds = case.cfg, case.division.micro_batch, case.options.seconds
     try:
         with distributed.start(cfg.run.device, cfg.run.timeout_s, cfg.run.deterministic) as world:
             with worker_errors():

@@ -19,11 +19,11 @@ from scripts.planning import steptime
 TABLE = Path(__file__).with_name("devices.yaml")
 
 
-class Entry(BaseModel):
+class TableEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Figure(Entry):
+class Figure(TableEntry):
     """A number and where it comes from."""
 
     value: Annotated[float, Field(gt=0)]
@@ -35,7 +35,7 @@ class Duration(Figure):
     value: Annotated[float, Field(ge=0)]
 
 
-class Device(Entry):
+class DeviceEntry(TableEntry):
     images_per_s: Figure
     overhead_ms: Duration
     update_ms: Duration
@@ -54,7 +54,7 @@ class Device(Entry):
         return steptime.Device(images_per_s, *seconds, self.overlaps, self.forward_share)
 
 
-class Link(Entry):
+class LinkEntry(TableEntry):
     gigabytes_per_s: Figure
     latency_us: Duration
 
@@ -62,24 +62,24 @@ class Link(Entry):
         return steptime.Link(self.gigabytes_per_s.value * 1e9, self.latency_us.value * 1e-6)
 
 
-class Images(Entry):
+class ImagesEntry(TableEntry):
     mean_bytes: Figure
     per_core_per_s: Figure
 
 
-class Table(Entry):
-    devices: dict[str, Device]
-    links: dict[str, Link]
-    images: Images
+class DeviceTable(TableEntry):
+    devices: dict[str, DeviceEntry]
+    links: dict[str, LinkEntry]
+    images: ImagesEntry
 
     @model_validator(mode="after")
-    def _links_exist(self) -> Table:
+    def _links_exist(self) -> DeviceTable:
         for name, device in self.devices.items():
             for link in {device.inside, device.between} - self.links.keys():
                 raise ValueError(f"devices.{name}: {nearest('link', link, self.links)}")
         return self
 
-    def choose(self, name: str, between: str | None) -> tuple[Device, Link, Link]:
+    def choose(self, name: str, between: str | None) -> tuple[DeviceEntry, LinkEntry, LinkEntry]:
         """A device and its links inside a node and between nodes. Raises UserError for a name that
         the table lacks."""
         for what, asked, known in (("device", name, self.devices), ("link", between, self.links)):
@@ -101,10 +101,10 @@ def nearest(what: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {what} '{name}'; {guess}known: {', '.join(known)}"
 
 
-def load(path: Path = TABLE) -> Table:
+def load(path: Path = TABLE) -> DeviceTable:
     """Read the table. Raises UserError with every fault in it."""
     try:
-        return Table.model_validate(strict_yaml.load(path))
+        return DeviceTable.model_validate(strict_yaml.load(path))
     except ValidationError as error:
         faults = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
         lines = (f"{path}: {place or 'table'}: {words}" for place, words in faults)
@@ -116,7 +116,7 @@ def load(path: Path = TABLE) -> Table:
 # ---------------------------------------------------------------------------------- measured
 
 
-def with_measured(table: Table, path: Path, image_size: int) -> Table:
+def with_measured(table: DeviceTable, path: Path, image_size: int) -> DeviceTable:
     """The table with a device "cpu" and a link "gloo" from `scripts/benchmark.py scaling --json`.
 
     Of the image sizes measured, the one that is nearest to `image_size` (px) counts. Raises
@@ -137,7 +137,7 @@ def with_measured(table: Table, path: Path, image_size: int) -> Table:
     return table.model_copy(update=new)
 
 
-def measured(case: dict[str, Any], source: str) -> tuple[Device, Link]:
+def measured(case: dict[str, Any], source: str) -> tuple[DeviceEntry, LinkEntry]:
     """A process on the CPU, and the link between two, from the parts of a step measured apart.
 
     Gradients' travel takes the cores that backward wants: no overlap.
@@ -146,7 +146,7 @@ def measured(case: dict[str, Any], source: str) -> tuple[Device, Link]:
     images_per_s, overhead_s = affine(case)
     size, message = case["gradient_bytes"], case["message_s"]  # a message: there and back
     carrying = case["reduce_s"] - steptime.buckets(size) * message
-    device = Device(
+    device = DeviceEntry(
         images_per_s=figure(value=images_per_s),
         overhead_ms=figure(value=1e3 * overhead_s),
         update_ms=figure(value=1e3 * case["update_s"]),
@@ -157,7 +157,7 @@ def measured(case: dict[str, Any], source: str) -> tuple[Device, Link]:
         forward_share=case["forward_s"] / (case["forward_s"] + case["backward_s"]),
         overlaps=False,
     )
-    link = Link(
+    link = LinkEntry(
         gigabytes_per_s=figure(value=steptime.ring_bytes(2, size) / carrying / 1e9),
         latency_us=figure(value=1e6 * message / 2),
     )

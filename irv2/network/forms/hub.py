@@ -31,7 +31,7 @@ MAX_BYTES = 64 << 20  # of a config.json
 ReadFile = Callable[[Path], Weights]
 
 
-class Config(BaseModel):
+class HubConfig(BaseModel):
     """config.json as timm writes it."""
 
     architecture: str
@@ -42,7 +42,7 @@ class Config(BaseModel):
     pretrained_cfg: dict[str, Any]  # how images are seen
 
 
-_CONFIG = TypeAdapter(Config)
+_CONFIG = TypeAdapter(HubConfig)
 
 
 def read_registered(name: str) -> Weights:
@@ -110,7 +110,7 @@ def _with_config(path: Path, weights: Weights, source: str) -> Weights:
     return Weights(state, weights.metadata | texts, [*weights.remarks, *remarks])
 
 
-def _read_config(path: Path) -> Config:
+def _read_config(path: Path) -> HubConfig:
     """Read config.json, also in its older form without a part of its own for the view.
 
     Raises WeightsError if it is damaged, or another network's.
@@ -135,7 +135,7 @@ def _read_config(path: Path) -> Config:
     return config
 
 
-def _classes(config: Config, source: str) -> list[str] | None:
+def _classes(config: HubConfig, source: str) -> list[str] | None:
     """Class names in the order of the outputs. Raises WeightsError where some are missing."""
     labels = config.label_names
     if not isinstance(labels, dict):

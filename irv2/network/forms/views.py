@@ -21,7 +21,7 @@ Described = tuple[dict[str, str], list[str]]  # metadata, remarks
 Size = Annotated[int, Field(gt=0)]
 
 
-class View(BaseModel):
+class TimmView(BaseModel):
     """A view as timm resolves it."""
 
     input_size: tuple[int, Size, Size]  # channels, height, width
@@ -48,7 +48,7 @@ class Arguments(BaseModel):
     val_resize_size: Size | None = None
 
 
-_VIEW, _ARGUMENTS = TypeAdapter(View), TypeAdapter(Arguments)
+_VIEW, _ARGUMENTS = TypeAdapter(TimmView), TypeAdapter(Arguments)
 
 
 def of_config(config: dict[str, Any], arguments: dict[str, Any], source: str) -> Described:
