@@ -22,6 +22,7 @@ from typing import Any
 from data.protocols import PROTOCOLS
 from data.workers import TIMEOUT_S, Workers, worker_errors
 from irv2 import cli, evaluation, results, scoring
+from irv2.engines import choose
 from irv2.evaluation import LabelFiles
 from irv2.report import reference
 from irv2.run import trained
@@ -36,6 +37,8 @@ REFERENCE = Path(__file__).parent / "configs" / "reference.yaml"
 def validate(options: argparse.Namespace, world: World) -> None:
     """Evaluate networks: weights -> images -> counts -> report."""
     # Check all that could be refused before reading the first image
+    precision = "fast" if options.fast else options.precision
+    choose.check(options.engine, precision, world.device)
     references = reference.read(options.reference)
     files = LabelFiles(*(getattr(options, name) for name in LabelFiles._fields))
     evaluations = [
@@ -51,10 +54,10 @@ def validate(options: argparse.Namespace, world: World) -> None:
 
     # Counts: every image once, on any number of ranks
     outcomes, ensemble = [], scoring.Ensemble()
-    precision = "fast" if options.fast else options.precision
     for each in evaluations:
         started = time.perf_counter()
         model = scoring.ready(each.network.model, world.device, options.fast)
+        model = choose.runner(options.engine, model, precision, cli.remark)
         batches = each.batches(options.batch, Workers(options.workers, TIMEOUT_S), world)
         scored = scoring.scored(model, batches, each.options(precision, options.batch, world))
         if options.ensemble:
@@ -62,8 +65,8 @@ def validate(options: argparse.Namespace, world: World) -> None:
         with cli.progress(each.network.name, each.share(world), world) as shown:
             predictions = scoring.collect(scored, world, shown)
         scoring.check_finite(predictions, each.network.name, each.source.name)
-        seconds = time.perf_counter() - started
-        outcomes.append(results.of_network(each, predictions, seconds, precision, references))
+        seconds, by = time.perf_counter() - started, choose.named(precision, model)
+        outcomes.append(results.of_network(each, predictions, seconds, by, references))
     if options.ensemble:
         predictions = scoring.collect(ensemble.mean(), world)
         outcomes.append(results.of_ensemble(outcomes, predictions, references))
@@ -162,6 +165,7 @@ def parse_arguments() -> argparse.Namespace:
     add.add_argument("--batch", type=cli.whole(1), default=64, help="views at once (default: 64)")
     add.add_argument("--workers", type=cli.whole(0), help="loader processes of each rank")
     add.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    cli.add_engine(add)
     speed = add.add_mutually_exclusive_group()
     speed.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     speed.add_argument(

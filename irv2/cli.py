@@ -24,6 +24,8 @@ from data.errors import DataError, UserError
 from data.names import LONGEST_LINE, shown
 from data.paths import expanded
 from irv2 import streams
+from irv2.engines.choose import NAMES as ENGINES
+from irv2.engines.choose import TORCH
 from irv2.run import trained
 from irv2.run.trained import Trained
 from irv2.sections import MAX_IMAGE_SIZE
@@ -169,6 +171,17 @@ def add_view(options: OptionGroup) -> None:
         options.add_argument(
             f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in [0, 1]"
         )
+
+
+def add_engine(options: Options) -> None:
+    """Add --engine, what runs the network."""
+    options.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=TORCH,
+        help="what runs the network (default: torch); auto: the fastest here, timed once. One "
+        "is used if its logits of the first images are PyTorch's (docs/evaluation.md)",
+    )
 
 
 def stated_view(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -36,10 +36,12 @@ from data.pictures import Picture
 from data.to_input import ToInput
 from irv2 import cli, input_pipeline
 from irv2.cli import positive
+from irv2.engines import choose
 from irv2.network import imagenet_names
 from irv2.network.accelerate import fold_batch_norm
 from irv2.run.trained import Trained
 from irv2.training import distributed
+from irv2.training.step import PRECISIONS
 
 
 class Prediction(NamedTuple):
@@ -56,10 +58,12 @@ Results = list[tuple[Picture, list[Prediction]]]
 class Predictor:
     """Pictures -> the likeliest classes of each, as validate.py ranks them."""
 
-    def __init__(self, network: Trained, top: int, device: torch.device) -> None:
-        self.device = device
-        model = fold_batch_norm(network.model)
-        self.model = model.to(device, memory_format=torch.channels_last)
+    def __init__(
+        self, network: Trained, top: int, device: torch.device, precision: str, engine: str
+    ) -> None:
+        self.device, self.dtype = device, PRECISIONS[precision]
+        model = fold_batch_norm(network.model).to(device, memory_format=torch.channels_last)
+        self.run = choose.runner(engine, model, precision, cli.remark)
         self.to_input = ToInput(network.data.mean, network.data.std, device)
         self.labels = network.classes or [str(i) for i in range(model.num_classes)]
         self.names = imagenet_names.in_words(self.labels)
@@ -70,7 +74,8 @@ class Predictor:
         """uint8 [B, size, size, 3] -> float32 [B, C]."""
         images = torch.from_numpy(pixels).to(self.device)
         flips = torch.zeros(len(images), dtype=torch.bool, device=self.device)
-        return self.model(self.to_input(images, flips, None))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.run(self.to_input(images, flips, None)).float()
 
     def __call__(self, batch: list[Picture]) -> Results:
         """Predict the classes of each picture, the likeliest first.
@@ -101,9 +106,10 @@ class Predictor:
 
 def predict(arguments: argparse.Namespace, device: torch.device) -> int:
     """Print what each picture shows; returns the number of those that could not be used."""
+    choose.check(arguments.engine, arguments.precision, device)
     network = cli.load_network(arguments)
     view = input_pipeline.evaluation_view(network.data)
-    predictor = Predictor(network, arguments.top, device)
+    predictor = Predictor(network, arguments.top, device, arguments.precision, arguments.engine)
     show = show_json if arguments.json else Table()
     failed = 0
     lists = map(pictures.listed, arguments.files_from)
@@ -182,6 +188,8 @@ def parse_arguments() -> argparse.Namespace:
         "--batch", type=positive, default=16, metavar="N", help="images at once (default: 16)"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    cli.add_engine(parser)
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     arguments = parser.parse_intermixed_args()
     if not arguments.images and not arguments.files_from:
         parser.error("no pictures: IMAGE, FOLDER, - or --files-from LIST")

@@ -1,0 +1,1 @@
+"""Programs that run a trained network on a CPU faster than PyTorch does."""
