@@ -38,7 +38,7 @@ def train(cfg: Config, resume_from: str, world: World, stop: StopRequest) -> int
 
     # Model, optimizer, running average, learning rate
     state = build.new_state(cfg, len(classes), world.device)
-    options = build.step_options(cfg, division.accumulation, train_data, world.device)
+    options = build.step_options(cfg, division.accumulation, train_data, world)
     schedule = build.schedule(cfg, len(train_data))
 
     # Resume: check all that could be refused before anything is written
@@ -48,9 +48,7 @@ def train(cfg: Config, resume_from: str, world: World, stop: StopRequest) -> int
         if state.step == 0 and cfg.model.init is not None:
             finetune.begin(state, cfg.model.init, classes, world)
         run.begin(state, division, train_data, val_data)
-        network = distributed.parallel(
-            state.model, cfg.train.compile, world, cfg.train.reduce_dtype
-        )
+        network = distributed.parallel(state.model, options.compiled, world, cfg.train.reduce_dtype)
         step.settle(state, network, division.micro_batch, cfg.data.image_size, options)
         batches = input_pipeline.training_batches(
             cfg, train_data, order, state.images_seen, division.micro_batch, world

@@ -214,8 +214,10 @@ class Train(Section):
     accelerate: bool = Field(
         True, description="merged convolutions, fused on CPUs; false: the network as timm has it"
     )
-    compile: bool = machine(
-        False, description="torch.compile the network, block by block: for GPUs"
+    compile: bool | Literal["regions", "graph"] = machine(
+        False,
+        description="for GPUs. regions (or true): torch.compile the network, block by block; "
+        "graph: also record a step as CUDA graphs, which a GPU runs without waiting for its host",
     )
     max_steps: Positive | None = machine(
         None, description="stop after this many updates; null: never"
@@ -225,6 +227,14 @@ class Train(Section):
         description="end the run after more than this many steps in a row that were left out "
         "because the loss or the gradient was not finite",
     )
+
+    @field_validator("compile", mode="wrap")
+    @classmethod
+    def _how(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Literal[False] | str:
+        try:
+            return "regions" if value is True else check(value)
+        except ValidationError:  # one fault for each type that could have been meant
+            raise ValueError("must be false, regions or graph") from None
 
     @field_validator("micro_batch", mode="wrap")
     @classmethod

@@ -35,7 +35,6 @@ NAMES = {
             "torch._foreach_addcdiv_",
             "torch._foreach_addcmul_",
             "torch._foreach_copy_",
-            "torch._foreach_mul",
             "torch._foreach_mul_",
             "torch._foreach_sqrt_",
             "torch._foreach_sub",

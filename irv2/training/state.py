@@ -9,6 +9,9 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from irv2.training.flat import Flat
+from irv2.training.optim import RMSpropTF
+
 COUNTERS = ("step", "images_seen", "bad_images", "bad_steps", "bad_steps_in_a_row")
 
 
@@ -18,7 +21,7 @@ class TrainState:
 
     model: nn.Module
     ema: ModelEmaV3
-    optimizer: torch.optim.Optimizer
+    optimizer: RMSpropTF
     scaler: torch.amp.GradScaler
     step: int = 0
     images_seen: int = 0
@@ -28,6 +31,7 @@ class TrainState:
     unread: list[Tensor] = field(
         default_factory=list
     )  # of each step since the last count: was it applied?
+    flat: Flat | None = None  # on a GPU, from the first step on: the buffers of all tensors
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors to resume from, not copied; weights under timm's names."""
@@ -60,6 +64,7 @@ class TrainState:
             slot, _, name = key.partition(".")
             parameter = parameters[name]
             self.optimizer.state[parameter][slot] = torch.empty_like(parameter).copy_(saved)
+        self.flat = None  # the slots are new
         self.scaler.load_state_dict(counters["scaler"])
         for name in COUNTERS:
             setattr(self, name, counters[name])
