@@ -155,10 +155,7 @@ def parallel(
     are accumulated and applied in the parameters' type.
     """
     if compiled:
-        world.say(
-            "compiling layers and blocks in the first step: a minute or two, once per machine"
-        )
-        model.compile_regions()
+        model.compile_regions(world.say)
     if world.size == 1:
         return model
     # Running statistics are averaged by the step itself, so none are broadcast. The option has a
