@@ -41,16 +41,14 @@ def train(cfg: Config, resume_from: str, world: World, stop: StopRequest) -> int
 
     # Model, optimizer, running average, learning rate
     state = build.new_state(cfg, len(classes), world.device)
-    options = build.step_options(cfg, division.accumulation, train_data, world.device)
+    options = build.step_options(cfg, division.accumulation, train_data, world)
     schedule = build.schedule(cfg, len(train_data))
 
     # Resume or begin
     experiment = build.experiment(cfg, division, train_data)
     with open_run(cfg, experiment, state, schedule.total_steps, resume_from, world) as run:
         run.announce(state.model, division, train_data, val_data)
-        network = distributed.parallel(
-            state.model, cfg.train.compile, world, cfg.train.reduce_dtype
-        )
+        network = distributed.parallel(state.model, options.compiled, world, cfg.train.reduce_dtype)
         step.settle(state, network, division.micro_batch, cfg.data.image_size, options)
         batches = input_pipeline.training_batches(
             cfg, train_data, order, state.images_seen, division.micro_batch, world

@@ -46,7 +46,7 @@ class ToInput:
         self._shift = tuple(np.float32(-m / s) for m, s in zip(mean, std))
         self._constants = [tensor.to(device) for tensor in (table, means, stds)]
         if compiled:
-            user_cache.give_inductor_its_own()
+            user_cache.give_inductor_its_own(torch.__version__)
         self._transform = torch.compile(transform) if compiled else transform
 
     def __call__(self, images: Tensor, flips: Tensor, colours: Tensor | None) -> Tensor:

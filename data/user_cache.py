@@ -44,12 +44,12 @@ def folder(name: str, room: int = 0) -> Path | None:
         return None
 
 
-def give_inductor_its_own() -> None:
-    """Have torch.compile keep its code here, unless its variable names another folder.
+def give_inductor_its_own(version: str) -> None:
+    """Have torch.compile, of a version, keep its code here, unless its variable names a folder.
 
     PyTorch's own choice, a folder in /tmp, is anyone's who makes it first.
     """
-    if INDUCTORS not in os.environ and (path := folder("inductor", ROOM)) is not None:
+    if INDUCTORS not in os.environ and (path := folder(f"inductor-{version}", ROOM)) is not None:
         os.environ[INDUCTORS] = str(path)
 
 

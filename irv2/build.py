@@ -17,7 +17,7 @@ from irv2.network.model import InceptionResnetV2, inception_resnet_v2
 from irv2.run import directory
 from irv2.run.resume import Experiment
 from irv2.sections import Model
-from irv2.training import batch, finetune, optim
+from irv2.training import batch, finetune, graph, optim
 from irv2.training.batch import Division
 from irv2.training.distributed import World
 from irv2.training.loss import Loss, balanced_weights
@@ -56,13 +56,12 @@ def new_state(cfg: Config, num_classes: int, device: torch.device) -> TrainState
     )
 
 
-def step_options(
-    cfg: Config, accumulation: int, train_data: Source, device: torch.device
-) -> StepOptions:
-    """Options of every step of a run."""
+def step_options(cfg: Config, accumulation: int, train_data: Source, world: World) -> StepOptions:
+    """Options of every step of a run; says so where a step cannot be recorded as asked."""
     class_weights = None
     if cfg.loss.class_weights == "balanced":
-        class_weights = balanced_weights(train_data.class_counts()).to(device)
+        class_weights = balanced_weights(train_data.class_counts()).to(world.device)
+    compiled, run = graph.chosen(cfg.train.compile, cfg.train.precision, world)
     return StepOptions(
         loss=Loss(cfg.loss.label_smoothing, cfg.loss.aux_weight, class_weights),
         accumulation=accumulation,
@@ -70,6 +69,8 @@ def step_options(
         precision=cfg.train.precision,
         seed=cfg.run.seed,
         freeze_bn=cfg.model.freeze_bn,
+        compiled=compiled,
+        run=run,
     )
 
 

@@ -210,7 +210,7 @@ def predict(
         cfg.eval.batch,
         Workers(cfg.data.workers, cfg.run.timeout_s),
         world,
-        compiled=cfg.train.compile,
+        compiled=bool(cfg.train.compile),
     )
     rounds = stream.evaluation_rounds(len(val_data), cfg.eval.batch, world.size)
     batches = until_stopped(batches, rounds, lambda: world.any(stop.signal is not None))

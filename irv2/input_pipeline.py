@@ -125,7 +125,7 @@ def training_batches(
         source,
         view,
         (order[batch] for batch in positions),
-        ToInput(data.mean, data.std, world.device, cfg.train.compile),
+        ToInput(data.mean, data.std, world.device, bool(cfg.train.compile)),
         Workers(data.workers, cfg.run.timeout_s),
         replace_bad=True,
         checksums=cfg.log.ledger,

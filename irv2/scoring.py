@@ -45,7 +45,7 @@ def ready(model: nn.Module, device: torch.device, fast: bool = False) -> nn.Modu
     model = model.to(device, memory_format=torch.channels_last)
     if not fast:
         return model
-    user_cache.give_inductor_its_own()
+    user_cache.give_inductor_its_own(torch.__version__)
     return torch.compile(model)
 
 

@@ -9,54 +9,30 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
-    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 
-from data.paths import expanded
 from data.urls import check_url
+from irv2.keys import (
+    Channels,
+    Compile,
+    Decay,
+    Location,
+    MicroBatch,
+    NonNegative,
+    Pair,
+    Positive,
+    PositiveChannels,
+    Section,
+    Share,
+    Text,
+    machine,
+)
 
 MAX_IMAGE_SIZE = 2048  # px, seven times the network's own
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-def machine(default: Any = ..., *, description: str) -> Any:
-    """Describe a key that may differ when a run is continued.
-
-    Such keys move the same run to another place; all others speak of the experiment.
-    """
-    return Field(default, description=description, json_schema_extra=_mark)
-
-
-def _mark(_schema: dict[str, Any]) -> None:
-    """Mark a machine key; the schema for editors stays as it is."""
-
-
-def is_machine_key(field: FieldInfo) -> bool:
-    """True for a key that `machine` describes."""
-    return field.json_schema_extra is _mark
-
-
-Text = Annotated[str, Field(min_length=1)]
-Location = Annotated[Text, AfterValidator(expanded)]  # a path, or a URL, synthetic:…, timm:…
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
-Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
-PositiveChannels = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
 
 
 class RunSection(Section):
@@ -201,7 +177,7 @@ class Train(Section):
         200, description="passes over the training images"
     )
     global_batch: Positive = Field(640, description="images of one update, over all ranks")
-    micro_batch: Positive | Literal["auto"] = machine(
+    micro_batch: MicroBatch = machine(
         32, description="most images one device takes at once; auto: what its memory holds"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type")
@@ -211,8 +187,10 @@ class Train(Section):
     accelerate: bool = Field(
         True, description="merged convolutions, fused on CPUs; false: the network as timm has it"
     )
-    compile: bool = machine(
-        False, description="torch.compile the network, block by block: for GPUs"
+    compile: Compile = machine(
+        False,
+        description="for GPUs. regions (or true): torch.compile the network, block by block; "
+        "graph: also record a step as CUDA graphs, which a GPU runs without waiting for its host",
     )
     max_steps: Positive | None = machine(
         None, description="stop after this many updates; null: never"
@@ -222,14 +200,6 @@ class Train(Section):
         description="end the run after more than this many steps in a row that were left out "
         "because the loss or the gradient was not finite",
     )
-
-    @field_validator("micro_batch", mode="wrap")
-    @classmethod
-    def _whole_or_auto(cls, value: Any, check: ValidatorFunctionWrapHandler) -> int | str:
-        try:
-            return check(value)
-        except ValidationError:  # which names every type that could have been meant
-            raise ValueError("must be a whole number of at least 1, or auto") from None
 
 
 # Of each optimizer: its hyper-parameters beside lr and weight_decay, with their defaults.

@@ -91,6 +91,12 @@ def test_a_run_is_named_after_its_file_unless_it_names_itself(tmp_path):
     assert load(tmp_path, MINIMAL, "run.dir=elsewhere").directory == Path("elsewhere")
 
 
+def test_compile_true_of_older_configs_means_regions(tmp_path):
+    ways = {"false": False, "true": "regions", "regions": "regions", "graph": "graph"}
+    for text, mode in ways.items():
+        assert load(tmp_path, MINIMAL, f"train.compile={text}").train.compile == mode
+
+
 @pytest.mark.parametrize("text", ["3e-4", "3E-4", "+3.e-04", "0.0003", "3.0e-4", ".3e-3"])
 def test_every_way_to_write_a_small_number_is_a_number(tmp_path, text):
     assert load(tmp_path, MINIMAL + f"optim: {{lr: {text}}}").optim.lr == 3e-4

@@ -79,6 +79,7 @@ OUT_OF_RANGE = {
     "train.micro_batch": ["0", "-1", "Auto", "''"],
     "train.precision": ["float32", "FP32", "amp"],
     "train.reduce_dtype": ["bfloat16", "FP32", "fp16"],
+    "train.compile": ["blocks", "Graph", "'true'", "1"],
     "train.max_steps": ["0", "-1"],
     "train.max_bad_steps": ["-1"],
     "optim.kind": ["Adam", "rmsprop", "[sgd]", "null"],

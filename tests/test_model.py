@@ -6,7 +6,6 @@ What is compared with timm is so for both forms, the plain one and the accelerat
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from small_network import copied, randomised, relative
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from irv2.network import regions
 from irv2.network.accelerate import accelerate, fold_batch_norm
 from irv2.network.model import InceptionResnetV2, inception_resnet_v2
 
@@ -641,28 +641,35 @@ def test_state_dict_has_timms_names_with_biases_and_loads_into_another_folded_ne
 
 @pytest.mark.slow
 def test_repeats_of_a_block_share_one_graph(monkeypatch, tmp_path):
-    """Graphs are traced, but run by PyTorch's own operations, which is quick to set up."""
+    """Graphs are traced, but run by PyTorch's own operations, which is quick to set up.
+
+    One cannot be compiled: that is said, and changes no result.
+    """
     torch._dynamo.reset()
     counters.clear()
     model = accelerate(small(drop_rate=0.0, blocks=(2, 2, 2))).train()
-    eager, compile_module = copy.deepcopy(model), nn.Module.compile
+    eager = copy.deepcopy(model)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    symbolic, traced = [], torch._dynamo.lookup_backend("aot_eager")
+    monkeypatch.setattr(regions, "PACE_S", 0.0)
+    symbolic, said, traced = [], [], torch._dynamo.lookup_backend("aot_eager")
 
     def backend(graph: nn.Module, inputs: list) -> Callable:
         symbolic.extend(each for each in inputs if not isinstance(each, Tensor))
+        if len(said) in (3, 5):
+            raise RuntimeError("no registers left\nand more")
         return traced(graph, inputs)
 
-    with monkeypatch.context() as patch:
-        compiled = functools.partialmethod(compile_module, backend=backend)
-        patch.setattr(nn.Module, "compile", compiled)
-        model.compile_regions()
+    model.compile_regions(said.append, backend)
     x = images(4, 3, 75, 75)
     for each in (model, eager):
         each(x).square().sum().backward()
     assert symbolic == []  # each graph is of one size
     layers, kinds = 6, 7  # alone; mixed_5b, block35, mixed_6a, block17, mixed_7a, block8, the last
     assert counters["stats"]["unique_graphs"] == layers + kinds
+    failed = said.pop(3)
+    assert failed == "a region could not be compiled and runs uncompiled: no registers left"
+    expected = [f"compiling {n} of {layers + kinds} regions" for n in range(1, layers + kinds + 1)]
+    assert [line.partition(",")[0] for line in said] == expected
     assert list(model.state_dict()) == list(eager.state_dict())  # names are as before
 
     # Batch norm cancels block8.conv2d.bias: its gradient is rounding noise around 0.

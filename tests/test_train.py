@@ -264,7 +264,7 @@ def test_the_loop_takes_the_steps_that_train_step_takes(tmp_path) -> None:
     cfg, alone = config_file.load(path, limits), World(0, 1, torch.device("cpu"))
     source, _ = input_pipeline.open_sources(cfg)
     state = build.new_state(cfg, 3, alone.device)
-    options = build.step_options(cfg, 2, source, alone.device)
+    options = build.step_options(cfg, 2, source, alone)
     schedule, order = build.schedule(cfg, len(source)), input_pipeline.training_order(cfg, source)
     batches = input_pipeline.training_batches(cfg, source, order, 0, 4, alone)
     pairs = ((batch.images, batch.labels) for batch in batches)

@@ -80,9 +80,9 @@ def test_torch_compile_gets_a_folder_of_the_cache_that_has_room(home, caplog, mo
     for disk in (tempfile.TemporaryFile, lambda **_: open("/dev/full", "wb")):  # noqa: SIM115
         monkeypatch.delenv(user_cache.INDUCTORS)
         monkeypatch.setattr(tempfile, "TemporaryFile", disk)
-        user_cache.give_inductor_its_own()
+        user_cache.give_inductor_its_own("2.0")
         given.append(Path(os.environ[user_cache.INDUCTORS]))
-    assert given[0] == home / "irv2" / "inductor" and home not in given[1].parents
+    assert given[0] == home / "irv2" / "inductor-2.0" and home not in given[1].parents
     assert len(caplog.messages) == 1 and "No space left on device" in caplog.text
-    user_cache.give_inductor_its_own()
+    user_cache.give_inductor_its_own("2.0")
     assert os.environ[user_cache.INDUCTORS] == str(given[1])  # one that is named is kept

@@ -6,6 +6,8 @@ that trains and infers fast.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from irv2.network.blocks import (
     NormOptions,
     Stack,
 )
+from irv2.network.regions import compile_each
 
 FIRST_CHANNELS, NUM_FEATURES = 32, 1536  # of the first layer and the last map, at width 1
 BLOCKS = (10, 20, 9)  # repeats of block35, block17 and block8
@@ -185,18 +188,23 @@ class InceptionResnetV2(nn.Module):
         children = dict(self.named_children())
         return [tuple(name for name in stage if name in children) for stage in STAGES]
 
-    def compile_regions(self) -> None:
+    def compile_regions(
+        self,
+        say: Callable[[str], None] | None = None,
+        backend: str | Callable[..., Callable] = "inductor",
+    ) -> None:
         """torch.compile each layer and block by itself, at its next call, for the shapes it meets.
 
         Repeats of a block share one result, so it takes a fraction of the time that the whole
-        network would; the next process finds it where PyTorch keeps it.
+        network would; the next process finds it in the user's cache. say: takes lines of progress.
         """
-        # Seven kinds of blocks and as many of layers, in training and in evaluation.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for child in self.children():
-            for region in child if isinstance(child, nn.Sequential) else [child]:
-                if isinstance(region, Block | ConvNormAct | AuxHead):
-                    region.compile(dynamic=False)  # else a second size of a kind is symbolic
+        regions = [
+            region
+            for child in self.children()
+            for region in (child if isinstance(child, nn.Sequential) else [child])
+            if isinstance(region, Block | ConvNormAct | AuxHead)
+        ]
+        compile_each(regions, say, backend)
 
 
 def _check_image_size(x: Tensor, with_aux: bool) -> None:

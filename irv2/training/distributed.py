@@ -156,11 +156,8 @@ def parallel(
     are accumulated and applied in the parameters' type.
     """
     if compiled:
-        world.say(
-            "compiling layers and blocks in the first step: a minute or two, once per machine"
-        )
-        user_cache.give_inductor_its_own()
-        model.compile_regions()
+        user_cache.give_inductor_its_own(torch.__version__)
+        model.compile_regions(world.say)
     if world.size == 1:
         return model
     # Running statistics are averaged by the step itself, so none are broadcast. The option has a

@@ -53,14 +53,8 @@ class RMSpropTF(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(
-        self, closure: Callable[[], float] | None = None, *, where: Tensor | None = None
-    ) -> float | None:
-        """Update every parameter that has a gradient.
-
-        `where`: a bool [] on the parameters' device; if it is false nothing changes, whatever the
-        gradients are. That is decided on the device, so the host need not wait for it.
-        """
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -68,30 +62,23 @@ class RMSpropTF(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._update(params, group, where)
+                self._update(params, group)
         return loss
 
-    def _update(self, params: list[Tensor], group: dict, where: Tensor | None) -> None:
+    def _update(self, params: list[Tensor], group: dict) -> None:
         states = [self.slots_of(p) for p in params]
         mean_squares = [state["square_avg"] for state in states]
         momenta = [state["momentum_buffer"] for state in states]
         grads = [p.grad for p in params]
         if group["weight_decay"]:
             grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-        alpha, momentum = group["alpha"], group["momentum"]
-        if where is not None:
-            # Not multiplied: 0 times NaN is not 0.
-            grads = [torch.where(where, grad, 0.0) for grad in grads]
-            alpha, momentum = (torch.where(where, value, 1.0) for value in (alpha, momentum))
-
-        torch._foreach_mul_(mean_squares, alpha)
+        torch._foreach_mul_(mean_squares, group["alpha"])
         torch._foreach_addcmul_(mean_squares, grads, grads, value=1 - group["alpha"])
         roots = torch._foreach_add(mean_squares, group["eps"])
         torch._foreach_sqrt_(roots)
-        torch._foreach_mul_(momenta, momentum)
+        torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_addcdiv_(momenta, grads, roots, value=group["lr"])
-        change = momenta if where is None else torch._foreach_mul(momenta, where.float())
-        torch._foreach_sub_(params, change)
+        torch._foreach_sub_(params, momenta)
 
     def slots_of(self, p: Tensor) -> dict[str, Tensor]:
         """A parameter's mean square and momentum, which begin at 1 and 0."""

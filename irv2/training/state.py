@@ -9,6 +9,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from irv2.training.flat import Flat
+
 GROUP = "group_step"  # of an optimizer that counts the steps of its groups, as Lamb
 COUNTERS = ("step", "images_seen", "bad_images", "bad_steps", "bad_steps_in_a_row")
 
@@ -29,6 +31,7 @@ class TrainState:
     unread: list[Tensor] = field(
         default_factory=list
     )  # of each step since the last count: was it applied?
+    flat: Flat | None = None  # on a GPU, from the first step on: the buffers of all tensors
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors to resume from, not copied; weights under timm's names."""
@@ -73,6 +76,7 @@ class TrainState:
             parameter = parameters[name]
             like = parameter if parameter.shape == saved.shape else saved  # as AdamW's count
             self.optimizer.state[parameter][slot] = torch.empty_like(like).copy_(saved)
+        self.flat = None  # the slots are new
         self.scaler.load_state_dict(counters["scaler"])
         for name in COUNTERS:
             setattr(self, name, counters[name])

@@ -17,7 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from irv2.training.distributed import World
+from irv2.training.flat import Flat
+from irv2.training.graph import Run, plainly
 from irv2.training.loss import Loss
+from irv2.training.optim import RMSpropTF
 from irv2.training.state import TrainState
 from irv2.training.update import apply, gradient_norm
 
@@ -35,6 +38,8 @@ class StepOptions:
     precision: str = "fp32"
     seed: int = 0
     freeze_bn: bool = False
+    compiled: bool = False  # the update on a GPU, too, by torch.compile
+    run: Run = plainly  # or a Recorder: see graph.py
 
 
 class Before(NamedTuple):
@@ -47,6 +52,10 @@ class Before(NamedTuple):
 def begin(state: TrainState, options: StepOptions) -> Before:
     """Put the model into training mode and remember what a forward changes."""
     train_mode(state.model, options.freeze_bn)
+    lay_out(state, options)
+    if state.flat is not None:
+        state.flat.begin()
+        return Before(state.flat.statistics, state.flat.before)
     statistics = running_statistics(state.model)
     return Before(statistics, [tensor.clone() for tensor in statistics])
 
@@ -68,7 +77,7 @@ def forward_backward(
     torch.manual_seed(dropout_seed(options.seed, state.step, world.rank, part))
     is_last = part == options.accumulation - 1
     with _gradients_exchanged(network, is_last):
-        return _backward(state, network, images, labels, options)
+        return options.run(_backward, state, network, images, labels, options)
 
 
 def update(
@@ -84,21 +93,41 @@ def update(
     A step whose loss or gradient is not finite, on any rank, changes nothing but `state.step`;
     `state.read_bad_steps` counts it. `loss` becomes the mean over ranks.
     """
-    state.scaler.unscale_(state.optimizer)
-    norm = gradient_norm(state.model.parameters())
-    world.average_([loss, *(s for s in before.statistics if s.is_floating_point())])
-    # Gradients are averages over ranks, so one rank's bad number is seen by all of them.
-    good = torch.isfinite(loss)
-    if not state.scaler.is_enabled():  # else an infinite gradient is fine: the scaler skips it
-        good = good & torch.isfinite(norm)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-    apply(state, good, norm, options.clip_norm, *before)
+    world.average_([loss, *(s for s in before.statistics if s.is_floating_point())])
+    # Gradients are averages over ranks, so one rank's bad number is seen by all of them.
+    if state.flat is not None:
+        norm, good = options.run(state.flat.update, loss, options.clip_norm, *rates(state))
+    else:
+        norm, good = _update_from_the_host(state, loss, before, options.clip_norm)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     state.unread.append(good)
     return norm
+
+
+def _update_from_the_host(
+    state: TrainState, loss: Tensor, before: Before, clip_norm: float | None
+) -> tuple[Tensor, Tensor]:
+    state.scaler.unscale_(state.optimizer)
+    norm = gradient_norm(state.model.parameters())
+    good = torch.isfinite(loss)
+    if not state.scaler.is_enabled():  # else an infinite gradient is fine: the scaler skips it
+        good = good & torch.isfinite(norm)
+    apply(state, good, norm, clip_norm, *before)
+    return norm, good
+
+
+def rates(state: TrainState) -> list[Tensor]:
+    """Numbers of a step as tensors [] on the device: the average's share, each learning rate."""
+    share = 1 - state.ema.get_decay(state.step + 2)
+    groups = state.flat.groups
+    return [
+        torch.full((), value, device=groups[0].weights.device)
+        for value in (share, *(group.options["lr"] for group in groups))
+    ]
 
 
 def train_step(
@@ -127,11 +156,21 @@ def _backward(
     state: TrainState, network: nn.Module, images: Tensor, labels: Tensor, options: StepOptions
 ) -> Tensor:
     dtype = PRECISIONS[options.precision]
-    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+    # No weight is used twice, and a cast that was kept would outlive a graph's memory.
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None, cache_enabled=False):
         output = network(images)
     loss = options.loss(output, labels) / options.accumulation
     state.scaler.scale(loss).backward()
+    if state.flat is not None and not isinstance(network, DistributedDataParallel):
+        state.flat.take_gradients()
     return loss.detach()
+
+
+def lay_out(state: TrainState, options: StepOptions) -> None:
+    """Lay RMSProp's state on a GPU out in long buffers, unless it is, or its loss is scaled."""
+    is_due = isinstance(state.optimizer, RMSpropTF) and not state.scaler.is_enabled()
+    if state.flat is None and is_due and next(state.model.parameters()).is_cuda:
+        state.flat = Flat(state.model, state.ema.module, state.optimizer, options.compiled)
 
 
 def settle(
@@ -144,6 +183,7 @@ def settle(
     """
     if not isinstance(network, DistributedDataParallel):
         return
+    lay_out(state, options)
     before = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
     train_mode(state.model, options.freeze_bn)
     device = next(state.model.parameters()).device

@@ -1,8 +1,8 @@
 """The end of a step: clipping, optimizer and running average - or, after a bad step, nothing.
 
-With RMSProp one compiled loop does all three on a CPU. On other devices PyTorch's multi-tensor
-operations do, under a mask, so that the host need not wait to learn whether the step was good; with
-other optimizers, which take no mask, it waits.
+With RMSProp one compiled loop does all three on a CPU. The host decides here, which on a CPU costs
+nothing. On a GPU it would have to wait, so that flat.py does the same on the device; but not in
+fp16, where the scaler asks the host anyway, nor with other optimizers, which take no mask.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ def apply(
     norm: of the gradients, which are scaled down to `clip_norm` if it is more. To undo what forward
     has changed, `statistics` are set to `before`.
     """
-    if not good.is_cpu and isinstance(state.optimizer, RMSpropTF):
-        _apply_where(state, good, norm, clip_norm, statistics, before)
-    elif good:
+    if good:
         _apply(state, norm, clip_norm)
     elif statistics:
         torch._foreach_copy_(statistics, before)
@@ -88,24 +86,6 @@ def _slots(state: TrainState, group: dict, averages: dict[Tensor, Tensor]) -> li
 def _clip(model: nn.Module, norm: Tensor, clip_norm: float | None) -> None:
     if clip_norm is not None:
         nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm, foreach=True)
-
-
-def _apply_where(
-    state: TrainState,
-    good: Tensor,
-    norm: Tensor,
-    clip_norm: float | None,
-    statistics: list[Tensor],
-    before: list[Tensor],
-) -> None:
-    """Apply under masks on the device, so that the host need not wait for `good`."""
-    for now, then in zip(statistics, before):
-        torch.where(good, now, then, out=now)
-    _clip(state.model, norm, clip_norm)
-    state.scaler.step(state.optimizer, where=good)
-    with torch.no_grad():
-        values, averages = state.model.state_dict().values(), state.ema.module.state_dict().values()
-        _average(list(values), list(averages), (1 - state.ema.get_decay(state.step + 2)) * good)
 
 
 def _average(values: list[Tensor], averages: list[Tensor], weight: float | Tensor) -> None:

@@ -9,6 +9,8 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from data import sources
 from irv2 import build, config_file, input_pipeline
 from irv2.config import Config
@@ -16,6 +18,7 @@ from irv2.report import markdown
 from irv2.training import distributed, step
 from irv2.training.distributed import World
 from irv2.training.state import TrainState
+from irv2.training.step import StepOptions
 from scripts.benchmarks.alternation import Way, alternate, rate, table_row
 from scripts.benchmarks.loading import write_photographs
 
@@ -28,7 +31,7 @@ def measure(rounds: int) -> dict[str, Any]:
     """Compare on the recipe's network and views, compiled, in bf16, on one GPU."""
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder), QUALITY)
-        batch = [f"train.global_batch={BATCH}", f"train.micro_batch={BATCH}", "train.compile=true"]
+        batch = [f"train.global_batch={BATCH}", f"train.micro_batch={BATCH}", "train.compile=graph"]
         data = [f"data.train={folder}", f"data.val={folder}", "run.device=cuda"]
         return compare(
             config_file.load(ROOT / "configs" / "irv2_rmsprop.yaml", [*data, *batch]), rounds
@@ -44,18 +47,27 @@ def compare(cfg: Config, rounds: int) -> dict[str, Any]:
         with closing(batches):
             pairs = ((batch.images, batch.labels) for batch in batches)
             state = build.new_state(cfg, len(source.classes), world.device)
-            network = distributed.parallel(state.model, cfg.train.compile, world)
+            options = build.step_options(cfg, 1, source, world)
+            network = distributed.parallel(state.model, options.compiled, world)
 
             def way(pairs: Iterator) -> Way:
-                return rate(STEPS * size, lambda: steps(cfg, state, network, pairs, world))
+                return rate(
+                    STEPS * size, lambda: steps(state, network, pairs, cfg.optim.lr, options, world)
+                )
 
             return alternate(way(pairs), way(repeat(next(pairs))), rounds)
 
 
-def steps(cfg: Config, state: TrainState, network: Any, pairs: Iterator, world: World) -> None:
-    options = step.StepOptions(clip_norm=cfg.optim.clip_norm, precision=cfg.train.precision)
+def steps(
+    state: TrainState,
+    network: nn.Module,
+    pairs: Iterator,
+    lr: float,
+    options: StepOptions,
+    world: World,
+) -> None:
     for _ in range(STEPS):
-        step.train_step(state, network, pairs, cfg.optim.lr, options, world)
+        step.train_step(state, network, pairs, lr, options, world)
     state.read_bad_steps()  # waits for a GPU
 
 

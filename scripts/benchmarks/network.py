@@ -146,7 +146,7 @@ def measure_training(case: Setting, rounds: int, compiled: bool) -> dict[str, An
     ours, peer = networks(case.device)
     own = our_trainer(ours, case)
     if compiled:
-        user_cache.give_inductor_its_own()
+        user_cache.give_inductor_its_own(torch.__version__)
         ours.compile_regions()
         peer = fastest_compiled(peer, lambda model: _forward_backward(model, case))
     other = timms_trainer(peer, case)
@@ -210,7 +210,7 @@ def peak_memory(case: Setting, compiled: bool) -> dict[str, int]:
         if side == "ours":
             trainer = our_trainer(model, case)
             if compiled:
-                user_cache.give_inductor_its_own()
+                user_cache.give_inductor_its_own(torch.__version__)
                 model.compile_regions()
         else:
             trainer = timms_trainer(torch.compile(model) if compiled else model, case)

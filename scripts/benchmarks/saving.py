@@ -38,7 +38,7 @@ def measure(rounds: int) -> dict[str, Any]:
         BackgroundSaver(Path(directory), cfg.checkpoint.keep, 0, tqdm.write, RUNNING) as saver,
     ):
         state = build.new_state(cfg, 10, world.device)
-        network = distributed.parallel(state.model, cfg.train.compile, world)
+        network = distributed.parallel(state.model, bool(cfg.train.compile), world)
         size = (cfg.train.global_batch, 3, cfg.data.image_size, cfg.data.image_size)
         batch = torch.rand(size, device=world.device), torch.arange(size[0]) % 10
         options = StepOptions(clip_norm=cfg.optim.clip_norm)

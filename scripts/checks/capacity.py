@@ -11,7 +11,7 @@ from data import user_cache
 from data.base import Source
 from irv2 import build, input_pipeline
 from irv2.config import Config
-from irv2.training import step
+from irv2.training import graph, step
 from irv2.training.distributed import World
 from irv2.training.loss import Loss
 
@@ -67,8 +67,9 @@ def model_rate(
     is_cpu = world.device.type == "cpu"
     state = build.new_state(cfg, num_classes, world.device)
     network = state.model
-    if cfg.train.compile:
-        user_cache.give_inductor_its_own()
+    compiled, run = graph.chosen(cfg.train.compile, cfg.train.precision, world)
+    if compiled:
+        user_cache.give_inductor_its_own(torch.__version__)
         network.compile_regions()
     size = micro_batch
     if is_cpu:  # at least two: batch norm needs more than one value per channel
@@ -81,6 +82,8 @@ def model_rate(
         clip_norm=cfg.optim.clip_norm,
         precision=cfg.train.precision,
         freeze_bn=cfg.model.freeze_bn,
+        compiled=compiled,
+        run=run,
     )
     steps = 1 if is_cpu else 5  # before the device is waited for
 

@@ -1,0 +1,139 @@
+"""A step recorded and replayed: on a CPU by a tape in place of CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from small_network import ALONE, images, new_state, pieces, small_network
+from tape import Tapes
+from torch import Tensor, nn
+
+from irv2.network.model import inception_resnet_v2
+from irv2.training import graph
+from irv2.training.distributed import World
+from irv2.training.flat import Flat
+from irv2.training.graph import WARM_UP, Recorder
+from irv2.training.loss import Loss
+from irv2.training.state import TrainState
+from irv2.training.step import StepOptions, train_step
+
+CUDA = torch.device("cuda")
+
+
+def flat_state(network: nn.Module) -> TrainState:
+    state = new_state(network)
+    state.flat = Flat(state.model, state.ema.module, state.optimizer)
+    return state
+
+
+def recorder(state: TrainState, said: list[str] | None = None) -> Recorder:
+    def kept() -> list[Tensor]:
+        tensors = [t for part in state.tensors().values() for t in part.values()]
+        return [*tensors, *(group.gradient for group in state.flat.groups)]
+
+    return Recorder(Tapes(kept), [].append if said is None else said.append)
+
+
+def everything(state: TrainState) -> dict[str, Tensor]:
+    return {
+        f"{part}.{name}": tensor.clone()
+        for part, tensors in state.tensors().items()
+        for name, tensor in tensors.items()
+    }
+
+
+def assert_identical(ours: TrainState, theirs: TrainState) -> None:
+    found, expected = everything(ours), everything(theirs)
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def steps(state: TrainState, count: int, options: StepOptions, harm: int | None = None) -> list:
+    """Steps on other images and at another rate each; their losses and gradient norms."""
+    found = []
+    for number in range(count):
+        x, labels = images(8, seed=number)
+        if number == harm:
+            x[0, 0, 0, 0] = float("nan")
+        size = 8 // options.accumulation
+        batches = pieces((x, labels), size)
+        lr = 0.1 * 0.9**number
+        loss, norm = train_step(state, state.model, batches, lr, options, ALONE)
+        found.append((loss.item(), norm.item()))
+    return found
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_replayed_steps_equal_plain_ones_to_the_bit(accumulation):
+    """With other images, rates, dropout and shares of the average in each, and one that is bad."""
+    plain, replayed = (flat_state(small_network(drop_rate=0.5)) for _ in range(2))
+    options = {"accumulation": accumulation, "clip_norm": 0.5, "seed": 3}
+    count, bad = WARM_UP + 5, WARM_UP + 2
+    expected = steps(plain, count, StepOptions(**options), bad)
+    record = recorder(replayed)
+    found = steps(replayed, count, StepOptions(**options, run=record), bad)
+    assert len(record._recorded) == 2
+    assert repr(found) == repr(expected)  # NaN is not equal to itself
+    assert_identical(replayed, plain)
+    assert replayed.read_bad_steps() == plain.read_bad_steps() == ([bad + 1], 1)
+
+
+def test_a_resumed_run_that_records_anew_equals_an_unbroken_one():
+    unbroken, stopped, resumed = (flat_state(small_network(drop_rate=0.5)) for _ in range(3))
+    steps(unbroken, WARM_UP + 4, StepOptions(run=recorder(unbroken)))
+    steps(stopped, WARM_UP + 2, StepOptions(run=recorder(stopped)))
+    stopped.read_bad_steps()
+    resumed.load(copy.deepcopy(stopped.tensors()), stopped.counters())
+    resumed.flat = Flat(resumed.model, resumed.ema.module, resumed.optimizer)
+    options = StepOptions(run=recorder(resumed))
+    for number in range(WARM_UP + 2, WARM_UP + 4):
+        batch = iter([images(8, seed=number)])
+        train_step(resumed, resumed.model, batch, 0.1 * 0.9**number, options, ALONE)
+    assert_identical(resumed, unbroken)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["labels", "shares"])
+def test_the_whole_networks_step_can_be_recorded(mixed):
+    """Its auxiliary head, mixed labels and class weights, too; nothing is asked by the host."""
+    torch.manual_seed(0)
+    model = inception_resnet_v2(3, aux_logits=True, blocks=(1, 1, 1), width=1 / 16)
+    state = flat_state(model)
+    record = recorder(state, said := [])
+    loss = Loss(class_weights=torch.tensor([0.5, 1.0, 1.5]))
+    options = StepOptions(loss, clip_norm=2.0, precision="bf16", run=record)
+    labels = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]) if mixed else torch.tensor([0, 2])
+    for _ in range(WARM_UP + 1):
+        batch = iter([(torch.randn(2, 3, 299, 299), labels)])
+        train_step(state, state.model, batch, 0.01, options, ALONE)
+    assert said == [] and len(record._recorded) == 2
+
+
+def test_what_cannot_be_recorded_is_said_once_and_stays_plain():
+    plain, asking = (flat_state(small_network()) for _ in range(2))
+    for state in (plain, asking):
+        state.model.register_forward_hook(lambda _m, _i, y: y * y.detach()[0, 0].item())
+    record = recorder(asking, said := [])
+    steps(asking, WARM_UP + 3, StepOptions(run=record))
+    steps(plain, WARM_UP + 3, StepOptions())
+    assert len(said) == 1 and "_backward is not recorded: operation not permitted" in said[0]
+    assert len(record._recorded) == 1  # the update
+    assert_identical(asking, plain)
+
+
+@pytest.mark.parametrize(
+    ("precision", "world", "mode", "told"),
+    [
+        ("bf16", ALONE, False, "needs a GPU"),
+        ("bf16", World(0, 2, CUDA), "regions", "gradients of 2 ranks"),
+        ("fp16", World(0, 1, CUDA), "regions", "fp16's loss scaler"),
+        ("bf16", World(0, 1, CUDA), "graph", ""),
+    ],
+)
+def test_a_step_that_cannot_be_recorded_falls_back_aloud(precision, world, mode, told, capsys):
+    assert graph.mode_here("graph", precision, world) == mode
+    assert told in (said := capsys.readouterr().out)
+    assert said.count("\n") == (1 if told else 0)
+    for asked in (False, "regions"):
+        assert graph.mode_here(asked, precision, world) == asked
+    assert capsys.readouterr().out == ""
