@@ -1,4 +1,4 @@
-"""A GPU's step as far as it can be known without one: no numbers, but each operation and its bytes."""
+"""A GPU's step as far as it can be known without one: each operation and its bytes, no number."""
 
 from __future__ import annotations
 
