@@ -265,7 +265,7 @@ def exit_status(body: Callable[[], int]) -> int:
         if not (isinstance(error, dist.DistError) or any(word in str(error) for word in words)):
             raise
         reason = str(error).strip().splitlines()[0][:200]
-        _report(f"ends, as another rank has ended or hangs ({reason})")
+        _report(f"ending, because another rank has ended or hangs ({reason})")
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -492,7 +492,7 @@ def test_mistakes_are_one_line_and_leave_no_result(
         (("--run", run_directory, "--real", tmp_path / "list"), "list of lists"),
         (
             ("--run", run_directory, "--reference", tmp_path / "list"),
-            "no list of published results",
+            "not a list of published results",
         ),
         (
             ("--weights", "timm:inception_resnet_v2", "--data", "x"),
