@@ -106,16 +106,7 @@ def parse_arguments() -> argparse.Namespace:
         epilog=f"protocols, over whose views the softmax is averaged:\n{described}",
     )
     add = parser.add_argument_group("networks")
-    network = add.add_mutually_exclusive_group(required=True)
-    network.add_argument("--run", type=cli.path, metavar="DIR", help="a run's newest checkpoint")
-    network.add_argument(
-        "--weights",
-        type=cli.location,
-        nargs="+",
-        metavar="WEIGHTS",
-        help="files or folders (docs/evaluation.md lists their forms), timm:NAME, hf-hub:ORG/NAME",
-    )
-    cli.add_which(add)
+    cli.add_network(add, several=True)
     add.add_argument("--all", action="store_true", help="with --run: each of its checkpoints")
     add.add_argument(
         "--average",

@@ -105,12 +105,12 @@ class Remarks:
             are = "file is no image" if files == 1 else "files are not images"
             lines.append(f"{files:,} {are}: {kinds(self.others)}")
         if self.leftovers:
-            lines.append(f"images called ._…, as macOS calls what is none: {self.leftovers:,}")
+            lines.append(f"files named ._… that macOS left, not images: {self.leftovers:,}")
         if outside := self._outside():
             lines.append(f"images beside the class folders, and so in no class: {outside:,}")
         left = [name for name in self.classes if name.startswith(".") or name in LEFT_BY_PROGRAMS]
         if left:
-            lines.append(f"classes that may be none: {enumeration(left)}")
+            lines.append(f"folders that may not be classes: {enumeration(left)}")
         for what, groups in (("classes", same_but_for_case(self.classes)), ("images", self.alike)):
             if groups:
                 pairs = "; ".join(" and ".join(map(shown, group)) for group in groups[:MOST_PAIRS])

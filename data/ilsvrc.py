@@ -139,7 +139,7 @@ def read_ground_truth(content: bytes, synsets: list[Synset], where: str) -> dict
     for line, number in enumerate(content.split(), 1):
         if number not in name_of:
             raise DataError(
-                f"{where}, line {line}: no id from 1 to {len(synsets):,}: "
+                f"{where}, line {line}: not an id from 1 to {len(synsets):,}: "
                 f"{number[:20].decode(errors='replace')!r}"
             )
         labels[validation_name(line)] = name_of[number]

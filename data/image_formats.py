@@ -121,4 +121,4 @@ def max_pixels() -> int:
     try:
         return int(float(text) * 1e6)
     except (ValueError, OverflowError):
-        raise ValueError(f"{LIMIT}={text} in the environment is no number") from None
+        raise ValueError(f"{LIMIT}={text} in the environment is not a number") from None

@@ -63,7 +63,7 @@ def from_folders(
         return LabelSet("numbered", everything, np.array(numbers))
     if classes is not None:
         if order is not None:
-            raise DataError(f"{network}: names its classes, so that they need no --class-order")
+            raise DataError(f"{network}: names its classes; leave out --class-order")
         try:
             outputs = check_same_classes(folders, classes, where, network)
         except DataError as error:
@@ -145,7 +145,7 @@ def _read_class_index(path: Path, classes: list[str] | None, num_outputs: int) -
     places = {in_nfc(name): i for i, name in enumerate(classes)}
     unknown = [name for name in names if name not in places]
     if unknown:
-        raise DataError(f"{path}: {unknown[0]} is no class of the network")
+        raise DataError(f"{path}: {unknown[0]} is not a class of the network")
     return {name: places[name] for name in names}
 
 

@@ -166,7 +166,7 @@ class Images(Dataset):
                 return pixels, label
         raise ImageError(
             f"{why}, and none of the {len(tried)} other images of its class that were tried can "
-            f"stand in for it: see to {os.path.dirname(name)}"
+            f"stand in for it: check {os.path.dirname(name)}"
         )
 
 

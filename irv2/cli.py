@@ -87,6 +87,7 @@ class OptionGroup(Protocol):
     """A parser, or a group of its options."""
 
     def add_argument(self, *names: str, **description: Any) -> argparse.Action: ...
+    def add_mutually_exclusive_group(self, *, required: bool) -> OptionGroup: ...
 
 
 def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
@@ -139,22 +140,17 @@ def picture(text: str) -> str:
     return location(text)
 
 
-def add_network(parser: argparse.ArgumentParser) -> None:
-    """Add --run or --weights, and --which: the trained network that a script works on."""
-    network = parser.add_mutually_exclusive_group(required=True)
+def add_network(options: OptionGroup, several: bool = False) -> None:
+    """Add --run or --weights, and --which: the trained networks, or the one, to work on."""
+    network = options.add_mutually_exclusive_group(required=True)
     network.add_argument("--run", type=path, metavar="DIR", help="a run's newest checkpoint")
     network.add_argument(
         "--weights",
         type=location,
+        nargs="+" if several else None,
         metavar="WEIGHTS",
         help="a file or folder (docs/evaluation.md lists its forms), timm:NAME or hf-hub:ORG/NAME",
     )
-    add_which(parser)
-    add_view(parser)
-
-
-def add_which(options: OptionGroup) -> None:
-    """Add --which, of a run and of files that hold both kinds of weights."""
     options.add_argument(
         "--which",
         choices=["ema", "raw"],
@@ -265,7 +261,7 @@ def exit_status(body: Callable[[], int]) -> int:
         if not (isinstance(error, dist.DistError) or any(word in str(error) for word in words)):
             raise
         reason = str(error).strip().splitlines()[0][:200]
-        _report(f"ends, as another rank has ended or hangs ({reason})")
+        _report(f"ending, because another rank has ended or hangs ({reason})")
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

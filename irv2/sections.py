@@ -261,7 +261,7 @@ class Optim(Section):
         kind = info.data.get("kind")
         if value is not None and kind is not None and info.field_name not in OPTIMIZERS[kind]:
             own = ", ".join(OPTIMIZERS[kind])
-            raise ValueError(f"no key of optim.kind={kind}, which has lr, weight_decay, {own}")
+            raise ValueError(f"not a key of optim.kind={kind}, which has lr, weight_decay, {own}")
         return value
 
     @property

@@ -82,7 +82,7 @@ def load(path: Path) -> Any:
 def parse(text: str) -> Any:
     """YAML text -> plain Python values. Raises ValueError, in one line, for anything else."""
     if len(text) > MAX_LENGTH:
-        raise ValueError(f"longer than {MAX_LENGTH:,} characters; that is no config")
+        raise ValueError(f"longer than {MAX_LENGTH:,} characters; that is not a config")
     try:
         loader = _Loader(text)
         value = loader.get_data()

@@ -163,6 +163,7 @@ def read_photographs(view: transforms.EvalView) -> list[np.ndarray]:
 def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
     cli.add_network(parser)
+    cli.add_view(parser)
     parser.add_argument("--format", choices=list(FORMATS), required=True)
     parser.add_argument("--out", type=cli.path, required=True, help="a name that is not taken")
     parser.add_argument("--not-folded", action="store_true", help="graphs: keep batch norm")

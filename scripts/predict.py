@@ -182,6 +182,7 @@ def parse_arguments() -> argparse.Namespace:
         help="a file of names, one a line or each ended by NUL",
     )
     cli.add_network(parser)
+    cli.add_view(parser)
     parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes (default: 5)")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     parser.add_argument(

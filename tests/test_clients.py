@@ -92,7 +92,7 @@ def test_a_redirect_to_another_host_is_said_once(capfd):
 @pytest.mark.parametrize("to", ["file:///etc/passwd", "ftp://host/x", "http://[", "gopher:x"])
 def test_a_redirect_away_from_http_is_refused(to):
     with answering(lambda *_: iter([redirect(to)])) as url:
-        assert "redirected to what is no https:// or http:// URL" in refused(url)
+        assert "redirected to a URL that is neither https:// nor http://" in refused(url)
 
 
 def test_redirects_in_a_circle_end():

@@ -228,7 +228,7 @@ def test_each_optimizer_has_its_own_keys_with_its_own_defaults(tmp_path, kind, o
         assert changed_to.optim.hyper_parameters == own | {key: others[key]}
     for key in others.keys() - own.keys():
         value = f"optim.{key}={json.dumps(others[key])}"
-        with pytest.raises(ConfigError, match=rf"optim\.{key}=.*: no key of optim\.kind={kind}"):
+        with pytest.raises(ConfigError, match=rf"optim\.{key}=.*: not a key of optim\.kind={kind}"):
             load(tmp_path, MINIMAL, f"optim.kind={kind}", "optim.lr=0.1", value)
 
 

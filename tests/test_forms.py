@@ -412,7 +412,7 @@ def test_signs_of_another_encoding_and_lost_names_are_told(tmp_path, capsys):
     with mock.patch("data.prepare.parquet.MANY", 4):
         assert prepare(tmp_path, out, "--only", "val") == 0
     told = capsys.readouterr().err
-    assert "of 4 images looked at some are no JPEG files, as ImageNet's are: 4 webp" in told
+    assert "of 4 images looked at some are not JPEG files, as ImageNet's are: 4 webp" in told
     assert "all have a shorter side of 50 px: scaled down" in told
     assert "8 val images have no names of ImageNet's" in told
     assert sorted(images(out).values()) == sorted(content for _, content, _ in rows)

@@ -184,7 +184,7 @@ def test_what_is_no_plain_file_is_refused(kind, tmp_path):
     images = train_images()
     images["n02100735"][1] = special("n02100735_9.JPEG", KINDS[kind])
     error = refusal(tmp_path, train=train_tar(images))
-    assert "n02100735.tar: holds 'n02100735_9.JPEG', which is no plain file" in error
+    assert "n02100735.tar: holds 'n02100735_9.JPEG', which is not a plain file" in error
     entries = [special("n02100735.tar", KINDS[kind]), ("n02105855.tar", tar([]))]
     assert "train.tar: holds 'n02100735.tar', which" in refusal(tmp_path, train=tar(entries))
     entries = [*val_images()[1:], special("ILSVRC2012_val_00000005.JPEG", KINDS[kind])]
@@ -246,10 +246,10 @@ LABELS = "ILSVRC2012_validation_ground_truth.txt"
 DEVKITS = {
     "a label too few": ({LABELS: b"1\n" * 7}, "has 7 labels; 8 expected"),
     "a label too many": ({LABELS: b"1\n" * 9}, "has 9 labels; 8 expected"),
-    "id 0": ({LABELS: b"1\n" * 7 + b"0\n"}, "line 8: no id from 1 to 4: '0'"),
-    "an id beyond the last": ({LABELS: b"5\n" + b"1\n" * 7}, "line 1: no id from 1 to 4: '5'"),
-    "a high-level id": ({LABELS: b"1\n1001\n" + b"1\n" * 6}, "line 2: no id"),
-    "no number": ({LABELS: b"1\n" * 6 + b"-1\ncat\n"}, "line 7: no id"),
+    "id 0": ({LABELS: b"1\n" * 7 + b"0\n"}, "line 8: not an id from 1 to 4: '0'"),
+    "an id beyond the last": ({LABELS: b"5\n" + b"1\n" * 7}, "line 1: not an id from 1 to 4: '5'"),
+    "a high-level id": ({LABELS: b"1\n1001\n" + b"1\n" * 6}, "line 2: not an id"),
+    "no number": ({LABELS: b"1\n" * 6 + b"-1\ncat\n"}, "line 7: not an id"),
     "not MATLAB": ({"meta.mat": b"MATLAB 5.0" + bytes(200)}, "meta.mat: cannot be read"),
     "a pickle": ({"meta.mat": b"cos\nsystem\n(S'exit 1'\ntR."}, "meta.mat: cannot be read"),
     "meta cut off": ({"meta.mat": devkit_files()["meta.mat"][:1500]}, "meta.mat: cannot be read"),

@@ -154,7 +154,7 @@ def test_a_class_index_names_the_outputs_that_compete(two_of_three, tmp_path, co
     ("content", "message"),
     [
         ("n00000001\n", "n00000003, … not in"),
-        ("n00000001\nn00000003\nn00000007\n", "n00000007 is no class of the network"),
+        ("n00000001\nn00000003\nn00000007\n", "n00000007 is not a class of the network"),
         ('{"n00000001": 0, "n00000003": 3}', "n00000003 is output 3, but .* 0 to 2"),
         ('{"n00000001": 0, "n00000003": 0}', "names an output twice"),
         ('{"n00000001": 0, "n00000003": null}', "'n00000003' should stand for"),

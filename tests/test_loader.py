@@ -283,7 +283,7 @@ def test_where_nothing_can_stand_in_the_image_and_its_class_are_named(
         loaded_keys(source, [[(0, 0), (0, images)]], workers)
     assert str(error.value) == (
         f"{source.name(images)}: cannot be decoded (not a known kind of image), and none of the "
-        f"{tried} other images of its class that were tried can stand in for it: see to {root}/b"
+        f"{tried} other images of its class that were tried can stand in for it: check {root}/b"
     )
 
 

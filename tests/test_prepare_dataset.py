@@ -571,7 +571,7 @@ def test_a_data_set_that_cannot_be_used_is_told_in_a_line(tmp_path, prepare):
     assert "no parquet files of training images" in refused()
     train = tmp_path / "hub" / "train.parquet"
     write_parquet(train, [*pets(4), ("x.png", b"", 2)], PETS)
-    assert "row 4: 2 is no label of a class" in refused()
+    assert "row 4: 2 is not a label of a class" in refused()
     write_parquet(train, pets(4), ["..", "dog"])
     assert "'..' cannot be the name of a class's folder" in refused()
     write_parquet(train, pets(4), PETS)

@@ -350,7 +350,7 @@ def test_ranks_that_died_while_they_were_joining_mislead_nobody():
 
 
 def test_a_rank_that_does_not_come_is_named():
-    with pytest.raises(dist.DistError, match=r"ranks \[1\] have not come within 0.1 s"):
+    with pytest.raises(dist.DistError, match=r"ranks \[1\] did not arrive within 0.1 s"):
         distributed._fresh_prefix(empty_store(), 0, 2, timedelta(seconds=0.1))
 
 

@@ -108,9 +108,9 @@ def test_images_beside_the_class_folders_and_what_programs_leave_are_noticed(tmp
     laid_out(tmp_path, "a/0.png", "a/._0.png", "b/0.png", "__MACOSX/0.png")
     (tmp_path / "stray.png").touch()
     assert FolderSource(tmp_path).remarks == [
-        f"{tmp_path}: images called ._…, as macOS calls what is none: 1",
+        f"{tmp_path}: files named ._… that macOS left, not images: 1",
         f"{tmp_path}: images beside the class folders, and so in no class: 1",
-        f"{tmp_path}: classes that may be none: __MACOSX",
+        f"{tmp_path}: folders that may not be classes: __MACOSX",
     ]
 
 

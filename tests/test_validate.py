@@ -403,7 +403,7 @@ def test_a_list_of_references_of_wrong_values_is_refused(tmp_path, content, word
     path.write_text(json.dumps([REFERENCE]))
     assert reference.read(path)[0].top5 == 95
     path.write_text(content)
-    with pytest.raises(reference.PublishedError, match=f"{path}: no list .*{words}") as caught:
+    with pytest.raises(reference.PublishedError, match=f"{path}: not a list .*{words}") as caught:
         reference.read(path)
     assert "\n" not in str(caught.value)
 
@@ -492,7 +492,7 @@ def test_mistakes_are_one_line_and_leave_no_result(
         (("--run", run_directory, "--real", tmp_path / "list"), "list of lists"),
         (
             ("--run", run_directory, "--reference", tmp_path / "list"),
-            "no list of published results",
+            "not a list of published results",
         ),
         (
             ("--weights", "timm:inception_resnet_v2", "--data", "x"),

@@ -406,7 +406,7 @@ def test_programs_take_and_name_the_weights_that_are_asked_for(tmp_path, network
     found = trained.load_weights(str(out))
     assert is_same(found, state) and (found.which, found.data.eval_crop) == ("raw", 0.5)
     status, _, error = call(validate, *told, "--std", 0, 1, 1)
-    assert (status, error.count("\n")) == (1, 1) and "such a view cannot be (data.std" in error
+    assert (status, error.count("\n")) == (1, 1) and "no such view is possible (data.std" in error
 
 
 def test_an_order_of_classes_that_is_a_guess_is_said_and_one_that_is_known_is_taken(
@@ -607,7 +607,7 @@ def test_odd_dicts_are_refused_in_one_line(tmp_path, network):
     ):
         with pytest.raises(WeightsError, match=message):
             trained.load_weights(saved(tmp_path / "a.pth", content))
-    with pytest.raises(WeightsError, match=r"^file: classif\.weight is no matrix"):
+    with pytest.raises(WeightsError, match=r"^file: classif\.weight is not a matrix"):
         finetune.load(network, {"classif.weight": torch.tensor(1.0)}, None, [*"abc"], "file")
 
 

@@ -67,7 +67,7 @@ def list_members(descriptor: int, start: int, end: int, where: str) -> list[Memb
                 f"{where}: damaged or cut off, no tar header at byte {position - start:,} ({error})"
             ) from None
         if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-            raise DataError(f"{where}: holds {info.name!r}, which is no plain file")
+            raise DataError(f"{where}: holds {info.name!r}, which is not a plain file")
         member = Member(info.name, position + BLOCK, info.size)
         if not 0 <= member.size <= end - member.offset:
             raise DataError(f"{where}: damaged or cut off within {member.name!r}")

@@ -256,7 +256,7 @@ def _signs_of_conversion(files: Sequence[Path], columns: Columns) -> list[str]:
     remarks = []
     if others:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.items())
-        remarks.append(f"{where} some are no JPEG files, as ImageNet's are: {kinds}")
+        remarks.append(f"{where} some are not JPEG files, as ImageNet's are: {kinds}")
     if looked >= MANY and len(sides) == 1:
         remarks.append(f"{where} all have a shorter side of {sides.pop()} px: scaled down")
     return remarks
@@ -304,7 +304,9 @@ def _classes(files: Sequence[Path], columns: Columns) -> dict[str, list[Member]]
             is_label = type(name) is int and 0 <= name < len(columns.names)
             name = columns.names[name] if is_label else None
         if name is None:
-            raise DataError(f"{files[0]}: row {row.number:,}: {row.label!r} is no label of a class")
+            raise DataError(
+                f"{files[0]}: row {row.number:,}: {row.label!r} is not a label of a class"
+            )
         of_class.setdefault(str(name), []).append(row)
     ending, folders = _ending(files[0], columns), folder_names(of_class, files[0])
     classes = {}

@@ -144,7 +144,7 @@ def cifar10(path: Path | None, check_md5: bool = True) -> Iterator[Entry]:
         for split, names in (("train", batches), ("val", ["test_batch.bin"])):
             content = b"".join(files[name] for name in names)
             if not content or len(content) % (1 + 3 * CIFAR_SIDE**2):
-                raise DataError(f"{archive}: the {split} images are no whole number of records")
+                raise DataError(f"{archive}: the {split} images are not a whole number of records")
             records = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * CIFAR_SIDE**2)
             labels = records[:, 0]
             if labels.max() >= len(classes):
@@ -215,7 +215,7 @@ def archive_file(published: PublishedArchive, path: Path | None, check_md5: bool
         if check_md5 and not check_integrity(str(archive), published.md5):
             raise DataError(
                 f"{archive}: its MD5 is not {published.md5}, so it is damaged, cut off or another "
-                f"version; load it again from {published.url}, or give --skip-md5"
+                f"version; download it again from {published.url}, or give --skip-md5"
             )
         yield archive
 

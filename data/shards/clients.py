@@ -90,7 +90,7 @@ class Http:
             raise StorageError(f"{url}: is redirected more than {REDIRECTS - 1} times") from None
         except (kinds.NonHttpUrlClientError, kinds.InvalidURL):
             raise StorageError(
-                f"{url}: is redirected to what is no https:// or http:// URL"
+                f"{url}: is redirected to a URL that is neither https:// nor http://"
             ) from None
         except kinds.ClientResponseError:  # a status of aiohttp's own
             raise ConnectionError(errno.EPROTO, "an answer that is not HTTP") from None

@@ -104,7 +104,7 @@ class RemoteShards(IndexedImages):
             return self.store.read(INDEX, MAX_BYTES)
         except NoSuchObject as error:
             raise DataError(
-                f"{error}; shards are wanted there, with the index that scripts/make_shards.py "
+                f"{error}; expected shards there, with the index that scripts/make_shards.py "
                 "writes beside them"
             ) from None
 

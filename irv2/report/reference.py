@@ -51,7 +51,7 @@ def read(path: Path) -> list[Reference]:
     except OSError as error:
         raise PublishedError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise PublishedError(f"{path}: no list of published results ({error})") from None
+        raise PublishedError(f"{path}: not a list of published results ({error})") from None
 
 
 def matching(references: list[Reference], **facts: Any) -> list[Reference]:

@@ -112,7 +112,9 @@ def average(networks: list[Trained], needed: int = 1) -> Trained:
     for name, value in states[-1].items():
         values = [state.get(name) for state in states]
         if any(v is None or v.shape != value.shape for v in values):
-            raise WeightsError(f"{newest.name}: {name} is another in an older checkpoint")
+            raise WeightsError(
+                f"{newest.name}: {name} is missing or of another shape in an older checkpoint"
+            )
         if value.is_floating_point():
             value = torch.stack([v.double() for v in values]).mean(0).to(value.dtype)
         mean[name] = value
@@ -126,7 +128,9 @@ def seen_as(network: Trained, stated: dict[str, Any]) -> Trained:
 
     Raises WeightsError for a view that cannot be.
     """
-    return replace(network, data=_data(network.data.model_dump() | stated, "such a view cannot be"))
+    return replace(
+        network, data=_data(network.data.model_dump() | stated, "no such view is possible")
+    )
 
 
 def part(which: str) -> str:

@@ -202,7 +202,7 @@ def _fresh_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta) -
     while missing := [other for other in others if not store.check([f"{prefix}/has/{other}"])]:
         if time.monotonic() > deadline:
             raise dist.DistStoreError(
-                f"ranks {missing} have not come within {timeout.total_seconds():g} s"
+                f"ranks {missing} did not arrive within {timeout.total_seconds():g} s"
             )
         for other in missing:
             if store.check([f"call/{other}"]):

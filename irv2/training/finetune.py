@@ -80,7 +80,7 @@ def load(
     """
     weight = f"{model.classifier}.weight"
     if state.get(weight, torch.empty(0, 0)).ndim != 2:
-        raise WeightsError(f"{source}: {weight} is no matrix")
+        raise WeightsError(f"{source}: {weight} is not a matrix")
     count = f"{len(classes):,} classes"
     new: tuple[str, ...] = ()
     ordered = _in_order(state, named, classes)

@@ -67,7 +67,7 @@ def count_finding(split: str, classes: list[str], counts: np.ndarray) -> Finding
     figures = {"split": split, "images": total, "smallest_class": fewest, "largest_class": most}
     is_imagenet = len(classes) == 1000 and all(re.fullmatch(r"n\d{8}", c) for c in classes)
     if is_imagenet and total != IMAGENET[split]:
-        todo = f"ILSVRC2012 has {IMAGENET[split]:,}: see what is missing or too much"
+        todo = f"ILSVRC2012 has {IMAGENET[split]:,}: check what is missing or extra"
         return Finding(WARN, what, todo, figures=figures)
     if most > MAX_IMBALANCE * fewest:
         todo = "top-1 will speak of the large classes: add to the small ones, or leave them out"
