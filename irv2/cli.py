@@ -173,7 +173,7 @@ def add_view(options: OptionGroup) -> None:
         )
 
 
-def add_engine(options: Options) -> None:
+def add_engine(options: OptionGroup) -> None:
     """Add --engine, what runs the network."""
     options.add_argument(
         "--engine",
