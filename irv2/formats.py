@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
+from irv2.engines.graph import BATCH, INPUT, OUTPUT, onnx_graph
+from irv2.engines.openvino import OpenVINO, read_graph
 from irv2.network import imagenet_names, weights
 from irv2.network.accelerate import fold_batch_norm
 from irv2.run import trained
 from irv2.run.trained import Trained
 
 VIEW = ("image_size", "eval_crop", "eval_interpolation", "mean", "std")
-INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 EXTRA = "metadata.json"  # of torch.export
+OPENVINO = "openvino_model.xml"
 
 Forward = Callable[[Tensor], Tensor]  # float32 [B, 3, size, size], normalised -> logits [B, C]
 
@@ -156,6 +158,40 @@ def run_onnx(path: Path, network: Trained) -> Forward:
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
+def save_onnx(content: bytes, path: Path, texts: dict[str, str]) -> None:
+    """Write the content of an ONNX file with metadata."""
+    import onnx
+
+    model = onnx.load_from_string(content)
+    onnx.helper.set_model_props(model, texts)
+    onnx.save(model, str(path))
+
+
+# ------------------------------------------------------------------------- OpenVINO
+
+
+def write_openvino(network: Trained, folded: bool, path: Path) -> None:
+    """Write a folder with openvino_model.xml and .bin, as Optimum names them."""
+    graph = read_graph(onnx_graph(network.model, network.data.image_size))
+    save_openvino(graph, path, metadata(network))
+
+
+def save_openvino(model: Any, path: Path, texts: dict[str, str]) -> None:
+    """Write a model of OpenVINO's with metadata, which are its rt_info "irv2"."""
+    import openvino as ov
+
+    for key, text in texts.items():
+        model.set_rt_info(text, ["irv2", key])
+    path.mkdir()
+    ov.save_model(model, path / OPENVINO, compress_to_fp16=False)
+
+
+def run_openvino(path: Path, network: Trained) -> Forward:
+    import openvino as ov
+
+    return OpenVINO(ov.Core().read_model(path / OPENVINO), "fp32")
+
+
 # ------------------------------------------------------------------------- the table
 
 
@@ -174,6 +210,7 @@ class Format(NamedTuple):
     tolerance: float
     may_fold: bool = False  # batch norm can be folded, which makes it no state dict of timm's
     packages: tuple[str, ...] = ()
+    requirements: str = "requirements-export.txt"
 
 
 FORMATS = {
@@ -198,13 +235,24 @@ FORMATS = {
         may_fold=True,
         packages=("onnx", "onnxscript", "onnxruntime"),
     ),
+    "openvino": Format(
+        "",
+        write_openvino,
+        run_openvino,
+        "openvino",
+        tolerance=1e-4,
+        packages=("onnx", "openvino"),
+        requirements="requirements-inference.txt",
+    ),
 }
+QUANTIZERS = {"openvino": ("nncf",), "onnx": ()}  # formats that can be int8: packages besides
 
 
-def check_packages(name: str) -> None:
+def check_packages(name: str, int8: bool = False) -> None:
     """Raise ExportError if a format needs packages that are not installed."""
-    absent = [p for p in FORMATS[name].packages if importlib.util.find_spec(p) is None]
+    kind, more = FORMATS[name], QUANTIZERS[name] if int8 else ()
+    absent = [p for p in (*kind.packages, *more) if importlib.util.find_spec(p) is None]
     if absent:
         raise ExportError(
-            f"--format {name} needs {', '.join(absent)}: pip install -r requirements-export.txt"
+            f"--format {name} needs {', '.join(absent)}: pip install -r {kind.requirements}"
         )

@@ -3,6 +3,8 @@
 
   python scripts/benchmark.py train               training steps, beside timm and the limits
   python scripts/benchmark.py infer               inference, beside timm and the limits
+  python scripts/benchmark.py infer --peers       on CPUs, beside timm compiled, ONNX Runtime and
+                                                  OpenVINO (requirements-inference.txt)
   python scripts/benchmark.py optimizer           clipping, RMSProp and average, beside timm's
   python scripts/benchmark.py start               from starting train.py to its first step
   python scripts/benchmark.py data                getting images in, beside timm's transforms
@@ -45,6 +47,7 @@ from scripts.benchmarks import (
     end_to_end,
     loading,
     network,
+    peers,
     remote,
     saving,
     scaling,
@@ -54,7 +57,12 @@ from scripts.benchmarks import (
 from scripts.benchmarks.network import Setting
 
 WHAT = ("train", "infer", "optimizer", "start", "data", "checkpoint", "scaling")
-MODULES = {"data": loading, "scaling": scaling, "remote": remote}  # on the CPU, wherever they run
+MODULES = {
+    "infer-peers": peers,
+    "data": loading,
+    "scaling": scaling,
+    "remote": remote,
+}  # on the CPU, wherever they run
 Figures = dict[str, Any]
 
 
@@ -74,7 +82,11 @@ def benchmarks(arguments: argparse.Namespace, device: torch.device) -> Iterator[
     on = "-gpu" if device.type == "cuda" else ""
     suffix = f"{on}-compiled" if compiled else on
     for what in wanted:
-        if what in ("train", "infer"):
+        if arguments.peers:
+            yield Benchmark(
+                "infer-peers", lambda: peers.measure(rounds, arguments.image_size), peers.table
+            )
+        elif what in ("train", "infer"):
             cases = list(network_cases(arguments, device))
             yield network_benchmark(what, suffix, cases, rounds, compiled)
         elif what == "optimizer":
@@ -164,6 +176,7 @@ def parse_arguments() -> argparse.Namespace:
     network_options.add_argument(
         "--profile", action="store_true", help="only show which operations take our time"
     )
+    parser.add_argument("--peers", action="store_true", help="with infer: on a CPU, see above")
     parser.add_argument("--end-to-end", action="store_true", help="with data: on a GPU, see above")
     parser.add_argument("--json", type=cli.path, metavar="OUT", help="also write the figures here")
     parser.add_argument(
@@ -172,6 +185,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.end_to_end and arguments.what != "data":
         parser.error("--end-to-end goes with data")
+    if arguments.peers and arguments.what != "infer":
+        parser.error("--peers goes with infer")
     if arguments.end_to_end and not torch.cuda.is_available():
         parser.error("--end-to-end needs a GPU")
     if arguments.profile and arguments.what not in ("train", "infer"):

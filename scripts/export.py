@@ -2,6 +2,8 @@
 """Write a trained network for other programs, and show that they compute the same with it.
 
   python scripts/export.py --run runs/quickstart --format onnx --out digits.onnx
+  python scripts/export.py --run runs/quickstart --format openvino --out digits_int8 --int8 \
+      --calibrate datasets/digits/train
   python scripts/export.py --weights runs/quickstart/best.safetensors --format timm --out digits
 
   safetensors   timm's names, one file; validate.py and predict.py read it, and timm does:
@@ -10,10 +12,15 @@
                 timm.create_model("local-dir:FOLDER", pretrained=True) knows classes and view, too
   torch-export  a graph that torch.export.load reads, without this repository
   onnx          a graph for ONNX Runtime and others, in one file
+  openvino      a folder with openvino_model.xml and .bin
 
 Graphs take float32 images [batch, 3, size, size], normalised, and give logits [batch, classes], for
 any batch; batch norm is folded into the convolutions unless --not-folded. Classes, their names and
 how images are seen (size, crop, interpolation, mean, std) travel in the file's metadata, as JSON.
+
+With --int8 --calibrate DATA, onnx and openvino have products of 8-bit integers, whose ranges are
+measured on images of DATA, training images, say. Top-1 on the validation images is printed before
+and after and kept in the metadata; nothing is written if more than --most-loss points are lost.
 
 The result is opened by the runtime that it is for and run on images in batches of 1 and 3: those of
 --check-images, else of the run's data.val, else scikit-learn's photographs. It gets its name only
@@ -24,6 +31,7 @@ was left behind, 130 Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
@@ -42,6 +50,7 @@ from data.to_input import ToInput
 from irv2 import cli, formats, input_pipeline
 from irv2.formats import FORMATS, ExportError, Forward
 from irv2.run.trained import Trained
+from scripts.exporting import int8
 
 BATCHES = (1, 3)
 
@@ -50,11 +59,11 @@ def export(arguments: argparse.Namespace) -> None:
     """Export a network to a file that is known to compute the same."""
     out, kind = arguments.out, FORMATS[arguments.format]
     check_name(out, arguments.format)
-    formats.check_packages(arguments.format)
+    formats.check_packages(arguments.format, arguments.int8)
     # Beside the result, so that it can be renamed; made now, so that a mistake ends the program.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         network = cli.load_network(arguments)
-        folded = kind.may_fold and not arguments.not_folded
+        write = functools.partial(kind.write, network, kind.may_fold and not arguments.not_folded)
         row("weights", f"{network.name} ({network.which})")
         images, where = check_images(network, arguments.check_images)
         with torch.inference_mode():
@@ -62,10 +71,13 @@ def export(arguments: argparse.Namespace) -> None:
         if not expected.isfinite().all():
             raise ExportError(f"{network.name}: its logits of {where} are not finite")
 
-        row("format", arguments.format + (", batch norm folded" if folded else ""))
+        row("format", arguments.format + (", int8" if arguments.int8 else ""))
+        if arguments.int8:
+            run, write = int8.quantized(network, arguments, row)
+            expected = run(images)
         made = Path(folder) / out.name
         try:
-            kind.write(network, folded, made)
+            write(made)
         except OSError as error:
             raise ExportError(f"{out}: cannot be written ({error.strerror})") from None
 
@@ -174,7 +186,30 @@ def parse_arguments() -> argparse.Namespace:
         metavar="IMAGE|FOLDER",
         help="compare logits on these",
     )
-    return parser.parse_args()
+    add = parser.add_argument_group("int8, of the formats onnx and openvino")
+    add.add_argument("--int8", action="store_true", help="8-bit integers, if accuracy allows it")
+    add.add_argument(
+        "--calibrate",
+        type=cli.location,
+        metavar="DATA",
+        help="training images to measure ranges on",
+    )
+    add.add_argument(
+        "--data", type=cli.location, metavar="DIR", help="evaluate on these; default: data.val"
+    )
+    add.add_argument(
+        "--most-loss",
+        type=float,
+        default=0.5,
+        metavar="POINTS",
+        help="most of top-1 that may be lost (default: 0.5)",
+    )
+    arguments = parser.parse_args()
+    if arguments.int8 and arguments.format not in formats.QUANTIZERS:
+        parser.error(f"--int8 goes with --format {' and '.join(formats.QUANTIZERS)}")
+    if arguments.int8 != (arguments.calibrate is not None):
+        parser.error("--int8 and --calibrate DATA go together")
+    return arguments
 
 
 @cli.program

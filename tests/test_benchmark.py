@@ -20,6 +20,7 @@ from scripts.benchmarks import (
     limits,
     loading,
     network,
+    peers,
     remote,
     scaling,
     starting,
@@ -88,6 +89,20 @@ def test_training_and_inference_are_compared_with_the_peer_and_both_limits(small
         bounds = limits.images_per_s(found["limits"], SMALL_CASE.batch, what)
         assert all(f"| {bound:.4g} |" in "".join(lines) for bound in bounds.values())
         assert all(row["ratio"] > 0 for row in found["rows"].values())
+
+
+def test_peers_have_a_row_each_with_their_latency(small_networks, monkeypatch):
+    monkeypatch.setattr(peers, "CALLS", 2)
+    monkeypatch.setattr(peers.shutil, "which", lambda name: None)  # compiling takes a minute
+    found = peers.measure(rounds=1, image_size=75)
+    assert {"ours, fp32", "timm, bf16"} < found["ways"].keys()
+    assert ("ONNX Runtime, int8" in found["ways"]) == peers._is_installed("onnxruntime")
+    for each in found["ways"].values():
+        for batch in peers.BATCHES:
+            row = each[str(batch)]
+            assert 0 < row["p50_ms"] <= row["p99_ms"]
+            assert row["images_per_s"] * row["p50_ms"] / 1000 > batch / 10
+    assert len(peers.table(found).splitlines()) == 2 + len(found["ways"])
 
 
 def test_the_limits_count_every_multiply_add_of_the_model_card():

@@ -123,6 +123,43 @@ def test_onnx_keeps_batch_norm_if_asked(small_weights, tmp_path, call, images, e
     assert_same_in_any_batch(of_onnx(path), images, expected)
 
 
+def test_openvino_has_its_metadata_and_the_same_logits(
+    small_weights, tmp_path, call, images, expected
+):
+    ov = pytest.importorskip("openvino")
+    status, _, error = call(small_weights, "openvino", tmp_path / "small")
+    assert status == 0, error
+    assert sorted(os.listdir(tmp_path / "small")) == ["openvino_model.bin", "openvino_model.xml"]
+    model = ov.Core().read_model(tmp_path / "small" / "openvino_model.xml")
+    found = {key: model.get_rt_info(["irv2", key]).value for key in METADATA}
+    assert decoded(found) == METADATA
+    compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    run = lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())  # noqa: E731
+    assert_same_in_any_batch(run, images, expected)
+
+
+@pytest.mark.parametrize("kind, name", [("onnx", "a.onnx"), ("openvino", "a")])
+def test_int8_is_kept_if_accuracy_allows_it(small_weights, tmp_path, call, kind, name):
+    pytest.importorskip({"onnx": "onnxruntime", "openvino": "nncf"}[kind])
+    val = programs.write_images(tmp_path / "val", SYNSETS, 4)
+    options = ("--int8", "--calibrate", val, "--data", val, "--most-loss")
+    status, said, error = call(small_weights, kind, tmp_path / name, *options, -101)
+    assert status == 1 and not (tmp_path / name).exists()
+    assert "points of top-1, more than --most-loss -101; nothing was kept" in error
+    status, said, error = call(small_weights, kind, tmp_path / name, *options, 100)
+    assert status == 0, error
+    rows = dict(line.split(maxsplit=1) for line in said.splitlines() if "Statistics" not in line)
+    assert f"of 12 images of {val})" in rows["before"] and "points lost" in rows["int8"]
+    if kind == "onnx":
+        model = onnx.load(tmp_path / name)
+        assert "QuantizeLinear" in {node.op_type for node in model.graph.node}
+        found = {prop.key: prop.value for prop in model.metadata_props}
+        note = decoded(found)["int8"]
+        assert (note["images"], note["validated_on"]) == (12, "val")
+        assert rows["int8"].startswith(f"top-1 {note['top1']:.2f} %")
+        assert rows["before"].startswith(f"top-1 {note['top1_before']:.2f} %")
+
+
 @pytest.mark.parametrize("options", [(), ("--not-folded",)])
 def test_torch_export_has_its_metadata_and_the_same_logits(
     small_weights, tmp_path, call, images, expected, options

@@ -174,4 +174,4 @@ def _remembered(place: Path | None) -> str | None:
 def _remember(place: Path | None, name: str) -> None:
     if place is not None:
         with suppress(OSError):  # it is timed again, then
-            write_atomically(place, lambda file: file.write(name.encode()))
+            write_atomically(place, name)

@@ -20,18 +20,24 @@ class OpenVINO(nn.Module):
         super().__init__()
         import openvino as ov
 
-        core = ov.Core()
-        model = core.read_model(graph, b"") if isinstance(graph, bytes) else graph
+        model = read_graph(graph) if isinstance(graph, bytes) else graph
         options = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",  # one batch at a time, by all threads
         }
-        self.compiled = core.compile_model(_channels_last(model), "CPU", options)
+        self.compiled = ov.Core().compile_model(_channels_last(model), "CPU", options)
 
     def forward(self, images: Tensor) -> Tensor:
         rows = images.permute(0, 2, 3, 1).contiguous().numpy()
         return torch.from_numpy(self.compiled(rows)[0].copy())  # its memory is used again
+
+
+def read_graph(graph: bytes) -> Any:
+    """Read the content of an ONNX file as a model of OpenVINO's."""
+    import openvino as ov
+
+    return ov.Core().read_model(graph, b"")
 
 
 def _channels_last(model: Any) -> Any:
