@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import model_validator
 from pydantic.fields import FieldInfo
 
+from irv2.section_base import Section, is_machine_key
 from irv2.sections import (
     CheckpointSection,
     Data,
@@ -20,9 +21,7 @@ from irv2.sections import (
     Optim,
     RunSection,
     ScheduleSection,
-    Section,
     Train,
-    is_machine_key,
 )
 
 
