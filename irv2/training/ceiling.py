@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 SIZES = {"cpu": 1024, "cuda": 8192}  # rows and columns of the product that is timed
 REPEATS = 4
@@ -16,14 +15,24 @@ REPEATS = 4
 def training_multiply_adds(model: nn.Module, image_size: int) -> int:
     """Count the multiply-adds of an image's forward and backward, by shapes alone.
 
-    model: on the meta device. What is frozen has no backward; what is recomputed counts once.
+    model: on the meta device, without gradient checkpointing; it is of no use afterwards. What is
+    frozen has no backward.
     """
-    images = 2  # batch norm needs more than one value per channel
-    with FlopCounterMode(display=False) as counter:
-        output = model.train()(torch.empty(images, 3, image_size, image_size, device="meta"))
-        outputs = output if isinstance(output, tuple) else (output,)
-        sum(each.sum() for each in outputs).backward()
-    return counter.get_total_flops() // 2 // images
+    images, total = 2, 0  # batch norm needs more than one value per channel
+
+    def count(module: nn.Conv2d | nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+        nonlocal total
+        forward = output.numel() // images * module.weight[0].numel()
+        total += forward * (1 + module.weight.requires_grad + inputs[0].requires_grad)
+
+    for module in list(model.modules()):
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):  # PyTorch imports its compiler for it there
+                setattr(module, name, nn.Identity())
+    model.train()(torch.empty(images, 3, image_size, image_size, device="meta"))
+    return total
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device, size: int | None = None) -> float:
