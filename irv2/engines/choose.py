@@ -59,7 +59,7 @@ def _is_installed(name: str) -> bool:
 def runner(name: str, model: nn.Module, precision: str, say: Callable[[str], None]) -> nn.Module:
     """Return what runs a network: the model as it is for "torch" and on GPUs, else `Checked`.
 
-    model: in evaluation, as PyTorch is to run it. say: told what was chosen, and of a fall-back.
+    model: in evaluation, as PyTorch is to run it. say: called with the choice, or why not.
     """
     if name == TORCH or next(model.parameters()).device.type != "cpu":
         return model

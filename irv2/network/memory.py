@@ -89,7 +89,7 @@ def activation_bytes(
     outside = sum(size for size, block in kept.values() if block is None)
     inside = [sum(size for size, owner in kept.values() if owner is block) for block in blocks]
     largest = max(size for size, _ in kept.values())
-    return (outside + inputs + max(inside)) // images, largest // images
+    return (outside + inputs + max(inside, default=0)) // images, largest // images
 
 
 def available_memory() -> int:

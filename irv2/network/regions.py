@@ -34,7 +34,7 @@ def compile_each(
 
 
 class _Compiler:
-    """A backend that tells how far it is, and leaves uncompiled what another fails at."""
+    """A backend that reports progress, and leaves uncompiled what another fails at."""
 
     def __init__(
         self, backend: str | Callable[..., Callable], kinds: int, say: Callable[[str], None]

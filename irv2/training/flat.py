@@ -177,11 +177,11 @@ def move(tensors: Iterable[Tensor]) -> Tensor:
 
 def views(buffer: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     """Views of a buffer, one after another, with the tensors' shapes and strides."""
-    found, start = [], 0
+    made, start = [], 0
     for tensor in tensors:
-        found.append(buffer.as_strided(tensor.shape, tensor.stride(), start))
+        made.append(buffer.as_strided(tensor.shape, tensor.stride(), start))
         start += _room(tensor)
-    return found
+    return made
 
 
 def _room(tensor: Tensor) -> int:

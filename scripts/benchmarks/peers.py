@@ -31,7 +31,7 @@ Work = Callable[[], object]
 def measure(rounds: int, image_size: int) -> dict[str, Any]:
     """Measure every way in turn, for batches of 1 and 8: images/s, and p50 and p99 in ms."""
     cpu = torch.device("cpu")
-    found: dict[str, dict[str, Any]] = {}
+    figures: dict[str, dict[str, Any]] = {}
     for batch in BATCHES:
         images = Setting(batch, image_size, "fp32", cpu).images()
         works = dict(ways(images))
@@ -43,12 +43,12 @@ def measure(rounds: int, image_size: int) -> dict[str, Any]:
             for name, work in works.items():
                 times[name] += [_seconds(work) for _ in range(CALLS)]
         for name, each in times.items():
-            found.setdefault(name, {})[str(batch)] = {
+            figures.setdefault(name, {})[str(batch)] = {
                 "images_per_s": batch * len(each) / sum(each),
                 "p50_ms": 1000 * float(np.percentile(each, 50)),
                 "p99_ms": 1000 * float(np.percentile(each, 99)),
             }
-    return {"ways": found, "image_size": image_size, "rounds": rounds, "calls": rounds * CALLS}
+    return {"ways": figures, "image_size": image_size, "rounds": rounds, "calls": rounds * CALLS}
 
 
 def ways(images: Tensor) -> Iterator[tuple[str, Work]]:
