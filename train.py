@@ -49,6 +49,7 @@ def train(cfg: Config, resume_from: str, world: World, stop: StopRequest) -> int
     with open_run(cfg, experiment, state, schedule.total_steps, resume_from, world) as run:
         run.announce(state.model, division, train_data, val_data)
         network = distributed.parallel(state.model, options.compiled, world, cfg.train.reduce_dtype)
+        run.pace.ceiling = build.pace_ceiling(cfg, len(classes), world)
         step.settle(state, network, division.micro_batch, cfg.data.image_size, options)
         batches = input_pipeline.training_batches(
             cfg, train_data, order, state.images_seen, division.micro_batch, world
@@ -82,7 +83,7 @@ def train(cfg: Config, resume_from: str, world: World, stop: StopRequest) -> int
             run.wait_for_copy()
             grad_norm = step.update(state, loss, before, lr, options, world)
             state.images_seen += cfg.train.global_batch
-            run.stepped()
+            run.stepped(state.step)
 
             # Log
             if state.step % cfg.log.every_steps == 0 or state.step == schedule.total_steps:

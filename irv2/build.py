@@ -17,7 +17,7 @@ from irv2.network.model import InceptionResnetV2, inception_resnet_v2
 from irv2.run import directory
 from irv2.run.resume import Experiment
 from irv2.sections import Model
-from irv2.training import batch, finetune, graph, optim
+from irv2.training import batch, ceiling, finetune, graph, optim
 from irv2.training.batch import Division
 from irv2.training.distributed import World
 from irv2.training.loss import Loss, balanced_weights
@@ -84,6 +84,18 @@ def schedule(cfg: Config, images_per_epoch: int) -> Schedule:
         max_steps=cfg.train.max_steps,
         **cfg.schedule.model_dump(),
     )
+
+
+def pace_ceiling(cfg: Config, num_classes: int, world: World) -> float | None:
+    """Measure the images a second that the devices' matrix rate would allow; None if unasked."""
+    if not (cfg.log.utilisation and world.is_main):
+        return None
+    section = cfg.model.model_copy(update={"grad_checkpointing": False})
+    with torch.device("meta"):
+        model = network(section, num_classes)
+    dtype = PRECISIONS[cfg.train.precision] or torch.float32
+    rate = ceiling.matrix_rate(dtype, world.device)
+    return world.size * rate / ceiling.training_multiply_adds(model, cfg.data.image_size)
 
 
 def experiment(cfg: Config, division: Division, train_data: Source) -> Experiment:

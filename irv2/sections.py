@@ -313,4 +313,19 @@ class Log(Section):
         description="trackers that show the log, too, beside log.jsonl; on this machine unless "
         "their own environment variables, such as WANDB_API_KEY, lead elsewhere",
     )
+    utilisation: bool = machine(
+        True,
+        description="log the share of the device's matrix rate that training uses (MFU), for which "
+        "a large matrix product is timed at the start",
+    )
+    profile: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = machine(
+        None, description="[first, last] step of which a trace is written to profile/; null: none"
+    )
     ledger: bool = machine(False, description="write the images of every step, by rank, to ledger/")
+
+    @field_validator("profile")
+    @classmethod
+    def _ends_after_it_begins(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and value[0] > value[1]:
+            raise ValueError("must be the first step and the last")
+        return value

@@ -24,7 +24,7 @@ data: {image_size: 75, workers: 0}
 train: {epochs: 3, global_batch: 8, micro_batch: 8}
 eval: {every_epochs: 1, batch: 7}
 checkpoint: {every_steps: 2}
-log: {every_steps: 1}
+log: {every_steps: 1, utilisation: false}
 run: {device: cpu}
 """
 

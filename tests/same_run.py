@@ -30,10 +30,13 @@ def differing(ours: checkpoint.Parts, theirs: checkpoint.Parts) -> list[str]:
     ]
 
 
+CLOCK = ("images_per_s", "data_wait", "mfu", "memory_gb")
+
+
 def timeless(directory: Path) -> list[dict]:
     """The log without what depends on the clock."""
     return [
-        {key: value for key, value in line.items() if key not in ("images_per_s", "data_wait")}
+        {key: value for key, value in line.items() if key not in CLOCK}
         for line in jsonl.read(directory / "log.jsonl")
     ]
 

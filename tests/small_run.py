@@ -19,7 +19,7 @@ data: {{image_size: 75, workers: 0, train: {data}/train, val: {data}/val, max_ba
 train: {{epochs: 1.7, global_batch: 4, micro_batch: 4}}
 eval: {{every_epochs: 1, batch: 2}}
 checkpoint: {{every_steps: 2}}
-log: {{every_steps: 1, ledger: true}}
+log: {{every_steps: 1, ledger: true, utilisation: false}}
 run: {{device: cpu}}
 """
 

@@ -100,6 +100,7 @@ OUT_OF_RANGE = {
     "loss.aux_weight": ["-0.4", "1e999"],
     "loss.class_weights": ["Balanced", "[1.0, 2.0]"],
     "ema.decay": ["-0.1", "1.0"],
+    "log.profile": ["[0, 3]", "[3, 2]", "[1]", "[1, 2, 3]", "5"],
     "log.to": ["wandb", "[Wandb]", "[tensorboard, mail]"],
     "eval.every_epochs": ["0", "-1.0"],
     "eval.batch": ["0", "-64"],

@@ -223,6 +223,14 @@ def test_pace_counts_images_and_waiting_between_two_readings(now):
     assert pace.read() == {"images_per_s": 0.0, "data_wait": 0.0}
 
 
+def test_pace_is_a_share_of_what_the_matrix_rate_would_allow(now):
+    pace = Pace()
+    pace.ceiling = 80.0
+    pace.trained(64)
+    now[0] += 2.0
+    assert pace.read() == {"images_per_s": 32.0, "data_wait": 0.0, "mfu": 0.4}
+
+
 def test_pace_leaves_out_what_came_before_a_restart(now):
     pace = Pace()
     pace.trained(1000)

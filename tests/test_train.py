@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_log_has_a_line_per_step_and_evaluations_of_both_weights(project: Path) 
     lines = programs.log_lines(project / "run", "train")
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert [line["images_seen"] for line in lines] == list(range(8, 65, 8))
-    keys = "kind step images_seen epoch loss lr grad_norm images_per_s data_wait"
+    keys = "kind step images_seen epoch loss lr grad_norm images_per_s data_wait memory_gb"
     assert set(lines[0]) == set(keys.split())
     assert lines[0]["lr"] == 0.045
     evals = programs.log_lines(project / "run", "eval")
@@ -132,6 +133,20 @@ def test_tensorboard_has_curves_images_and_config(project: Path) -> None:
     (matrix,) = events.Images("confusion matrix")
     assert matrix.step == 8
     assert "config/text_summary" in tags["tensors"]
+
+
+def test_a_run_says_how_well_its_device_is_used_and_traces_some_steps(tmp_path) -> None:
+    config_path = programs.write_project(tmp_path)
+    logged = ("log.utilisation=true", "log.profile=[2, 2]", "train.max_steps=3")
+    status, out, error = call(train, "--config", config_path, *logged)
+    assert status == 0, error
+    for line in programs.log_lines(tmp_path / "run", "train"):
+        assert 0 < line["mfu"] < 1.5 and 0.05 < line["memory_gb"] < 100
+    assert re.search(r"\d images/s \(data \d+ %, MFU \d+ %, \d+\.\d GB\)", out)
+    trace = json.loads((tmp_path / "run" / "profile" / "rank0.pt.trace.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    heads = sum(name == "aten::log_softmax" for name in names)  # of the loss: one step
+    assert heads == 1 and any("backward" in name.lower() for name in names)
 
 
 def test_the_first_lines_say_what_is_trained_on(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,3 +126,12 @@ def device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory - DEVICE_OVERHEAD
     return available_memory()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process had at most: of a GPU since the last call, of RAM since its start."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

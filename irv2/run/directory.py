@@ -6,6 +6,7 @@ runs/<name>/tensorboard/            the same, for TensorBoard
 runs/<name>/tracked                 the run's id for other trackers, with log.to
 runs/<name>/checkpoints/            the newest states to resume from
 runs/<name>/bad_images.jsonl        images that training could not use, if there were any
+runs/<name>/profile/                traces of the steps of log.profile, by rank
 runs/<name>/ledger/                 the images of every step, by rank, with log.ledger=true
 runs/<name>/best.safetensors        weights of the best evaluation, timm's names
 """

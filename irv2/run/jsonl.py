@@ -42,6 +42,8 @@ class _TrainingLine(_Line):
     grad_norm: NotRequired[Number | None]
     images_per_s: NotRequired[NonNegative | None]
     data_wait: NotRequired[NonNegative | None]
+    mfu: NotRequired[NonNegative | None]
+    memory_gb: NotRequired[NonNegative | None]
 
 
 class _EvaluationLine(_Line):

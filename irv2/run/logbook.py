@@ -19,6 +19,9 @@ from data.names import shown
 from irv2.run.jsonl import JsonLines
 from irv2.run.trackers import Tracked, Trackers
 
+# Of a step's line, what trackers show.
+SHOWN = ("loss", "lr", "grad_norm", "images_per_s", "data_wait", "mfu", "memory_gb")
+
 
 class Logbook:
     """Records of the main rank; on other ranks (`directory=None`) every call does nothing."""
@@ -67,9 +70,9 @@ class Logbook:
         if not self.active:
             return
         self._lines.append({"kind": "train", **line})
-        keys = ("loss", "lr", "grad_norm", "images_per_s", "data_wait")
-        self._trackers.scalars({f"train/{key}": line[key] for key in keys}, line["step"])
-        words = f"loss {line['loss']:.3f}  lr {line['lr']:.4g}  {line['images_per_s']:.0f} images/s"
+        shown = {f"train/{key}": line[key] for key in SHOWN if key in line}
+        self._trackers.scalars(shown, line["step"])
+        words = f"loss {line['loss']:.3f}  lr {line['lr']:.4g}  {in_words(line)}"
         if self._bar is not None:
             self._bar.set_postfix_str(words)
         else:
@@ -160,6 +163,14 @@ class Logbook:
         return tqdm.format_interval(
             elapsed / max(1, step - self._start_step) * (self.total_steps - step)
         )
+
+
+def in_words(line: dict[str, Any]) -> str:
+    """The pace of a logged step: "40 images/s (data 2 %, MFU 41 %, 1.9 GB)"."""
+    parts = [f"{word} {line[key]:.0%}".replace("%", " %")
+             for key, word in (("data_wait", "data"), ("mfu", "MFU")) if key in line]  # fmt: skip
+    parts += [f"{line['memory_gb']:.1f} GB"] if "memory_gb" in line else []
+    return f"{line['images_per_s']:.0f} images/s" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def _grid(pixels: Tensor, names: list[str], columns: int = 8, caption_px: int = 14) -> np.ndarray:

@@ -15,11 +15,13 @@ from data.loader import Batch, Replaced
 from data.names import in_order
 from data.stream import Key
 from irv2.config import Config
+from irv2.network.memory import peak_memory
 from irv2.run import directory
 from irv2.run.best import BestWeights
 from irv2.run.checkpoint import CheckpointError
 from irv2.run.jsonl import JsonLines
 from irv2.run.logbook import Logbook
+from irv2.run.profile import Profile
 from irv2.run.resume import Experiment, meta
 from irv2.run.saving import BackgroundSaver
 from irv2.training.batch import Division
@@ -70,6 +72,8 @@ class Run:
         store, keep = self.directory / directory.STORE, cfg.checkpoint.keep
         self._saver = BackgroundSaver(store, keep, self._tried_step, self.log.say, RUNNING)
         self.pace = Pace()
+        self._profile = Profile(cfg.log.profile, self.directory, world.rank, self.log.say)
+        self._profile.between_steps(state.step)
 
     # ------------------------------------------------------------------ beginning and end
 
@@ -77,6 +81,7 @@ class Run:
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        self._profile.close()
         self._saver.finish()
 
     def announce(self, model: nn.Module, division: Division, train: Source, val: Source) -> None:
@@ -159,8 +164,9 @@ class Run:
 
     # ------------------------------------------------------------------ steps
 
-    def stepped(self) -> None:
-        """Count a finished step."""
+    def stepped(self, step: int) -> None:
+        """Count a finished step, the run's number `step`."""
+        self._profile.between_steps(step)
         self.pace.trained(self.cfg.train.global_batch)
         self.log.stepped()
 
@@ -183,6 +189,7 @@ class Run:
                 "lr": lr,
                 "grad_norm": grad_norm.item(),
                 **self.pace.read(),
+                "memory_gb": peak_memory(self.world.device) / 1e9,
             }
         )
 

@@ -92,7 +92,7 @@ class Wandb:
             resume="allow",
             config=run.config,
             mode=os.environ.get("WANDB_MODE", keyed),
-            settings=self._wandb.Settings(console="off"),
+            settings=self._wandb.Settings(console="off", silent=True),
         )
 
     def scalars(self, values: dict[str, float], step: int) -> None:

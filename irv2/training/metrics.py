@@ -166,9 +166,11 @@ class Collector:
 
 
 class Pace:
-    """Images per second and the share of time spent waiting for data, between two readings."""
+    """Images per second, the share of time spent waiting for data and, where the images per second
+    are known that the matrix rate would allow, their share (MFU), between two readings."""
 
     def __init__(self) -> None:
+        self.ceiling: float | None = None  # images/s of all devices
         self.restart()
 
     def restart(self) -> None:
@@ -194,8 +196,10 @@ class Pace:
         self.images += images
 
     def read(self) -> dict[str, float]:
-        """Return {"images_per_s", "data_wait"} since the last reading, and start again."""
+        """Return {"images_per_s", "data_wait", "mfu"} since the last reading, and start again."""
         elapsed = max(time.perf_counter() - self.started, 1e-9)
         reading = {"images_per_s": self.images / elapsed, "data_wait": self.waited_s / elapsed}
+        if self.ceiling is not None:
+            reading["mfu"] = reading["images_per_s"] / self.ceiling
         self.restart()
         return reading

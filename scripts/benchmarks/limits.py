@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from irv2.network.accelerate import accelerate
 from irv2.network.model import inception_resnet_v2
+from irv2.training.ceiling import matrix_rate
 from scripts.benchmarks.alternation import best_time
 
 MATRIX = 4096  # rows and columns of the product that gives the matrix rate
@@ -60,7 +61,7 @@ def measure(
         macs += count * ways.macs
         forward += count * _best(ways.forward, device)
         backward += count * (_best(ways.grad_weight, device) + _best(ways.grad_input, device))
-    rate = _matrix_rate(dtype, device)
+    rate = matrix_rate(dtype, device, MATRIX)
     return {
         "multiply_adds": macs,
         "multiply_adds_per_s": rate,
@@ -74,11 +75,6 @@ def measure(
 def images_per_s(figures: dict[str, float], batch: int, what: str) -> dict[str, float]:
     """Limits (a) and (b) as rates; `what`: "forward" or "train"."""
     return {limit: batch / figures[f"{limit}_{what}_s"] for limit in ("a", "b")}
-
-
-def _matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    left, right = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
-    return MATRIX**3 / best_time(lambda: left @ right, device)
 
 
 def _best(ways: list[Callable[[], object]], device: torch.device) -> float:
