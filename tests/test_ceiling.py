@@ -1,4 +1,4 @@
-"""What training would take of a device, counted; the trace of some steps."""
+"""The multiply-adds of training and its ceiling, counted; the trace of some steps."""
 
 from __future__ import annotations
 
