@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import strict_json, subset
+from data import class_lists, strict_json
 from data.base import Source
 from data.errors import DataError
 from data.files import read_text
@@ -134,7 +134,7 @@ def _read_class_index(path: Path, classes: list[str] | None, num_outputs: int) -
     if text.lstrip().startswith("{"):
         mapping = _from_mapping(_parse_json(path, text), path)
         return {in_nfc(name): output for name, output in mapping.items()}
-    names = list(map(in_nfc, subset.parse_list(text)))
+    names = list(map(in_nfc, class_lists.parse(text)))
     if classes is None:
         if len(names) != num_outputs:
             raise DataError(

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 
 from data.base import Source
 from data.errors import DataError, enumeration
-from data.files import read_text
 from data.names import in_nfc
 from data.sources import Wrapped
-
-COMMENT = "# "  # begins a line of a list that is no name
 
 
 class Subset(Wrapped):
@@ -53,21 +49,3 @@ def of_classes(source: Source, names: list[str], where: str, of: str) -> Source:
         return source
     remark = f"{where}: {len(labels):,} of its {len(own):,} classes, those of {of}"
     return Subset(source, labels, remark)
-
-
-def read_list(path: str | Path) -> list[str]:
-    """Read the names of classes as `parse_list` does. Raises DataError."""
-    try:
-        names = parse_list(read_text(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise DataError(f"{path}: cannot be read ({reason})") from None
-    if len(set(map(in_nfc, names))) < len(names) or not names:
-        raise DataError(f"{path}: expected names of classes, one a line, all different")
-    return names
-
-
-def parse_list(text: str) -> list[str]:
-    """Names, one a line; a line that begins with "# " is a comment."""
-    lines = [line.strip() for line in text.splitlines() if not line.startswith(COMMENT)]
-    return [line for line in lines if line]

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from data import levels, loader, sources, stream, subset, transforms
+from data import class_lists, levels, loader, sources, stream, subset, transforms
 from data.augment import Augment, Mix
 from data.base import Source
 from data.errors import DataError, ImageError
@@ -45,7 +45,7 @@ def open_source(spec: str, data: Data, timeout_s: float = RunSection().timeout_s
     source = sources.open_source(spec, Storage(data.cache_dir, data.cache_gb, timeout_s / 2))
     if data.classes is None:
         return source
-    return subset.of_classes(source, subset.read_list(data.classes), spec, data.classes)
+    return subset.of_classes(source, class_lists.read(data.classes), spec, data.classes)
 
 
 def check_sources(cfg: Config, train: Source, val: Source) -> Source:

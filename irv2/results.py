@@ -113,10 +113,16 @@ def _published(
     evaluation: Evaluation, predictions: Predictions, references: list[Reference], networks: int
 ) -> list[Reference]:
     """Published results on the same images, labels and protocol."""
-    labels = evaluation.labels
-    if evaluation.network.classes != imagenet_names.synsets() or labels.competing is not None:
+    labels, synsets = evaluation.labels, imagenet_names.synsets()
+    if evaluation.network.classes != synsets:
         return []
-    kind = {"folders": "imagenet", "numbered": "imagenetv2"}.get(labels.name, labels.name)
+    competing = labels.competing
+    asked = (
+        None if competing is None else [n for n, is_asked in zip(synsets, competing) if is_asked]
+    )
+    references = [each for each in references if each.classes == asked]
+    kinds = {"folders": "imagenet", "class index": "imagenet", "numbered": "imagenetv2"}
+    kind = kinds.get(labels.name, labels.name)
     view = {key: value for key, value in _view(evaluation).items() if key in Reference._fields}
     return reference.matching(
         references, labels=kind, images=predictions.images, ensemble=networks, **view

@@ -90,9 +90,13 @@ def test_other_images_are_refused(two):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no gzip", gzip.compress(b"image,label\n1,a\n"), gzip.compress(b"image,label,correct\n"),
-                gzip.compress(b"image,label,correct\n1,a,yes\n"), gzip.compress(b"\xff\xfe")[:-4]]
-)  # fmt: skip
+    "content",
+    [
+        *(b"", b"no gzip", gzip.compress(b"\xff\xfe")[:-4]),
+        *(gzip.compress(b"image,label\n1,a\n"), gzip.compress(b"image,label,correct\n")),
+        gzip.compress(b"image,label,correct\n1,a,yes\n"),
+    ],
+)
 def test_a_table_that_validate_did_not_write_is_refused_by_name(tmp_path, content):
     (tmp_path / seeds.PREDICTIONS).write_bytes(content)
     with pytest.raises(SeedsError, match=seeds.PREDICTIONS):

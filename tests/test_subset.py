@@ -13,7 +13,7 @@ from programs import CONFIG, log_lines, write_images
 
 import train
 import validate
-from data import label_sets, subset
+from data import class_lists, label_sets, subset
 from data.base import Source
 from data.errors import DataError
 from data.sources import FolderSource, SyntheticSource
@@ -80,9 +80,9 @@ def test_a_class_is_found_in_another_unicode_form(tmp_path):
 def test_a_list_without_names_or_with_one_twice_is_refused(tmp_path, text):
     (tmp_path / "list").write_text(text)
     with pytest.raises(DataError, match="list: expected names of classes, one a line"):
-        subset.read_list(tmp_path / "list")
+        class_lists.read(tmp_path / "list")
     with pytest.raises(DataError, match="cannot be read"):
-        subset.read_list(tmp_path)
+        class_lists.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_list_without_names_or_with_one_twice_is_refused(tmp_path, text):
 )  # fmt: skip
 def test_the_lists_are_of_imagenets_classes(name, count):
     path = LISTS / f"{name}.txt"
-    names, classes = subset.read_list(path), imagenet_names.synsets()
+    names, classes = class_lists.read(path), imagenet_names.synsets()
     assert len(names) == count and set(names) <= set(classes)
     if name in ("imagenet_a", "imagenet_r"):  # as timm's outputs that compete
         known = Path(timm.data.__file__).parent / "_info" / f"{name}_indices.txt"

@@ -352,7 +352,16 @@ def test_published_results_stand_beside_those_of_the_same_images(tmp_path, monke
         {"name": "other", "labels": "imagenet", "images": 39, **entry},
         {"name": "listed", "labels": "imagenet", "images": 37, **entry},
         {"name": "real", "labels": "real", "images": 2, **entry},
+        {"name": "few", "labels": "imagenet", "images": 40, "classes": "few.txt", **entry},
+        {"name": "others", "labels": "imagenet", "images": 40, "classes": "others.txt", **entry},
     ]
+    few = synsets[3:33]
+    (tmp_path / "few.txt").write_text("".join(f"{name}\n" for name in ["# a paper", *few[::-1]]))
+    (tmp_path / "others.txt").write_text("\n".join(synsets[4:34]))
+    for i in range(40):  # 40 images in 30 folders, as ImageNet-A has 200
+        folder = tmp_path / "few" / few[i % 30]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(next((tmp_path / "val" / synsets[i]).iterdir()), folder / f"{i}.png")
     (tmp_path / "reference.yaml").write_text(json.dumps(published))
     (tmp_path / "list").write_text("1\n5\n40\n")
     listed = [[] for _ in range(40)]
@@ -364,6 +373,7 @@ def test_published_results_stand_beside_those_of_the_same_images(tmp_path, monke
         (("--exclude", tmp_path / "list"), "listed", 37),
         (("--real", tmp_path / "real.json"), "real", 2),
         (("--subset", tmp_path / "list"), None, 3),
+        (("--data", tmp_path / "few", "--class-index", tmp_path / "few.txt"), "few", 40),
     ):
         options = (*options, "--reference", tmp_path / "reference.yaml")
         result, stdout = validated(tmp_path, *place, *options)
@@ -414,6 +424,9 @@ def test_the_projects_own_references_are_readable() -> None:
     published = {(r.labels, r.name): (r.top1, r.top5) for r in found}
     assert published["imagenet", "timm, inception_resnet_v2.tf_in1k"] == (80.434, 95.312)
     errors = [(round(100 - r.top1, 1), round(100 - r.top5, 1)) for r in found if "paper" in r.name]
+    few = {r.name[-10:]: (len(r.classes), r.images, r.top1, r.top5) for r in found if r.classes}
+    assert few == {"ImageNet-A": (200, 7500, 16.467, 44.680),
+                   "ImageNet-R": (200, 30_000, 44.067, 57.987)}  # fmt: skip
     assert errors == [(19.9, 4.9), (18.7, 4.1), (17.8, 3.7), (16.4, 3.1)]
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
-from data import strict_json
+from data import class_lists, strict_json
 from data.errors import UserError
 from data.strict_json import Count, NonNegative, Percent
 from irv2 import strict_yaml
@@ -32,6 +32,7 @@ class Reference(NamedTuple):
     eval_crop: NonNegative | None = None
     eval_interpolation: str | None = None
     ensemble: Count = 1  # networks whose probabilities were averaged
+    classes: list[str] | str | None = None  # that compete, sorted; in a file, a list's; None: all
 
 
 _REFERENCES = TypeAdapter(list[Reference])
@@ -47,11 +48,17 @@ class Distance(NamedTuple):
 def read(path: Path) -> list[Reference]:
     """Read a file of published results. Raises PublishedError."""
     try:
-        return strict_json.checked(strict_yaml.load(path), _REFERENCES)
+        references = strict_json.checked(strict_yaml.load(path), _REFERENCES)
     except OSError as error:
         raise PublishedError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise PublishedError(f"{path}: no list of published results ({error})") from None
+    return [
+        each._replace(classes=sorted(class_lists.read(path.parent / each.classes)))
+        if isinstance(each.classes, str)
+        else each
+        for each in references
+    ]
 
 
 def matching(references: list[Reference], **facts: Any) -> list[Reference]:
