@@ -116,14 +116,14 @@ class Images(Dataset):
         keys = request.keys
         images = torch.empty((len(keys), *self.view.shape), dtype=torch.uint8)
         worker = get_worker_info()
+        number = 0 if worker is None else worker.id
         if worker is not None:
             images.share_memory_()  # while it is empty, so that no filled pages are copied
         labels, sizes, flips, colours = [], [], [], []
         replaced: list[Replaced] = []
         checksums: list[int] = []
         for (epoch, index), out in zip(keys, images.numpy()):
-            if worker is not None:
-                self.in_hand.note(worker.id, self.source.where(index))
+            self.in_hand.note(number, self.source.where(index))
             try:
                 pixels, label = self._open(epoch, index, replaced)
             except DataError as error:
@@ -135,8 +135,7 @@ class Images(Dataset):
             colours.append(colour)
             if self.checksums:
                 checksums.append(fingerprint(out, flip, colour))
-        if worker is not None:
-            self.in_hand.note(worker.id, "")
+        self.in_hand.note(number, "")
         images = images.flatten(0, -4)
         return WorkerBatch(
             images,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from queue import Queue
@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data import workers
 from data.errors import DataError
 from data.files import read_regular
 from data.folders import images_below
 from data.image_formats import MAX_BYTES, begins_an_image
 from data.transforms import DecodeError, EvalView, as_evaluated, decode
-from data.workers import default_workers
 
 STANDARD_INPUT = "-"
 HEAD = 1 << 13  # bytes by which a list is known from a picture
@@ -144,25 +144,33 @@ def read_ahead(paths: Iterable[Unseen], view: EvalView, depth: int) -> Iterator[
     """Give the pictures in order, up to `depth` of them made ready by threads ahead of time.
 
     A thread of its own takes the paths, so that a slow list of them delays no picture that is
-    known.
+    known. A line says which picture is waited for, if that takes long.
     """
-    pool = ThreadPoolExecutor(default_workers())
-    waiting: Queue[Future[Picture] | None] = Queue(depth)
+    pool = ThreadPoolExecutor(workers.default_workers())
+    waiting: Queue[tuple[str, Future[Picture]] | None] = Queue(depth)
 
     def submit() -> None:
         fault: Future[Picture] = Future()
         try:
             with suppress(RuntimeError):  # of the pool, once it has been shut down
-                for path in paths:
-                    waiting.put(pool.submit(see, path, view))
+                for unseen in paths:
+                    path = unseen if isinstance(unseen, str) else unseen.path
+                    waiting.put((path, pool.submit(see, unseen, view)))
         except Exception as error:
             fault.set_exception(error)
-            waiting.put(fault)
+            waiting.put(("", fault))
         finally:
             waiting.put(None)
 
     threading.Thread(target=submit, daemon=True).start()
     try:
-        yield (future.result() for future in iter(waiting.get, None))
+        yield (_arrived(*each) for each in iter(waiting.get, None))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _arrived(path: str, coming: Future[Picture]) -> Picture:
+    wait([coming], workers.SLOW_S)
+    if not coming.done():
+        workers.say_waiting(workers.SLOW_S, [path])
+    return coming.result()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -158,25 +159,25 @@ def next_batch(
 ) -> Made | None:
     """Return the next batch, None after the last; a line says what a slow one waits for.
 
-    Raises WorkerError for one that takes longer than `timeout_s`, and RuntimeError, in torch's
-    words, for what torch overlooks: a batch's memory is fetched from its worker, which may be about
-    to die, or hang.
+    workers: none where this process makes it itself, which nothing can end. Raises WorkerError for
+    one that takes longer than `timeout_s`, and RuntimeError, in torch's words, for what torch
+    overlooks: a batch's memory is fetched from its worker, which may be about to die, or hang.
     """
     arrived, hung = threading.Event(), threading.Event()
 
     def watch() -> None:
-        limit = timeout_s + RESCUE_S
-        if arrived.wait(min(SLOW_S, limit)):
+        limit = timeout_s + RESCUE_S if workers else math.inf
+        first = min(SLOW_S, limit)
+        if arrived.wait(first):
             return
-        if limit > SLOW_S:
-            say_waiting(SLOW_S, in_hand.names())
-            if arrived.wait(limit - SLOW_S):
-                return
-        hung.set()
-        for worker in workers:
-            worker.kill()
+        if first < limit:
+            say_waiting(first, in_hand.names())
+        if workers and not arrived.wait(limit - first):
+            hung.set()
+            for worker in workers:
+                worker.kill()
 
-    if timeout_s and workers:
+    if timeout_s or not workers:
         threading.Thread(target=watch, daemon=True).start()
     try:
         return next(iterator, None)

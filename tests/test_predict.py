@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from sklearn.datasets import load_sample_images
 from small_network import randomised
 from small_weights import SYNSETS, VIEW, WORDS, write_small_weights
 
-from data import pictures
+from data import pictures, workers
 from data.names import LONGEST, shown, width
 from data.pictures import Picture
 from data.transforms import EvalView
@@ -328,3 +329,16 @@ def test_a_list_that_fails_in_its_middle_is_not_taken_for_its_end(photographs):
         assert next(coming).error == ""
         with pytest.raises(OSError, match="Input/output"):
             next(coming)
+
+
+def test_a_picture_that_is_long_in_coming_is_named(photographs, monkeypatch, caplog):
+    def slow(path: str, _limit: int) -> bytes:
+        time.sleep(0.3)
+        return Path(path).read_bytes()
+
+    monkeypatch.setattr(pictures, "read_regular", slow)
+    monkeypatch.setattr(workers, "SLOW_S", 0.05)
+    path = str(photographs / "a.jpg")
+    with pictures.read_ahead([path], EvalView(75, 0.9, "bilinear"), 4) as coming:
+        assert [picture.error for picture in coming] == [""]
+    assert f"waiting since 0.05 s for {path}" in caplog.text

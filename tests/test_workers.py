@@ -103,6 +103,17 @@ def test_a_hanging_worker_is_told_of_after_a_while_and_ended_after_the_time_allo
     assert "waiting since 0.5 s for numbered/" in caplog.text
 
 
+def test_what_the_program_itself_waits_for_is_told(monkeypatch, caplog):
+    class Late(Numbered):
+        def read(self, index: int) -> tuple[bytes, int]:
+            time.sleep(0.3)
+            return super().read(index)
+
+    monkeypatch.setattr(workers, "SLOW_S", 0.05)
+    assert len(next(endless(Late(), Workers(0, timeout_s=9.0))).labels)
+    assert caplog.text.count("waiting since 0.05 s for numbered/") == 1
+
+
 @pytest.mark.slow
 def test_workers_stopped_with_batches_not_yet_fetched_are_told_too(monkeypatch):
     """Fetching one waits for its worker inside torch, beyond the reach of torch's time-out."""
