@@ -61,7 +61,7 @@ def step_options(cfg: Config, accumulation: int, train_data: Source, world: Worl
     class_weights = None
     if cfg.loss.class_weights == "balanced":
         class_weights = balanced_weights(train_data.class_counts()).to(world.device)
-    compiled, run = graph.chosen(cfg.train.compile, cfg.train.precision, world)
+    compiled, run = graph.chosen(cfg.train.compile, cfg.train.precision, world, cfg.optim.kind)
     return StepOptions(
         loss=Loss(cfg.loss.label_smoothing, cfg.loss.aux_weight, class_weights),
         accumulation=accumulation,

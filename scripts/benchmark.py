@@ -15,7 +15,9 @@
                                                   the parts of a step that scripts/plan.py needs
   python scripts/benchmark.py remote              shards in an object store, cached and cold; wants
                                                   requirements-remote.txt
-  python scripts/benchmark.py all                 one after the other, but remote
+  python scripts/benchmark.py gpu --minutes 8     what a GPU shows in so many minutes, the most
+                                                  important first; without one a rehearsal
+  python scripts/benchmark.py all                 one after the other, but remote and gpu
 
 Prints a table with the machine and versions it belongs to. docs/benchmarks.md is written by
 `python scripts/benchmark.py WHAT --page docs/benchmarks.md`. The GPU is taken if there is one.
@@ -29,6 +31,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +48,7 @@ from irv2.run import directory
 from irv2.training import distributed
 from scripts.benchmarks import (
     end_to_end,
+    gpu,
     loading,
     network,
     peers,
@@ -159,7 +163,8 @@ def cpu_name() -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("what", choices=[*WHAT, "remote", "all"])
+    parser.add_argument("what", choices=[*WHAT, "remote", "gpu", "all"])
+    parser.add_argument("--minutes", type=positive, default=8, help="with gpu (default: 8)")
     parser.add_argument("--rounds", type=positive, default=5, help="pairs of turns (default: 5)")
     network_options = parser.add_argument_group("with train and infer")
     network_options.add_argument("--batch", type=positive, help="images (default: 8; GPU: 128)")
@@ -189,6 +194,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--peers goes with infer")
     if arguments.end_to_end and not torch.cuda.is_available():
         parser.error("--end-to-end needs a GPU")
+    if arguments.what == "gpu" and arguments.page and not torch.cuda.is_available():
+        parser.error("gpu without a GPU is a rehearsal, whose figures go into no page")
     if arguments.profile and arguments.what not in ("train", "infer"):
         parser.error("--profile goes with train and infer")
     return arguments
@@ -203,6 +210,9 @@ def main() -> int:
     if arguments.profile:
         for case in network_cases(arguments, device):
             print(f"{case}\n{network.profile(case, arguments.what == 'train')}")
+        return 0
+    if arguments.what == "gpu":
+        measure_gpu(arguments.minutes, arguments.page)
         return 0
     results: dict[str, Figures] = {}
     wanted = list(benchmarks(arguments, device))
@@ -223,6 +233,27 @@ def main() -> int:
     if arguments.json is not None:
         write_figures(arguments.json, results)
     return 0
+
+
+def measure_gpu(minutes: int, page: Path | None) -> None:
+    """Measure what a GPU shows in so many minutes, and write each part into the page as it ends."""
+    rehearsal = not torch.cuda.is_available()
+    if page is not None and not has_section(page, "gpu"):
+        raise UserError(f"{page} has no section gpu")
+    where = f"{machine(['gpu'])}, {date.today()}"
+
+    def ended(figures: Figures, outcomes: list[gpu.Outcome]) -> None:
+        part, how, seconds, _ = outcomes[-1]
+        print(f"{part}: {how}, {seconds:.0f} s", flush=True)
+        text = f"{gpu.table(figures, outcomes)}\n\n{where}"
+        if page is not None:
+            replace_section(page, "gpu", text)
+
+    figures, outcomes = gpu.measure(minutes, rehearsal, ended)
+    print(f"\n{gpu.table(figures, outcomes)}\n\n{where}")
+    print("\nLook first at:", *gpu.look_first(figures, outcomes), sep="\n  ")
+    if rehearsal:
+        print("A REHEARSAL on a CPU with a small network: no figure above is one.")
 
 
 def write_figures(path: Path, results: dict[str, Figures]) -> None:

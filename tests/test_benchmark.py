@@ -4,6 +4,7 @@ import copy
 import json
 import multiprocessing
 import subprocess
+import sys
 
 import fork_server
 import programs
@@ -17,6 +18,8 @@ from irv2.network.model import inception_resnet_v2
 from irv2.training import update as end_of_step
 from scripts.benchmarks import (
     end_to_end,
+    gpu,
+    gpu_parts,
     limits,
     loading,
     network,
@@ -214,3 +217,73 @@ def test_every_row_of_the_table_of_remote_shards_is_measured(monkeypatch):
     found = remote.measure(rounds=1)
     assert len(remote.table(found).splitlines()) == len(remote.COMPARED) + 2
     assert all(found[name]["ratio"] > 0 for name, _, _ in remote.COMPARED)
+
+
+# ------------------------------------------------------------------------------------- on a GPU
+
+
+def part(text: str, limit_s: float, figures: dict) -> gpu.Outcome:
+    return gpu.run("part", [sys.executable, "-c", text], limit_s, figures)
+
+
+def test_a_part_that_hangs_is_cut_and_its_figures_count(capsys):
+    figures = {}
+    told = """import time; print('{"eager": 5}', "why", sep=chr(10), flush=True); time.sleep(60)"""
+    cut = part(told, 2.0, figures)
+    assert (cut.how, cut.reason, figures) == ("cut", "why", {"eager": 5}) and cut.seconds < 10
+    failed = part("raise SystemExit('no kernel')", 10.0, figures)
+    assert (failed.how, failed.reason) == ("failed", "no kernel")
+    assert part("print(1)", 10.0, figures).how == "done"
+
+
+def test_what_a_part_leaves_over_goes_to_those_behind_it(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    total = 0.0
+    for part, limit_s in gpu.limits(8):
+        assert limit_s >= 0.999 * 480 * part.share / sum(part.share for part in gpu.PARTS)
+        total += limit_s
+        now[0] += limit_s
+    assert total == pytest.approx(480)  # where each takes all it may
+    now[0] = 0.0
+    assert list(gpu.limits(8))[-1][1] == pytest.approx(480)  # where none takes any
+
+
+def test_what_to_look_at_first_on_a_gpu():
+    figures = {"graph": 2000.0, "timm_compiled": 1900.0, "eager": 1000.0, "timm_eager": 900.0}
+    figures |= {"identical_twice": "409 of 742", "identical_resumed": "742 of 742"}
+    outcomes = [gpu.Outcome("tests", "cut", 60.0, "F."), gpu.Outcome("eager", "failed", 1.0, "why")]
+    failed, bits, first, second, cut = gpu.look_first(figures, outcomes)
+    assert failed == "eager failed: why" and "two processes: 409 of 742" in bits
+    assert "eager" in first and "1.11, goal 2.2" in first and "1.05, goal 1.3" in second
+    assert cut == "tests was cut: F."
+    text = gpu.table(figures, outcomes)
+    assert "| 2000 | 1900 | **1.05** | ≥ 1.3 |" in text
+    assert "Not whole: tests cut after 60 s; eager failed after 1 s." in text
+    assert "| large matrix product, bf16, TFLOP/s | not measured |" in text
+
+
+@pytest.mark.parametrize("name", ["eager", "graph", "inference"])
+def test_the_parts_are_rehearsed_on_a_cpu(monkeypatch, capsys, name):
+    bench = gpu_parts.Bench(rehearsal=True)
+    monkeypatch.setattr(bench, "images_per_s", lambda work, images=0: work() is None or 1.0)
+    monkeypatch.setattr(gpu_parts, "best_time", lambda work, device, repeats=7: work() or 1.0)
+    gpu_parts.PARTS[name](bench)
+    told = {}
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("{"):
+            told |= json.loads(line)
+    known = {key for row in gpu.ROWS for key in (row.ours, row.peer)}
+    assert told.keys() & known and told.keys() - known <= {"regions_gib"}
+
+
+def test_a_kernel_belongs_to_a_family():
+    names = {
+        "triton_poi_fused_relu_0": "fused by the compiler",
+        "sm90_xmma_wgrad_implicit_gemm_bf16": "convolutions and products",
+        "void at::native::max_pool_backward_nhwc": "pooling",
+        "at::native::multi_tensor_apply_kernel": "multi-tensor",
+        "Memcpy DtoD": "copies and masks",
+        "void nothing()": "others",
+    }
+    assert {name: gpu_parts.family(name) for name in names} == names

@@ -522,6 +522,22 @@ def test_the_verdict_on_the_loader(model, loads, workers, level, said):
     assert said in f"{finding.what} {finding.todo}"
 
 
+@pytest.mark.parametrize(
+    ("loads", "workers", "pace", "bottleneck", "epoch"),
+    [
+        ({1: 300.0, 8: 2400.0}, 8, 1800.0, "the GPU", "0:12 h"),
+        ({1: 100.0, 8: 600.0}, 8, 600.0, "the loader", "0:36 h"),
+        ({0: 1800.0, 1: 300.0}, 0, 900.0, "the loader", "0:24 h"),  # they take turns
+    ],
+)
+def test_what_to_expect_of_a_gpu(loads, workers, pace, bottleneck, epoch):
+    finding = machine.expectation(1800.0, loads, workers, 16, 256, 1_281_167)
+    assert finding.figures["images_per_s"] == pytest.approx(pace)
+    assert finding.figures["bottleneck"] == bottleneck
+    assert f"an epoch in {epoch}" in finding.what and f"{loads[1] * 16:,.0f};" in finding.what
+    assert finding.what.endswith(f"{bottleneck} is the bottleneck; micro-batches of 256 fit")
+
+
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that a measurement sees; only the test moves it."""

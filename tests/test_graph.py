@@ -122,18 +122,19 @@ def test_what_cannot_be_recorded_is_said_once_and_stays_plain():
 
 
 @pytest.mark.parametrize(
-    ("precision", "world", "mode", "told"),
+    ("precision", "kind", "world", "mode", "told"),
     [
-        ("bf16", ALONE, False, "needs a GPU"),
-        ("bf16", World(0, 2, CUDA), "regions", "gradients of 2 ranks"),
-        ("fp16", World(0, 1, CUDA), "regions", "fp16's loss scaler"),
-        ("bf16", World(0, 1, CUDA), "graph", ""),
+        ("bf16", "rmsprop_tf", ALONE, False, "needs a GPU"),
+        ("bf16", "rmsprop_tf", World(0, 2, CUDA), "regions", "gradients of 2 ranks"),
+        ("fp16", "rmsprop_tf", World(0, 1, CUDA), "regions", "fp16's loss scaler"),
+        ("bf16", "adamw", World(0, 1, CUDA), "regions", "with adamw the host decides"),
+        ("bf16", "rmsprop_tf", World(0, 1, CUDA), "graph", ""),
     ],
 )
-def test_a_step_that_cannot_be_recorded_falls_back_aloud(precision, world, mode, told, capsys):
-    assert graph.mode_here("graph", precision, world) == mode
+def test_a_step_not_to_be_recorded_falls_back_aloud(precision, kind, world, mode, told, capsys):
+    assert graph.mode_here("graph", precision, world, kind) == mode
     assert told in (said := capsys.readouterr().out)
     assert said.count("\n") == (1 if told else 0)
     for asked in (False, "regions"):
-        assert graph.mode_here(asked, precision, world) == asked
+        assert graph.mode_here(asked, precision, world, kind) == asked
     assert capsys.readouterr().out == ""

@@ -28,17 +28,17 @@ def plainly(function: Callable[..., Outputs], *arguments: Any) -> Outputs:
     return function(*arguments)
 
 
-def chosen(asked: Mode, precision: str, world: World) -> tuple[bool, Run]:
+def chosen(asked: Mode, precision: str, world: World, kind: str = "rmsprop_tf") -> tuple[bool, Run]:
     """Return whether to compile, and what a step's functions are called by: `StepOptions`' fields.
 
     Says it where the step cannot be recorded.
     """
-    mode = mode_here(asked, precision, world)
+    mode = mode_here(asked, precision, world, kind)
     return bool(mode), Recorder(CudaGraphs(), world.say) if mode == "graph" else plainly
 
 
-def mode_here(asked: Mode, precision: str, world: World) -> Mode:
-    """Return how to compile in this world, and say it if a step cannot be recorded."""
+def mode_here(asked: Mode, precision: str, world: World, kind: str) -> Mode:
+    """Return how to compile with this optimizer in this world; says so if not as asked."""
     if asked != "graph":
         return asked
     if world.device.type != "cuda":
@@ -49,6 +49,8 @@ def mode_here(asked: Mode, precision: str, world: World) -> Mode:
         obstacle = f"gradients of {world.size} ranks are exchanged in it"
     elif precision == "fp16":
         obstacle = "fp16's loss scaler asks the host about every step"
+    elif kind != "rmsprop_tf":
+        obstacle = f"with {kind} the host decides whether it was good"
     if obstacle is not None:
         world.say(f"train.compile=graph: the step is not recorded, {obstacle}; regions it is")
         return "regions"

@@ -18,7 +18,7 @@ from data.errors import UserError
 from irv2.network.accelerate import accelerate, fold_batch_norm
 from irv2.network.model import inception_resnet_v2
 from irv2.report import markdown
-from irv2.training import distributed, optim
+from irv2.training import distributed, graph, optim
 from irv2.training.loss import Loss
 from irv2.training.state import TrainState, running_average
 from irv2.training.step import PRECISIONS, StepOptions, train_step
@@ -75,10 +75,11 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 
 
 class Trainer(NamedTuple):
-    """A network in training: the whole step, and only forward and backward."""
+    """A network in training: the whole step, and only forward and backward; our state."""
 
     step: Callable[[], Tensor]
     forward_backward: Callable[[], Tensor]
+    state: TrainState | None = None
 
 
 def our_state(model: nn.Module, device: torch.device, precision: str = "fp32") -> TrainState:
@@ -91,11 +92,17 @@ def our_state(model: nn.Module, device: torch.device, precision: str = "fp32") -
     )
 
 
-def our_trainer(model: nn.Module, case: Setting) -> Trainer:
-    """Make steps as train.py does."""
-    state = our_state(model, case.device, case.precision)
-    options = StepOptions(Loss(SMOOTHING), clip_norm=CLIP, precision=case.precision)
+def our_trainer(model: nn.Module, case: Setting, mode: graph.Mode = False) -> Trainer:
+    """Make steps as train.py does with this `train.compile`."""
     world = distributed.World(0, 1, case.device)
+    compiled, run = graph.chosen(mode, case.precision, world)
+    if compiled:
+        user_cache.give_inductor_its_own(torch.__version__)
+        model.compile_regions(world.say)
+    state = our_state(model, case.device, case.precision)
+    options = StepOptions(
+        Loss(SMOOTHING), clip_norm=CLIP, precision=case.precision, compiled=compiled, run=run
+    )
     batch = case.images(), case.labels()
 
     def step() -> Tensor:
@@ -103,7 +110,7 @@ def our_trainer(model: nn.Module, case: Setting) -> Trainer:
         state.unread.clear()
         return loss
 
-    return Trainer(step, _forward_backward(model, case))
+    return Trainer(step, _forward_backward(model, case), state)
 
 
 def timms_trainer(model: nn.Module, case: Setting) -> Trainer:
@@ -144,14 +151,12 @@ def _forward_backward(model: nn.Module, case: Setting, keep: bool = False) -> Ca
 def measure_training(case: Setting, rounds: int, compiled: bool) -> dict[str, Any]:
     """Measure whole steps, forward and backward alone, and the limits; `compiled`: both sides."""
     ours, peer = networks(case.device)
-    own = our_trainer(ours, case)
+    own = our_trainer(ours, case, "graph" if compiled else False)
     if compiled:
-        user_cache.give_inductor_its_own(torch.__version__)
-        ours.compile_regions()
         peer = fastest_compiled(peer, lambda model: _forward_backward(model, case))
     other = timms_trainer(peer, case)
     rows = {}
-    for name in Trainer._fields:
+    for name in ("step", "forward_backward"):
         ways = (rate(case.batch, getattr(way, name), case.device) for way in (own, other))
         rows[name] = alternate(*ways, rounds)
     del own, other, ours, peer
@@ -208,13 +213,10 @@ def peak_memory(case: Setting, compiled: bool) -> dict[str, int]:
         ours, peer = networks(torch.device("cpu"))
         model = (ours if side == "ours" else peer).to(case.device)
         if side == "ours":
-            trainer = our_trainer(model, case)
-            if compiled:
-                user_cache.give_inductor_its_own(torch.__version__)
-                model.compile_regions()
+            trainer = our_trainer(model, case, "graph" if compiled else False)
         else:
             trainer = timms_trainer(torch.compile(model) if compiled else model, case)
-        for _ in range(2):
+        for _ in range(graph.WARM_UP + 1):
             trainer.step()
         peaks[side] = torch.cuda.max_memory_reserved(case.device) - before
         del trainer, model, ours, peer

@@ -57,7 +57,7 @@ def ways(images: Tensor) -> Iterator[tuple[str, Work]]:
     folded, peer = fold_batch_norm(ours), peer.eval()
     has_compiler = shutil.which("g++") is not None
     if has_compiler:
-        user_cache.give_inductor_its_own()
+        user_cache.give_inductor_its_own(torch.__version__)
         compiled = torch.compile(peer)
     for precision in ("fp32", "bf16"):
         yield f"ours, {precision}", _work(folded, images, precision)

@@ -11,7 +11,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from irv2.report import markdown
+from irv2.training import step
 from irv2.training import update as end_of_step
+from irv2.training.step import StepOptions
 from scripts.benchmarks import network
 from scripts.benchmarks.alternation import alternate, rate, table_row
 from scripts.benchmarks.network import CLIP, DECAY, RECIPE
@@ -39,8 +41,14 @@ def our_update(model: nn.Module) -> Update:
     """Make the update that ends a step of train.py."""
     _set_gradients(model)
     state = network.our_state(model, torch.device("cpu"))
+    step.lay_out(state, StepOptions(compiled=True))  # on a GPU
 
     def work() -> None:
+        if state.flat is not None:
+            loss = torch.zeros((), device=state.flat.groups[0].weights.device)
+            state.flat.update(loss, CLIP, *step.rates(state))
+            state.step += 1
+            return
         norm = end_of_step.gradient_norm(model.parameters())
         end_of_step.apply(state, torch.isfinite(norm), norm, CLIP, [], [])
         state.step += 1
@@ -53,14 +61,14 @@ def timms_update(model: nn.Module) -> Update:
     _set_gradients(model)
     optimizer = RMSpropTF(network.parameter_groups(model), **RECIPE)
     average = ModelEmaV3(model, DECAY, use_warmup=True, warmup_gamma=9.0, warmup_power=1.0)
-    step = 0
+    steps = 0
 
     def work() -> None:
-        nonlocal step
+        nonlocal steps
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
-        step += 1
-        average.update(model, step=step + 1)
+        steps += 1
+        average.update(model, step=steps + 1)
 
     return Update(work, average.module)
 

@@ -67,7 +67,7 @@ def model_rate(
     is_cpu = world.device.type == "cpu"
     state = build.new_state(cfg, num_classes, world.device)
     network = state.model
-    compiled, run = graph.chosen(cfg.train.compile, cfg.train.precision, world)
+    compiled, run = graph.chosen(cfg.train.compile, cfg.train.precision, world, cfg.optim.kind)
     if compiled:
         user_cache.give_inductor_its_own(torch.__version__)
         network.compile_regions()
@@ -85,7 +85,7 @@ def model_rate(
         compiled=compiled,
         run=run,
     )
-    steps = 1 if is_cpu else 5  # before the device is waited for
+    steps = 1 if is_cpu else 20  # before the device is waited for
 
     def take() -> int:
         for _ in range(steps):

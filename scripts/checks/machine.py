@@ -15,7 +15,7 @@ from data.workers import worker_errors
 from irv2 import build
 from irv2.network import memory
 from irv2.run import directory
-from irv2.training import distributed
+from irv2.training import batch, distributed
 from scripts.checks import capacity
 from scripts.checks.case import FAIL, OK, WARN, Case, Finding, in_bytes, room
 
@@ -125,6 +125,32 @@ def check_pace(case: Case) -> Iterator[Finding]:
         yield Finding(FAIL, f"a step of {micro} images does not fit into the GPU", todo)
         return
     yield pace_finding(model, loads, case.workers, case.cores, shares_cores=not case.has_gpu)
+    if case.has_gpu:
+        ranks, classes = case.request.ranks, len(case.train.classes)
+        room = batch.memory_room(world.device, ranks)
+        fits = build.fitting_micro_batch(cfg, classes, ranks, room)
+        yield expectation(model, loads, case.workers, case.cores, fits, len(case.train) / ranks)
+
+
+def expectation(
+    model: float, loads: dict[int, float], workers: int, cores: int, fits: int, images: float
+) -> Finding:
+    """Say what a rank on a GPU will do: its pace, an epoch of so many images, and what bounds it.
+
+    loads: as in `pace_finding`; fits: the largest micro-batch that memory should hold.
+    """
+    now = loads[workers]
+    pace = min(model, now) if workers else 1 / (1 / model + 1 / now)
+    bound = "the GPU" if now >= model and workers else "the loader"
+    minutes = math.ceil(images / pace / 60)
+    what = (
+        f"expect {digits(pace)} images/s on each GPU, an epoch in {minutes // 60}:{minutes % 60:02}"
+        f" h: it takes {digits(model)}, the loader gives {digits(now)}, all {cores} cores could "
+        f"give about {digits(loads[1] * cores)}; {bound} is the bottleneck; "
+        f"micro-batches of {fits} fit"
+    )
+    figures = {"images_per_s": pace, "bottleneck": bound, "micro_batch_fits": fits}
+    return Finding(OK, what, figures=figures)
 
 
 def pace_finding(
