@@ -63,7 +63,7 @@ def train(cfg: Config, resume_from: str, world: World, stop: StopRequest) -> int
             if stopping or evaluating or state.step % cfg.checkpoint.every_steps == 0:
                 run.save(state, order)
             if evaluating and not stopping:
-                stopping = not evaluate(cfg, state, val_data, run, world, stop)
+                stopping = not evaluate(run, state, val_data, stop)
             if stopping or is_last:
                 break
 
@@ -120,9 +120,7 @@ def open_run(
         yield stack.enter_context(Run(cfg, experiment, state, total_steps, world))
 
 
-def evaluate(
-    cfg: Config, state: TrainState, val_data: Source, run: Run, world: World, stop: StopRequest
-) -> bool:
+def evaluate(run: Run, state: TrainState, val_data: Source, stop: StopRequest) -> bool:
     """Evaluate averaged and raw weights and keep the best; False if a signal cut it short.
 
     Evaluations already in the log are skipped; one that was cut short is repeated on resuming.
@@ -131,13 +129,13 @@ def evaluate(
         if run.has_evaluated(state.step, which):
             continue
         with run.log.progress(len(val_data), f"evaluating {which}") as bar:
-            predictions = evaluation.predict(cfg, model, val_data, world, bar, stop)
+            predictions = evaluation.predict(run.cfg, model, val_data, run.world, bar, stop)
         if predictions is None:
             return False
         interval = evaluation.shown_interval(predictions)
         run.log_evaluation(state, which, model, predictions, interval)
         if which == "ema" and state.step >= run.total_steps:
-            evaluation.draw(cfg, predictions, val_data, run.log, state.step)
+            evaluation.draw(run.cfg, predictions, val_data, run.log, state.step)
     run.pace.restart()
     return True
 

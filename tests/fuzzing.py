@@ -204,7 +204,7 @@ def shards_of(at: Path, *arguments: Any) -> Reading:
 
 
 KINDS = {
-    "config, told by key": Kind(
+    "config, reported by key": Kind(
         "config.yaml",
         mutants.YAML,
         lambda at: asking(config_file.load, at / "config.yaml"),

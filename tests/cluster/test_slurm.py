@@ -115,7 +115,7 @@ def test_a_mistake_is_not_requeued(slurm: Slurm, config: Path, tmp_path: Path):
     state = slurm.wait(job, timeout_s=300)  # requeued, it would never end
     assert (state["JobState"], state["Restarts"]) == ("FAILED", "0")
     said = output(tmp_path / "logs", job)  # torchrun ends one rank with SIGTERM when the other has
-    assert re.search(r"the 2 ranks that told one: 1( 143)?; not requeued", said), said
+    assert re.search(r"the 2 ranks that left one: 1( 143)?; not requeued", said), said
 
 
 def test_a_cancelled_job_has_saved_and_stays_cancelled(slurm: Slurm, config: Path, tmp_path: Path):
