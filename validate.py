@@ -21,7 +21,7 @@ from typing import Any
 
 from data.protocols import PROTOCOLS
 from data.workers import TIMEOUT_S, Workers, worker_errors
-from irv2 import cli, evaluation, results, scoring
+from irv2 import cli, evaluation, explain, results, scoring
 from irv2.engines import choose
 from irv2.evaluation import LabelFiles
 from irv2.report import reference
@@ -49,6 +49,8 @@ def validate(options: argparse.Namespace, world: World) -> None:
         evaluation.check_same_images(evaluations)
     if options.fast:
         scoring.check_compiler(world.device)
+    if options.explain:
+        explain.check_installed()
     results.check_writable(options.json, options.report)
     evaluation.say_remarks(evaluations, world.say)
 
@@ -77,7 +79,7 @@ def validate(options: argparse.Namespace, world: World) -> None:
             results.write_json(options.json, outcomes, options.compare)
         print(results.in_words(outcomes, options.compare))
         if options.report is not None:
-            results.write_pages(options.report, outcomes)
+            results.write_pages(options.report, outcomes, options.explain)
 
 
 def open_networks(options: argparse.Namespace, world: World) -> list[Trained]:
@@ -166,12 +168,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument_group("output")
     add.add_argument("--compare", action="store_true", help="McNemar's test of each pair")
     add.add_argument("--json", type=cli.path, metavar="OUT", help="also write the result here")
-    add.add_argument(
-        "--report",
-        type=cli.path,
-        metavar="DIR",
-        help="also write a page (index.html), per_class.csv and predictions.csv.gz there",
-    )
+    cli.add_report(add)
     add.add_argument(
         "--reference",
         type=cli.path,

@@ -180,6 +180,21 @@ def add_engine(options: OptionGroup) -> None:
     )
 
 
+def add_report(options: OptionGroup) -> None:
+    """Add --report, a page of an evaluation, and what is on it."""
+    options.add_argument(
+        "--report",
+        type=path,
+        metavar="DIR",
+        help="also write a page (index.html), per_class.csv and predictions.csv.gz there",
+    )
+    options.add_argument(
+        "--explain",
+        action="store_true",
+        help="on the page, where the network looked in its mistakes (requirements-explain.txt)",
+    )
+
+
 def stated_view(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what the options of `add_view` state, under its names in the config."""
     view = {

@@ -17,6 +17,7 @@ from data import loader
 from data.base import Source
 from data.files import write_atomically
 from data.names import in_order, shown
+from irv2 import explain
 from irv2.evaluation import Evaluation
 from irv2.network import imagenet_names
 from irv2.report import evaluations, reference
@@ -316,8 +317,11 @@ def as_json(result: Result) -> dict[str, Any]:
     }
 
 
-def write_pages(folder: Path, results: list[Result]) -> None:
-    """Write the page of each result, in folders 1, 2, … where there are several."""
+def write_pages(folder: Path, results: list[Result], explained: bool = False) -> None:
+    """Write the page of each result, in folders 1, 2, … where there are several.
+
+    explained: show where the network looked in its most confident mistakes.
+    """
     for number, result in enumerate(results, 1):
         place = folder if len(results) == 1 else folder / str(number)
         evaluation = result.evaluation
@@ -329,6 +333,7 @@ def write_pages(folder: Path, results: list[Result]) -> None:
             names=imagenet_names.in_words(evaluation.classes),
             image_name=evaluation.source.name,
             thumbnail=_thumbnails(evaluation.source),
+            explanation=explain.of_images(evaluation) if explained else None,
             log=[] if result.step is None else log_beside(evaluation.network.name),
         )
         evaluations.write(place, content)

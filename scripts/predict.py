@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from itertools import chain, islice
 from pathlib import Path
@@ -34,7 +35,7 @@ from data import pictures
 from data.names import LONGEST, LONGEST_LINE, shown, width, without_secrets
 from data.pictures import Picture
 from data.to_input import ToInput
-from irv2 import cli, input_pipeline
+from irv2 import cli, explain, input_pipeline
 from irv2.cli import positive
 from irv2.engines import choose
 from irv2.network import imagenet_names
@@ -47,6 +48,7 @@ from irv2.training.step import PRECISIONS
 class Prediction(NamedTuple):
     """One of the likeliest classes of a picture."""
 
+    output: int  # of the network
     label: str  # the class as the training data call it: a synset, a folder's name
     name: str  # the same in words
     probability: float
@@ -101,14 +103,18 @@ class Predictor:
         if not is_finite:
             return picture._replace(error="the network's logits of it are not finite"), []
         chosen = zip(best, shares)
-        return picture, [Prediction(self.labels[i], self.names[i], share) for i, share in chosen]
+        return picture, [Prediction(i, self.labels[i], self.names[i], share) for i, share in chosen]
 
 
 def predict(arguments: argparse.Namespace, device: torch.device) -> int:
     """Print what each picture shows; returns the number of those that could not be used."""
     choose.check(arguments.engine, arguments.precision, device)
+    if arguments.explain is not None:
+        explain.check_installed()
+        arguments.explain.mkdir(parents=True, exist_ok=True)
     network = cli.load_network(arguments)
     view = input_pipeline.evaluation_view(network.data)
+    drawing = Drawing(network, device, arguments.explain) if arguments.explain else None
     predictor = Predictor(network, arguments.top, device, arguments.precision, arguments.engine)
     show = show_json if arguments.json else Table()
     failed = 0
@@ -123,6 +129,8 @@ def predict(arguments: argparse.Namespace, device: torch.device) -> int:
             results = predictor(batch)
             show(results)
             sys.stdout.flush()
+            if drawing is not None:
+                drawing(results)
             for picture, _ in results:
                 if picture.error:
                     failed += 1
@@ -147,6 +155,23 @@ def show_json(results: Results) -> None:
             ]
             content = {"image": picture.path, "predictions": each}
         print(json.dumps(content, allow_nan=False))
+
+
+class Drawing:
+    """Draws of each picture where the network saw its two likeliest classes: DIR/0001_NAME.png has
+    the view of it, and beside it the map of each."""
+
+    def __init__(self, network: Trained, device: torch.device, folder: Path) -> None:
+        self.maps, self.folder, self.drawn = explain.ClassMaps(network, device), folder, 0
+
+    def __call__(self, results: Results) -> None:
+        for picture, predictions in results:
+            if predictions:
+                self.drawn += 1
+                classes = [prediction.output for prediction in predictions[:2]]
+                stem = re.sub(r"[^\w.-]", "_", Path(picture.path).stem)[:80]
+                image = self.maps.drawn(picture.pixels, classes)
+                image.save(self.folder / f"{self.drawn:04}_{stem}.png")
 
 
 class Table:
@@ -189,6 +214,12 @@ def parse_arguments() -> argparse.Namespace:
         "--batch", type=positive, default=16, metavar="N", help="images at once (default: 16)"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument(
+        "--explain",
+        type=cli.path,
+        metavar="DIR",
+        help="also draw there, of each picture, where the network saw its two likeliest classes",
+    )
     cli.add_engine(parser)
     parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     arguments = parser.parse_intermixed_args()

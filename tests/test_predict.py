@@ -177,7 +177,7 @@ def test_what_cannot_be_used_has_a_line_and_the_rest_goes_on(
 
 def test_names_act_on_no_terminal_and_widen_no_column(capsys):
     names = ["a.jpg", "\x1b[2J\n\u202e\udce9.jpg", "日" * 40 + ".jpg", "x" * 300 + ".jpg"]
-    answer = [predict.Prediction("c", "cat\x1b[0m", 1.0)]
+    answer = [predict.Prediction(0, "c", "cat\x1b[0m", 1.0)]
     predict.Table()([(Picture(name, None), answer) for name in names])
     out = capsys.readouterr().out
     assert out.replace("\n", "").isprintable() and out.count("\n") == len(names)

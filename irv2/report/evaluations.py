@@ -24,7 +24,7 @@ from PIL import Image
 
 from irv2.report import page, plots
 from irv2.report.statistics import Interval, calibration, wilson
-from irv2.report.thumbnails import Gallery, Thumbnail
+from irv2.report.thumbnails import EXPLAINED, Gallery, Thumbnail, thumbnail
 
 PAIRS, PAIR_PICTURES = 10, 4
 MISTAKES = 24
@@ -45,6 +45,8 @@ class Content:
     image_name: Callable[[int], str]  # image number -> path
     thumbnail: Callable[[int], Image.Image]  # image number -> the whole picture, of any size
     log: list[dict[str, Any]]  # lines of the run's log.jsonl; empty without a run
+    # (image number, classes) -> the view, and where the network saw each class, side by side
+    explanation: Callable[[int, list[int]], Image.Image] | None = None
 
 
 class Score(NamedTuple):
@@ -91,6 +93,7 @@ class Mistake(NamedTuple):
     true_percent: float
     predicted: str
     predicted_percent: float
+    explanation: Thumbnail | None
 
 
 class SizeRow(NamedTuple):
@@ -213,9 +216,19 @@ def confident_mistakes(content: Content) -> list[Mistake]:
             100.0 * float(np.exp(-predictions.loss[row])),  # cross-entropy is -log of its softmax
             names[predictions.top[row, 0]],
             100.0 * float(sure[row]),
+            _explanation(content, row),
         )
         for row in predictions.mistakes()[:MISTAKES]
     ]
+
+
+def _explanation(content: Content, row: int) -> Thumbnail | None:
+    """Where the network saw what it said of an image, and where what is true."""
+    if content.explanation is None:
+        return None
+    predictions, index = content.predictions, int(content.predictions.index[row])
+    classes = [int(predictions.top[row, 0]), int(predictions.label[row])]
+    return thumbnail(content.explanation(index, classes), content.image_name(index), EXPLAINED)
 
 
 # ------------------------------------------------------------------------- confidence, sizes

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from PIL import Image
 
 SIDE = 112  # px, of the longer side
+EXPLAINED = 480  # of a picture with its explanations beside it
 TINY = SIDE // 2  # a picture up to here is shown enlarged, pixel by pixel
 
 
@@ -32,11 +33,15 @@ class Gallery:
 
     def picture(self, number: int) -> Thumbnail:
         """Load a picture, scaled down to `SIDE` if larger. Raises what the functions raise."""
-        image = self._picture(number).convert("RGB")
-        is_tiny = max(image.size) <= TINY
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        buffer, kind = io.BytesIO(), "png" if is_tiny else "jpeg"
-        image.save(buffer, kind, quality=80, optimize=True)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        name = PurePath(self._image_name(number)).name
-        return Thumbnail(name, f"data:image/{kind};base64,{data}", is_tiny)
+        return thumbnail(self._picture(number), self._image_name(number))
+
+
+def thumbnail(image: Image.Image, path: str, side: int = SIDE) -> Thumbnail:
+    """Make a small picture whose longer side is at most `side` px; path: of its file."""
+    image = image.convert("RGB")
+    is_tiny = max(image.size) <= TINY
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer, kind = io.BytesIO(), "png" if is_tiny else "jpeg"
+    image.save(buffer, kind, quality=80, optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return Thumbnail(PurePath(path).name, f"data:image/{kind};base64,{data}", is_tiny)

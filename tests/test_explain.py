@@ -1,0 +1,92 @@
+"""Where the network looked: maps that add up to what a class's logit owes to each place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from calling import call
+from PIL import Image
+from programs import write_images
+from small_weights import SYNSETS, write_small_weights
+from torch import Tensor
+
+import validate
+from irv2 import explain
+from irv2.run import trained
+from irv2.run.trained import Trained
+from scripts import predict
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def network(small_weights: Path) -> Trained:
+    pytest.importorskip("captum")
+    return trained.load_weights(str(small_weights))
+
+
+def test_at_the_last_map_it_is_the_class_activation_map(network):
+    """Pooling and a linear layer follow it: each place owes weight times activation (CAM)."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 299, 299, 3), dtype=np.uint8)
+    large = trained.seen_as(network, {"image_size": 299})
+    maps = explain.ClassMaps(large, CPU)
+    found = maps.maps(pixels, [0, 2])
+    with torch.no_grad():
+        x = maps.to_input(torch.from_numpy(pixels), torch.zeros(2, dtype=torch.bool), None)
+        features = large.model.forward_features(x)
+        cams = torch.einsum("bchw,bc->bhw", features, large.model.classif.weight[[0, 2]]).relu()
+    expected = torch.nn.functional.interpolate(cams[:, None], (299, 299), mode="bilinear")[:, 0]
+    expected = expected / expected.amax((1, 2), keepdim=True).clamp_min(1e-12)
+    assert expected.std() > 0.01
+    assert torch.allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("size, layer", [(75, "repeat"), (139, "repeat_1"), (267, "conv2d_7b")])
+def test_the_map_has_seven_places_a_side_or_more(network, size, layer):
+    shapes = []
+    part = getattr(network.model, layer)
+    handle = part.register_forward_hook(lambda module, given, out: shapes.append(out.shape))
+    with torch.inference_mode():
+        network.model(torch.zeros(1, 3, size, size))
+    handle.remove()
+    assert min(shapes[0][2:]) == 7
+    least = next(least for least, name in explain.LAYERS if size >= least)
+    assert dict(explain.LAYERS)[least] == layer
+
+
+def test_colours_lie_where_the_map_is_large():
+    pixels, found = np.full((2, 2, 3), 100, np.uint8), Tensor([[0.0, 1.0], [0.0, 0.0]])
+    drawn = explain.over(pixels, found)
+    assert (drawn[found.numpy() == 0] == 100).all() and drawn[0, 1].tolist() != [100] * 3
+    joined = explain.side_by_side([pixels, drawn])
+    assert joined.size == (4 + explain.GAP, 2) and joined.getpixel((2, 0)) == (255, 255, 255)
+
+
+def test_both_programs_draw(network, small_weights, tmp_path):
+    pictures = write_images(tmp_path / "val", SYNSETS, 2)
+    own = ("--weights", small_weights, "--device", "cpu")
+    done = call(predict, pictures, *own, "--explain", tmp_path / "drawn")
+    assert (done.status, done.err) == (0, "")
+    drawn = sorted((tmp_path / "drawn").iterdir())
+    assert [path.name for path in drawn] == [f"{n + 1:04}_{n % 2}.png" for n in range(6)]
+    assert Image.open(drawn[0]).size == (3 * 75 + 2 * explain.GAP, 75)
+
+    report = ("--report", tmp_path / "page", "--explain", "--workers", 0)
+    done = call(validate, *own, "--data", pictures, *report)
+    assert done.status == 0, done.err
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert '<ul class="pictures explained">' in page and "HiResCAM" in page
+
+
+def test_what_is_not_installed_is_said_first(monkeypatch, tmp_path):
+    monkeypatch.setattr(explain.importlib.util, "find_spec", lambda name: None)
+    done = call(predict, "absent.jpg", "--weights", "absent", "--explain", tmp_path)
+    assert done.status == 1 and "pip install -r requirements-explain.txt" in done.err
