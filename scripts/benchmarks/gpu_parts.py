@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import faulthandler
 import gc
 import json
 import re
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from irv2.network.accelerate import accelerate, fold_batch_norm
 from irv2.network.model import inception_resnet_v2
 from irv2.training import distributed
-from scripts.benchmarks import end_to_end, network, updating
+from scripts.benchmarks import network, updating
 from scripts.benchmarks.alternation import best_time, rate, wait_for
 
 WINDOW = 10  # steps
@@ -174,14 +173,6 @@ def inference(bench: Bench) -> None:
             tell(**{f"{name}_{batch}": pace})
 
 
-def from_files(bench: Bench) -> None:
-    if bench.rehearsal:
-        return
-    faulthandler.dump_traceback_later(20, repeat=True)  # should the loader hang, it shows where
-    found = end_to_end.measure(1)
-    tell(from_files=found["ours_per_s"], from_memory=found["peer_per_s"])
-
-
 def profile(bench: Bench) -> None:
     """Milliseconds of a step by family of kernels, and the share in which none runs."""
     ours, _ = bench.networks()
@@ -269,7 +260,6 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "identity": identity,
     "timm-compiled": timm_compiled,
     "inference": inference,
-    "end-to-end": from_files,
     "profile": profile,
     "tests": tests,
 }
