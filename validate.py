@@ -21,7 +21,7 @@ from typing import Any
 
 from data.protocols import PROTOCOLS
 from data.workers import TIMEOUT_S, Workers, worker_errors
-from irv2 import cli, evaluation, explain, results, scoring
+from irv2 import cli, evaluation, explain, result_files, results, scoring
 from irv2.engines import choose
 from irv2.evaluation import LabelFiles
 from irv2.report import reference
@@ -51,7 +51,7 @@ def validate(options: argparse.Namespace, world: World) -> None:
         scoring.check_compiler(world.device)
     if options.explain:
         explain.check_installed()
-    results.check_writable(options.json, options.report)
+    result_files.check_writable(options.json, options.report)
     evaluation.say_remarks(evaluations, world.say)
 
     # Counts: every image once, on any number of ranks
@@ -76,10 +76,10 @@ def validate(options: argparse.Namespace, world: World) -> None:
     # Report
     if world.is_main:
         if options.json is not None:
-            results.write_json(options.json, outcomes, options.compare)
+            result_files.write_json(options.json, outcomes, options.compare)
         print(results.in_words(outcomes, options.compare))
         if options.report is not None:
-            results.write_pages(options.report, outcomes, options.explain)
+            result_files.write_pages(options.report, outcomes, options.explain)
 
 
 def open_networks(options: argparse.Namespace, world: World) -> list[Trained]:

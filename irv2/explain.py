@@ -59,9 +59,9 @@ class ClassMaps:
         target = torch.tensor(classes, device=self.device)
         with torch.inference_mode(False), torch.enable_grad():
             x = self.to_input(images, flips, None).clone()
-            found = self.products.attribute(x, target=target).detach().sum(1, keepdim=True).relu()
-        found = F.interpolate(found, pixels.shape[1:3], mode="bilinear", align_corners=False)[:, 0]
-        return found / found.amax((1, 2), keepdim=True).clamp_min(1e-12)
+            heat = self.products.attribute(x, target=target).detach().sum(1, keepdim=True).relu()
+        heat = F.interpolate(heat, pixels.shape[1:3], mode="bilinear", align_corners=False)[:, 0]
+        return heat / heat.amax((1, 2), keepdim=True).clamp_min(1e-12)
 
     def drawn(self, pixels: np.ndarray, classes: Sequence[int]) -> Image.Image:
         """Draw the maps of some classes over one image, uint8 [H, W, 3], side by side with it."""
@@ -80,10 +80,10 @@ def of_images(evaluation: Evaluation) -> Callable[[int, list[int]], Image.Image]
     return explanation
 
 
-def over(pixels: np.ndarray, found: Tensor) -> np.ndarray:
+def over(pixels: np.ndarray, heat: Tensor) -> np.ndarray:
     """Lay a map [H, W] in [0, 1] over an image, uint8 [H, W, 3], as colours."""
-    colours = 255 * matplotlib.colormaps[COLOURS](found.numpy())[..., :3]
-    share = OPACITY * found.numpy()[..., None]
+    colours = 255 * matplotlib.colormaps[COLOURS](heat.numpy())[..., :3]
+    share = OPACITY * heat.numpy()[..., None]
     return (pixels * (1 - share) + colours * share).round().astype(np.uint8)
 
 

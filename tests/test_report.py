@@ -24,7 +24,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, recall_score
 from written_runs import eval_line, train_line, write_run
 
-from irv2 import results
+from irv2 import result_files
 from irv2.report import evaluations, page, plots
 from irv2.report.evaluations import Content
 from irv2.report.markdown import replace_section
@@ -322,8 +322,8 @@ def test_the_log_of_a_run_is_found_beside_its_weights(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps(line))
     within = tmp_path / "checkpoints" / "step-000000001"
     for place in (tmp_path / "best.safetensors", within):
-        assert [line["step"] for line in results.log_beside(str(place))] == [1]
-    assert results.log_beside(str(within / "deeper" / "a.pth")) == []
+        assert [line["step"] for line in result_files.log_beside(str(place))] == [1]
+    assert result_files.log_beside(str(within / "deeper" / "a.pth")) == []
 
 
 def test_what_is_less_than_everything_is_not_rounded_up_to_it():

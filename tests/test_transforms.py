@@ -442,7 +442,7 @@ def test_the_limit_is_set_in_the_environment_and_is_itself_allowed(monkeypatch):
         decode(encoded)
     for text in ("many", "nan", "inf"):
         monkeypatch.setenv("MAX_MEGAPIXELS", text)
-        with pytest.raises(DecodeError, match=f"MAX_MEGAPIXELS={text} in the environment is not a n"):
+        with pytest.raises(DecodeError, match=f"MAX_MEGAPIXELS={text} in the environment is not"):
             decode(encoded)
 
 

@@ -26,7 +26,7 @@ from data.protocols import PROTOCOLS
 from data.sources import FolderSource
 from data.transforms import EvalView, decode
 from data.workers import Workers
-from irv2 import evaluation, results, scoring
+from irv2 import evaluation, result_files, results, scoring
 from irv2.network import imagenet_names, weights
 from irv2.network.model import inception_resnet_v2
 from irv2.report import reference
@@ -583,7 +583,7 @@ def test_each_rate_is_held_against_its_own_interval(photographs, small) -> None:
     network = trained.load_weights(str(small[1]))
     asked = evaluation.prepare(network, {"val": str(photographs)}, evaluation.LabelFiles())
     outcome = results.Result(asked, "a", "raw", 1, predictions, 1.0, "fp32", references)
-    near, far = results.as_json(outcome)["references"]
+    near, far = result_files.as_json(outcome)["references"]
     assert (near["top1_difference"], near["top5_difference"]) == (-2, 2)
     assert (far["top1_difference"], far["top5_difference"]) == (-32, 25)
     for entry, is_within in ((near, True), (far, False)):

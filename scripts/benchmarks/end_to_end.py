@@ -83,8 +83,10 @@ def main() -> None:
     """Measure as a part of `benchmark.py gpu`, which rehearses on a CPU, where this has no way."""
     if "--rehearsal" not in sys.argv:
         faulthandler.dump_traceback_later(20, repeat=True)  # should the loader hang: where
-        found = measure(1)
-        print(json.dumps({"from_files": found["ours_per_s"], "from_memory": found["peer_per_s"]}))
+        figures = measure(1)
+        print(
+            json.dumps({"from_files": figures["ours_per_s"], "from_memory": figures["peer_per_s"]})
+        )
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def graph(bench: Bench) -> None:
 
 
 def timm_compiled(bench: Bench) -> None:
-    """timm's network in the modes of torch.compile, each told as it is there."""
+    """timm's network in the modes of torch.compile, each reported as it is there."""
     best = 0.0
     for mode in network.MODES:
         peer = trainer = None
