@@ -18,6 +18,9 @@ Graphs take float32 images [batch, 3, size, size], normalised, and give logits [
 any batch; batch norm is folded into the convolutions unless --not-folded. Classes, their names and
 how images are seen (size, crop, interpolation, mean, std) travel in the file's metadata, as JSON.
 
+--push OWNER/NAME uploads the folder of --format timm to Hugging Face's hub, with a model card in it
+(README.md) written from the run: data, figures with intervals, curve, recipe, how to load it.
+
 With --int8 --calibrate DATA, onnx and openvino have products of 8-bit integers, whose ranges are
 measured on images of DATA, training images, say. Top-1 on the validation images is printed before
 and after and kept in the metadata; nothing is written if more than --most-loss points are lost.
@@ -50,7 +53,7 @@ from data.to_input import ToInput
 from irv2 import cli, formats, input_pipeline
 from irv2.formats import FORMATS, ExportError, Forward
 from irv2.run.trained import Trained
-from scripts.exporting import int8
+from scripts.exporting import card, int8
 
 BATCHES = (1, 3)
 
@@ -87,9 +90,13 @@ def export(arguments: argparse.Namespace) -> None:
         row("difference", f"{difference:.1e} of the largest logit; allowed: {kind.tolerance:g}")
         if not difference <= kind.tolerance:  # written so that NaN fails, too
             raise ExportError(f"{out}: {kind.runtime} computes something else; nothing was kept")
+        if arguments.push is not None:
+            (made / "README.md").write_text(card.text(network, arguments.push), encoding="utf-8")
         keep(made, out)
     size = sum(path.stat().st_size for path in files_of(out))
     row("written", f"{out}, {size / 1e6:,.1f} MB")
+    if arguments.push is not None:
+        row("pushed", card.push(out, arguments.push))
 
 
 def row(name: str, value: str) -> None:
@@ -186,6 +193,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="IMAGE|FOLDER",
         help="compare logits on these",
     )
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="with --format timm: write a model card, too, and upload all to Hugging Face's hub",
+    )
     add = parser.add_argument_group("int8, of the formats onnx and openvino")
     add.add_argument("--int8", action="store_true", help="8-bit integers, if accuracy allows it")
     add.add_argument(
@@ -205,6 +217,8 @@ def parse_arguments() -> argparse.Namespace:
         help="most of top-1 that may be lost (default: 0.5)",
     )
     arguments = parser.parse_args()
+    if arguments.push is not None and arguments.format != "timm":
+        parser.error("--push goes with --format timm")
     if arguments.int8 and arguments.format not in formats.QUANTIZERS:
         parser.error(f"--int8 goes with --format {' and '.join(formats.QUANTIZERS)}")
     if arguments.int8 != (arguments.calibrate is not None):

@@ -26,13 +26,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import pictures
+from data.errors import DataError
+from data.files import write_atomically
 from data.names import LONGEST, LONGEST_LINE, shown, width, without_secrets
+from data.optional import needed
 from data.pictures import Picture
 from data.to_input import ToInput
 from irv2 import cli, explain, input_pipeline
@@ -66,10 +69,15 @@ class Predictor:
         self.device, self.dtype = device, PRECISIONS[precision]
         model = fold_batch_norm(network.model).to(device, memory_format=torch.channels_last)
         self.run = choose.runner(engine, model, precision, cli.remark)
+        self.features: Tensor | None = None  # [B, 1536] of the last batch, where PyTorch ran it
+        model.get_classifier().register_forward_pre_hook(self._keep)
         self.to_input = ToInput(network.data.mean, network.data.std, device)
         self.labels = network.classes or [str(i) for i in range(model.num_classes)]
         self.names = imagenet_names.in_words(self.labels)
         self.top = top
+
+    def _keep(self, _classifier: nn.Module, given: tuple[Tensor]) -> None:
+        self.features = given[0]
 
     @torch.inference_mode()
     def logits(self, pixels: np.ndarray) -> Tensor:
@@ -115,6 +123,7 @@ def predict(arguments: argparse.Namespace, device: torch.device) -> int:
     network = cli.load_network(arguments)
     view = input_pipeline.evaluation_view(network.data)
     drawing = Drawing(network, device, arguments.explain) if arguments.explain else None
+    embeddings = None if arguments.embeddings is None else Embeddings(arguments.embeddings)
     predictor = Predictor(network, arguments.top, device, arguments.precision, arguments.engine)
     show = show_json if arguments.json else Table()
     failed = 0
@@ -131,12 +140,16 @@ def predict(arguments: argparse.Namespace, device: torch.device) -> int:
             sys.stdout.flush()
             if drawing is not None:
                 drawing(results)
+            if embeddings is not None:
+                embeddings.add(results, predictor.features)
             for picture, _ in results:
                 if picture.error:
                     failed += 1
                     line = shown(f"{picture.path}: {picture.error}", LONGEST_LINE)
                     tqdm.write(line, file=sys.stderr)
             bar.update(len(batch))
+    if embeddings is not None:
+        embeddings.write()
     return failed
 
 
@@ -172,6 +185,40 @@ class Drawing:
                 stem = re.sub(r"[^\w.-]", "_", Path(picture.path).stem)[:80]
                 image = self.maps.drawn(picture.pixels, classes)
                 image.save(self.folder / f"{self.drawn:04}_{stem}.png")
+
+
+class Embeddings:
+    """Features of the pictures before the classifier, float32, in the order of the output.
+
+    A .npy file holds [N, 1536]; a .parquet file the columns image and embedding. Raises DataError
+    where the name says neither, or pyarrow is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.suffix not in (".npy", ".parquet"):
+            raise DataError(f"{path}: --embeddings must end in .npy or .parquet")
+        if path.suffix == ".parquet":
+            self.arrow = needed("pyarrow", "a parquet file")
+            self.parquet = needed("pyarrow.parquet", "a parquet file")
+        self.path, self.names, self.rows = path, [], []
+
+    def add(self, results: Results, features: Tensor | None) -> None:
+        """features: of those pictures of a batch that could be read."""
+        seen = [(picture, chosen) for picture, chosen in results if picture.pixels is not None]
+        if not seen:
+            return
+        is_sound = [bool(chosen) for _, chosen in seen]
+        self.rows.append(features.float().cpu().numpy()[is_sound])
+        self.names += [picture.path for picture, chosen in seen if chosen]
+
+    def write(self) -> None:
+        rows = np.concatenate(self.rows) if self.rows else np.zeros((0, 0), np.float32)
+        if self.path.suffix == ".npy":
+            write_atomically(self.path, lambda file: np.save(file, rows))
+            return
+        names = [name.encode("utf-8", "backslashreplace").decode() for name in self.names]
+        table = self.arrow.table({"image": names, "embedding": list(rows)})
+        write_atomically(self.path, lambda file: self.parquet.write_table(table, file))
 
 
 class Table:
@@ -220,11 +267,19 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIR",
         help="also draw there, of each picture, where the network saw its two likeliest classes",
     )
+    parser.add_argument(
+        "--embeddings",
+        type=cli.path,
+        metavar="OUT.npy|OUT.parquet",
+        help="also write the features before the classifier there, 1,536 of each picture",
+    )
     cli.add_engine(parser)
     parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     arguments = parser.parse_intermixed_args()
     if not arguments.images and not arguments.files_from:
         parser.error("no pictures: IMAGE, FOLDER, - or --files-from LIST")
+    if arguments.embeddings is not None and arguments.engine != choose.TORCH:
+        parser.error("--embeddings goes with --engine torch")
     return arguments
 
 

@@ -14,10 +14,12 @@ from small_weights import SYNSETS, write_small_weights
 from torch import Tensor
 
 import validate
-from irv2 import explain
+from data.pictures import see
+from data.to_input import ToInput
+from irv2 import explain, input_pipeline
 from irv2.run import trained
 from irv2.run.trained import Trained
-from scripts import predict
+from scripts import neighbours, predict
 
 CPU = torch.device("cpu")
 
@@ -84,6 +86,41 @@ def test_both_programs_draw(network, small_weights, tmp_path):
     assert done.status == 0, done.err
     page = (tmp_path / "page" / "index.html").read_text()
     assert '<ul class="pictures explained">' in page and "HiResCAM" in page
+
+
+def test_embeddings_are_the_features_and_tell_the_nearest_pictures(small_weights, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pictures = write_images(tmp_path / "val", SYNSETS, 2)
+    (pictures / "broken.png").write_bytes(b"no image")
+    own = (pictures, "--weights", small_weights, "--device", "cpu", "--batch", 4, "--embeddings")
+    done = call(predict, *own, tmp_path / "a.npy")
+    assert done.status == 1 and done.err.count("\n") == 1  # of the broken one
+    features = np.load(tmp_path / "a.npy")
+    model = trained.load_weights(str(small_weights)).model
+    assert features.shape == (6, model.num_features) and features.dtype == np.float32
+    call(predict, *own, tmp_path / "a.parquet")
+    table = parquet.read_table(tmp_path / "a.parquet")
+    assert np.allclose(np.array(table["embedding"].to_pylist()), features, atol=1e-6)
+    names = [line.split()[0] for line in done.out.splitlines()]
+    assert [Path(name).name for name in table["image"].to_pylist()] == [Path(n).name for n in names]
+    view = trained.load_weights(str(small_weights)).data
+    maps_input = ToInput(view.mean, view.std, CPU)
+    first = see(table["image"][0].as_py(), input_pipeline.evaluation_view(view)).pixels
+    x = maps_input(torch.from_numpy(first[None]), torch.zeros(1, dtype=torch.bool), None)
+    with torch.inference_mode():
+        expected = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert np.allclose(features[0], expected.numpy(), atol=1e-4)
+
+    done = call(neighbours, tmp_path / "a.parquet", "--among", tmp_path / "a.parquet")
+    assert (done.status, done.err) == (0, "")
+    for line, name in zip(done.out.splitlines(), table["image"].to_pylist(), strict=True):
+        assert line.startswith(f"{name}  {name} 1.000, ")  # itself, then the others
+        cosines = [float(word.split()[1]) for word in line.split("  ")[1].split(", ")]
+        assert len(cosines) == 3 and cosines == sorted(cosines, reverse=True)
+    done = call(neighbours, small_weights, "--among", tmp_path / "a.parquet")
+    assert done.status == 1 and "no embeddings of predict.py's" in done.err
+    done = call(predict, *own, tmp_path / "a.txt")
+    assert done.status == 1 and "must end in .npy or .parquet" in done.err
 
 
 def test_what_is_not_installed_is_said_first(monkeypatch, tmp_path):

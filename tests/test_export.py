@@ -9,6 +9,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import onnx
 import onnxruntime
@@ -26,6 +27,7 @@ from irv2.network import weights
 from irv2.network.model import inception_resnet_v2
 from irv2.run import checkpoint, trained
 from scripts import export
+from scripts.exporting import card
 
 pytestmark = pytest.mark.slow
 
@@ -241,6 +243,79 @@ def test_a_run_is_checked_on_its_own_validation_images(tmp_path, call):
     shutil.rmtree(val)
     status, said, _ = call(source, "safetensors", tmp_path / "b.safetensors")
     assert status == 0 and "on scikit-learn's photographs" in said
+
+
+class FakeHub:
+    """Keeps what is uploaded, or refuses."""
+
+    refuses = False
+    uploaded: ClassVar[dict[str, str]] = {}
+
+    def create_repo(self, name: str, exist_ok: bool) -> str:
+        if self.refuses:
+            raise OSError("no such owner")
+        return f"https://huggingface.co/{name}"
+
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        self.uploaded[repo_id] = sorted(os.listdir(folder_path))
+
+
+def test_a_card_is_written_from_the_run_and_pushed_with_the_weights(tmp_path, call, monkeypatch):
+    monkeypatch.setattr(card.huggingface_hub, "HfApi", FakeHub)
+    network = inception_resnet_v2(2, blocks=(1, 1, 1), width=0.25)
+    monkeypatch.setattr(type(network), "published", (network.blocks, network.width))
+    monkeypatch.setitem(
+        formats.FORMATS, "timm", formats.FORMATS["timm"]._replace(run=run_safetensors_of_folder)
+    )
+    run, state = tmp_path / "private" / "run", copied(network.state_dict())
+    config = small_meta.config(data={**VIEW, "val": "/private/val", "train": "/private/train"})
+    meta = small_meta.meta(7, config=config)
+    checkpoint.save(run / "checkpoints", 7, {"ema": state, "model": state}, meta)
+    (run / "config.yaml").write_text(
+        json.dumps(
+            {
+                "run": {"seed": 3, "dir": "/private"},
+                "train": {"epochs": 2},
+                "optim": {"lr": 0.1},
+                "schedule": {"kind": "cosine"},
+                "loss": {},
+                "ema": {},
+            }
+        )
+    )
+    lines = [
+        {
+            "kind": "eval",
+            "step": step,
+            "epoch": step / 7,
+            "weights": which,
+            "top1": top1,
+            "top5": 100.0,
+            "loss": 0.5,
+            "images": 200,
+        }
+        for step, which, top1 in [(3, "ema", 50.0), (7, "ema", 75.0), (7, "raw", 60.0)]
+    ]
+    (run / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    out = tmp_path / "out"
+    status, said, error = call(("--run", run), "timm", out, "--push", "me/birds")
+    assert status == 0, error
+    assert "pushed      https://huggingface.co/me/birds" in said
+    assert FakeHub.uploaded["me/birds"] == ["README.md", "config.json", "model.safetensors"]
+    text = (out / "README.md").read_text()
+    assert "| top-1 | 75.00 % | 68.57 to 80.49 | 200 |" in text  # Wilson's interval
+    assert "| 3 | 0.4 | 0.5000 | 50.00 |" in text and "60.00" not in text
+    assert 'optim: {"lr": 0.1}' in text and "seed: 3" in text and "/private" not in text
+    assert 'timm.create_model("hf-hub:me/birds", pretrained=True)' in text
+
+    monkeypatch.setattr(FakeHub, "refuses", True)
+    status, _, error = call(("--run", run), "timm", tmp_path / "b", "--push", "me/birds")
+    assert status == 1 and (tmp_path / "b" / "README.md").exists()
+    assert_one_line(error, "me/birds: cannot be pushed to (no such owner); log in with")
+
+
+def run_safetensors_of_folder(path: Path, network: trained.Trained) -> formats.Forward:
+    return formats.run_safetensors(path / "model.safetensors", network)
 
 
 def test_what_computes_something_else_is_not_kept(small_weights, tmp_path, call, monkeypatch):
