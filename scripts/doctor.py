@@ -6,7 +6,8 @@
 
 Prints a line for each finding: ok, warn (the run will do, but look at it) or FAIL (it will not do),
 with what to do about it. Nothing is written but what --bad-files and --json name, and images of
-an object store into data.cache_dir. The run's own loader and network are timed for --seconds each.
+an object store into data.cache_dir. The run's own loader and network are timed for --seconds each;
+on a GPU the last line says what to expect: pace, an epoch's time, what bounds it, which batch fits.
 Exit status: 0 no FAIL, 1 a FAIL, 130 Ctrl-C.
 """
 

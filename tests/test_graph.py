@@ -109,10 +109,19 @@ def test_the_whole_networks_step_can_be_recorded(mixed):
     assert said == [] and len(record._recorded) == 2
 
 
-def test_what_cannot_be_recorded_is_said_once_and_stays_plain():
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_what_cannot_be_recorded_is_said_once_and_stays_plain(when):
+    """A number goes to the host; in backward, when some gradients are there already."""
+
+    def ask(_module: nn.Module, _inputs: tuple, y: Tensor) -> Tensor:
+        if when == "forward":
+            return y * y.detach().mean().item()
+        y.register_hook(lambda grad: grad * grad.mean().item())
+        return y
+
     plain, asking = (flat_state(small_network()) for _ in range(2))
     for state in (plain, asking):
-        state.model.register_forward_hook(lambda _m, _i, y: y * y.detach()[0, 0].item())
+        state.model[0].register_forward_hook(ask)
     record = recorder(asking, said := [])
     steps(asking, WARM_UP + 3, StepOptions(run=record))
     steps(plain, WARM_UP + 3, StepOptions())

@@ -156,12 +156,15 @@ def _backward(
     state: TrainState, network: nn.Module, images: Tensor, labels: Tensor, options: StepOptions
 ) -> Tensor:
     dtype = PRECISIONS[options.precision]
+    gathers = state.flat is not None and not isinstance(network, DistributedDataParallel)
+    if gathers:  # a recording that failed may have left some
+        state.optimizer.zero_grad(set_to_none=True)
     # No weight is used twice, and a cast that was kept would outlive a graph's memory.
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None, cache_enabled=False):
         output = network(images)
     loss = options.loss(output, labels) / options.accumulation
     state.scaler.scale(loss).backward()
-    if state.flat is not None and not isinstance(network, DistributedDataParallel):
+    if gathers:
         state.flat.take_gradients()
     return loss.detach()
 
