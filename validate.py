@@ -190,6 +190,8 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
     is_several = arguments.all or (arguments.weights is not None and len(arguments.weights) > 1)
     if (arguments.ensemble or arguments.compare) and not is_several:
         parser.error("--ensemble and --compare want several networks: --weights A B, or --all")
+    if arguments.explain and arguments.report is None:
+        parser.error("--explain is of a page: --report DIR")
     has_crop = arguments.crop is not None or arguments.interpolation is not None
     if has_crop and arguments.protocol not in ("timm", "flip"):
         parser.error(f"--crop and --interpolation do not go with --protocol {arguments.protocol}")

@@ -127,3 +127,5 @@ def test_what_is_not_installed_is_said_first(monkeypatch, tmp_path):
     monkeypatch.setattr(explain.importlib.util, "find_spec", lambda name: None)
     done = call(predict, "absent.jpg", "--weights", "absent", "--explain", tmp_path)
     assert done.status == 1 and "pip install -r requirements-explain.txt" in done.err
+    done = call(validate, "--weights", "absent", "--explain")
+    assert done.status == 2 and "--explain is of a page: --report DIR" in done.err
