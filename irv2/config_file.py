@@ -14,6 +14,7 @@ from data.errors import UserError
 from data.names import without_secrets
 from irv2 import strict_yaml
 from irv2.config import FIELDS, Config
+from irv2.sections import OF_ANY_OPTIMIZER
 
 
 class ConfigError(UserError):
@@ -36,6 +37,10 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path}: must hold sections such as data: and train:")
     # A section whose lines are all commented out is null in YAML: as good as left out.
     tree = {key: {} if value is None else value for key, value in tree.items()}
+    own = {}
+    for override in overrides:
+        _apply(own, override)
+    _leave_the_optimizers(tree, own)
     for override in overrides:
         _apply(tree, override)
     return from_tree(tree, default_name=path.stem)
@@ -53,6 +58,14 @@ def from_tree(tree: dict[str, Any], default_name: str = "run") -> Config:
         run = config.run.model_copy(update={"name": default_name})
         config = config.model_copy(update={"run": run})
     return config
+
+
+def _leave_the_optimizers(tree: dict, own: dict) -> None:
+    """Leave out what a file says of its optimizer, where the command line names another one."""
+    section = tree.get("optim")
+    kind = own.get("optim", {}).get("kind")
+    if isinstance(section, dict) and kind not in (None, section.get("kind", "rmsprop_tf")):
+        tree["optim"] = {key: section[key] for key in OF_ANY_OPTIMIZER if key in section}
 
 
 def _apply(tree: dict, override: str) -> None:

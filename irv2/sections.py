@@ -209,6 +209,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"betas": [0.9, 0.999], "eps": 1e-8},
     "lamb": {"betas": [0.9, 0.999], "eps": 1e-6},
 }
+OF_ANY_OPTIMIZER = ("clip_norm", "layer_decay")
 
 
 class Optim(Section):

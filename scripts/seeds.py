@@ -25,8 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.errors import UserError
 from irv2 import cli, config_file
+from irv2.config import Config
 from irv2.report import seeds
 from irv2.report.seeds import Seeds
+from irv2.run import resume
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,10 +60,11 @@ def tasks(arguments: argparse.Namespace) -> list[Task]:
 
 def run(task: Task, overrides: list[str]) -> int:
     """Train and evaluate one run, unless that is done; returns the first status that is not 0."""
+    own = [f"run.seed={task.seed}", f"run.dir={task.directory}"]
     if (task.evaluation / seeds.PREDICTIONS).exists():
+        check_same(task.directory, config_file.load(task.config, [*overrides, *own]))
         print(f"{task.directory}: done", flush=True)
         return 0
-    own = [f"run.seed={task.seed}", f"run.dir={task.directory}"]
     train = ["train.py", "--config", str(task.config), *overrides, *own]
     validate = ["validate.py", "--run", str(task.directory), "--report", str(task.evaluation)]
     for command in (train, validate):
@@ -69,6 +72,22 @@ def run(task: Task, overrides: list[str]) -> int:
         if status := subprocess.run(command).returncode:
             return status
     return 0
+
+
+def check_same(place: Path, asked: Config) -> None:
+    """Raise UserError if the run that was trained there is another than the one asked for."""
+    trained = config_file.load(place / "config.yaml")
+    changed = resume.differences(trained.model_dump(), asked.model_dump())
+    changed += [
+        f"train.{key}: {before} -> {after}"
+        for key in ("epochs", "max_steps")
+        if (before := getattr(trained.train, key)) != (after := getattr(asked.train, key))
+    ]
+    if changed:
+        raise UserError(
+            f"{place}: was trained otherwise ({'; '.join(changed)}); give another --out, or remove "
+            "it to train it anew"
+        )
 
 
 def write_page(arguments: argparse.Namespace, of: list[Task]) -> None:

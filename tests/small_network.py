@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from data import loader
 from irv2.scoring import EvalOptions, collect, scored
 from irv2.training.distributed import World
+from irv2.training.flat import Flat
 from irv2.training.metrics import Predictions
 from irv2.training.optim import KINDS, parameter_groups
 from irv2.training.state import TrainState, running_average
-from irv2.training.step import StepOptions, train_step
+from irv2.training.step import StepOptions, running_statistics, train_mode, train_step
 
 ALONE = World(0, 1, torch.device("cpu"))
 CLASSES, LR = 6, 0.1
@@ -44,6 +45,14 @@ def new_state(network: nn.Module, ema_decay: float = 0.9, kind: str = "rmsprop_t
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     optimizer = KINDS[kind](groups, lr=LR)
     return TrainState(network, running_average(network, ema_decay), optimizer, scaler)
+
+
+def lay_out(state: TrainState, freeze_bn: bool = False) -> TrainState:
+    """Take the way of a GPU on the CPU: long buffers, and decisions on the device."""
+    train_mode(state.model, freeze_bn)
+    changed = running_statistics(state.model)
+    state.flat = Flat(state.model, state.ema.module, state.optimizer, changed)
+    return state
 
 
 def randomised(module: nn.Module) -> nn.Module:

@@ -478,3 +478,15 @@ def test_a_key_that_an_older_config_lacks_has_its_default():
 def test_equal_configs_do_not_differ():
     dumped = built().model_dump()
     assert resume.differences(dumped, copy.deepcopy(dumped)) == []
+
+
+def test_another_optimizer_takes_nothing_of_the_files(tmp_path):
+    text = (
+        MINIMAL + "optim: {lr: 0.045, eps: 1.0, momentum: 0.9, weight_decay: 1.0, clip_norm: 3.0}\n"
+    )
+    with pytest.raises(ConfigError, match=r"optim\.lr must be given with optim\.kind=adamw"):
+        load(tmp_path, text, "optim.kind=adamw")
+    optim = load(tmp_path, text, "optim.kind=adamw", "optim.lr=0.1").optim
+    assert (optim.lr, optim.eps, optim.momentum) == (0.1, 1e-8, None)
+    assert (optim.weight_decay, optim.clip_norm) == (4e-5, 3.0)
+    assert load(tmp_path, text, "optim.kind=rmsprop_tf").optim.weight_decay == 1.0

@@ -179,7 +179,7 @@ def test_recorded_steps_equal_plain_ones_to_the_bit(precision: str) -> None:
     try:
         plain, replayed = (state_on(CUDA, drop_rate=0.2) for _ in range(2))
         recorded(plain, graph.WARM_UP + 5, precision, graph.plainly)
-        run = graph.Recorder(graph.CudaGraphs(), pytest.fail)
+        run = graph.Recorder(graph.CudaGraphs())
         recorded(replayed, graph.WARM_UP + 5, precision, run)
     finally:
         torch.use_deterministic_algorithms(False)

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.stats
+import yaml
 from browser import WIDTHS, assert_shown, cells, opened
 from calling import call
 
+from irv2 import config_file
 from irv2.report import seeds
 from irv2.report.seeds import Answers, Seeds, SeedsError
 from irv2.report.statistics import bootstrap_difference
@@ -110,6 +112,11 @@ def commands(monkeypatch) -> list[list[str]]:
 
     def start(command: list[str]) -> SimpleNamespace:
         started.append([Path(command[1]).name, *command[2:]])
+        if "--config" in command:
+            cfg = config_file.load(command[command.index("--config") + 1], command[4:])
+            cfg.directory.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(cfg.model_dump())
+            (cfg.directory / "config.yaml").write_text(text)
         if "--report" in command:
             folder = Path(command[-1])
             write(folder, answers(0.5, len(started)))
@@ -141,6 +148,10 @@ def test_every_seed_of_every_config_is_trained_and_evaluated_once(tmp_path, conf
     assert len(commands) == 8 and (out / "index.html").exists()
     assert "plain" in said and "difference" in said
     assert call(program, *words).out.count(": done") == 4 and len(commands) == 8
+    for changed in ("optim.lr=0.2", "train.epochs=3"):
+        status, _, error = call(program, *words, changed)
+        assert status == 1 and len(commands) == 8
+        assert "seed-5: was trained otherwise (" in error and changed.partition("=")[0] in error
 
 
 def test_a_task_of_an_array_is_one_run_and_no_page(tmp_path, configs, commands):

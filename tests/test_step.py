@@ -14,6 +14,7 @@ from small_network import (
     ALONE,
     LR,
     images,
+    lay_out,
     new_state,
     pieces,
     relative,
@@ -26,7 +27,6 @@ from torch import Tensor, nn
 from irv2.network.model import inception_resnet_v2
 from irv2.run import checkpoint
 from irv2.training.distributed import World
-from irv2.training.flat import Flat
 from irv2.training.optim import KINDS, RMSpropTF, parameter_groups
 from irv2.training.state import TrainState, running_average
 from irv2.training.step import (
@@ -274,12 +274,6 @@ def step(state: TrainState, harm: str = "", seed: int = 0) -> tuple[Tensor, Tens
     return result
 
 
-def decide_on_the_device(state: TrainState) -> TrainState:
-    """Take the way of a GPU on the CPU."""
-    state.flat = Flat(state.model, state.ema.module, state.optimizer)
-    return state
-
-
 def everything(state: TrainState) -> dict[str, Tensor]:
     return {
         f"{part}.{name}": tensor.clone()
@@ -301,7 +295,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
 def test_a_bad_step_changes_no_weight_statistic_average_or_slot(harm, kind, decided_on):
     state = new_state(small_network(), kind=kind)
     if decided_on == "device":
-        decide_on_the_device(state)
+        lay_out(state)
     step(state)
     before = everything(state)
     loss, norm = step(state, harm)
@@ -309,6 +303,19 @@ def test_a_bad_step_changes_no_weight_statistic_average_or_slot(harm, kind, deci
     assert_same(everything(state), before)
     assert state.step == 2
     assert all(parameter.grad is None for parameter in state.model.parameters())
+
+
+def test_frozen_statistics_are_not_among_what_ranks_average():
+    """A mean over ranks rounds, so that what all ranks have alike would drift."""
+    frozen, trained = (lay_out(new_state(small_network()), f).flat for f in (True, False))
+    assert frozen.statistics == []
+    assert [values.dtype for values in trained.statistics] == [torch.float32, torch.int64]
+    state = new_state(small_network())
+    lay_out(state, freeze_bn=True)
+    before = state.model[1].running_var.clone()
+    options = StepOptions(freeze_bn=True)
+    train_step(state, state.model, iter([images(8, 0)]), LR, options, ALONE)
+    assert torch.equal(state.model[1].running_var, before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -355,7 +362,7 @@ def test_the_decision_on_the_device_equals_the_one_on_the_host(harm, frozen):
     for state in (on_host, on_device):
         state.model[:frozen].requires_grad_(False)
         state.optimizer = RMSpropTF(parameter_groups(state.model, 1e-3), LR)
-    decide_on_the_device(on_device)
+    lay_out(on_device)
     for state in (on_host, on_device):
         for seed in range(3):
             step(state, harm if seed == 1 else "", seed)

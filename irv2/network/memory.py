@@ -131,7 +131,7 @@ def device_memory(device: torch.device) -> int:
 def peak_memory(device: torch.device) -> int:
     """Bytes that this process had at most: of a GPU since the last call, of RAM since its start."""
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
+        peak = torch.cuda.max_memory_reserved(device)  # replayed graphs allocate nothing
         torch.cuda.reset_peak_memory_stats(device)
         return peak
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -10,6 +10,7 @@ import gzip
 import io
 import math
 import statistics as numbers
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +81,7 @@ def read(directory: Path) -> Answers:
             rows = list(csv.DictReader(io.StringIO(text.read())))
         correct = np.array([{"0": False, "1": True}[row["correct"]] for row in rows], bool)
         images = [row["image"] for row in rows]
-    except (OSError, EOFError, ValueError, KeyError, csv.Error) as error:
+    except (OSError, EOFError, ValueError, KeyError, csv.Error, zlib.error) as error:
         raise SeedsError(f"{path}: no table of answers that validate.py wrote ({error})") from None
     if not rows:
         raise SeedsError(f"{path}: no image in it")

@@ -26,8 +26,12 @@ class Profile:
     def between_steps(self, step: int) -> None:
         """Begin or end, after step number `step`."""
         if self._profiler is None and self._first - 1 <= step < self._last:
-            self._profiler = torch.profiler.profile()
-            self._profiler.start()
+            try:
+                self._profiler = torch.profiler.profile()
+                self._profiler.start()
+            except RuntimeError as error:
+                self._profiler, self._last = None, 0
+                self._say(f"{self._path}: no trace ({error})")
         elif step >= self._last:
             self.close()
 

@@ -161,7 +161,8 @@ KINDS: dict[str, Callable[[Tracked], Tracker]] = {
 def check_installed(names: Iterable[str]) -> None:
     """Raise UserError for a tracker whose library is not installed."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:  # a mere folder, such as W&B's own ./wandb
             raise UserError(f"log.to={name}: is not installed: pip install {name}")
 
 

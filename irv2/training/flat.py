@@ -35,28 +35,32 @@ class Group(NamedTuple):
 class Flat:
     """The buffers of one training state; its tensors become views of them.
 
+    statistics: what a forward changes of the model; frozen ones are averaged alone.
     compiled: whether torch.compile makes one kernel of an update, which reads and writes once.
     """
 
     @torch.no_grad()
     def __init__(
-        self, model: nn.Module, average: nn.Module, optimizer: RMSpropTF, compiled: bool = False
+        self,
+        model: nn.Module,
+        average: nn.Module,
+        optimizer: RMSpropTF,
+        statistics: list[Tensor],
+        compiled: bool = False,
     ) -> None:
         averages = dict(zip(model.parameters(), average.parameters()))
         groups = [group for group in optimizer.param_groups if group["params"]]
         self.groups = [_group(group, optimizer, averages) for group in groups]
         trained = {id(p) for group in self.groups for p in group.parameters}
-        untrained = [(p, a) for p, a in averages.items() if id(p) not in trained]
+        changed = {id(tensor) for tensor in statistics}
         buffers = list(zip(model.buffers(), average.buffers()))
-        # What a forward changes: running statistics, and counters of batches.
-        floats = [pair for pair in buffers if pair[0].is_floating_point()]
-        counters = [pair for pair in buffers if not pair[0].is_floating_point()]
-        changed = [(_moved(pairs, 0), _moved(pairs, 1)) for pairs in (floats, counters) if pairs]
-        self.statistics = [values for values, _ in changed]
+        moving = [pair for pair in buffers if id(pair[0]) in changed]
+        still = [pair for pair in buffers if id(pair[0]) not in changed]
+        still += [(p, a) for p, a in averages.items() if id(p) not in trained]
+        averaged = _moved(moving)
+        self.statistics = [values for values, _ in averaged]
         self.before = [values.clone() for values in self.statistics]
-        self._averaged = changed
-        if untrained:
-            self._averaged.append((_moved(untrained, 0), _moved(untrained, 1)))
+        self._averaged = averaged + _moved(still)
         self._rmsprop = torch.compile(rmsprop_, dynamic=False) if compiled else rmsprop_
 
     def begin(self) -> None:
@@ -144,6 +148,10 @@ def rmsprop_(
 def _group(options: dict, optimizer: RMSpropTF, averages: dict[Tensor, Tensor]) -> Group:
     parameters = options["params"]
     slots = [optimizer.slots_of(p) for p in parameters]
+    for p, slot in zip(parameters, slots):
+        strides = {t.stride() for t in (p, averages[p], *slot.values())}
+        if len(strides) > 1:
+            raise ValueError(f"a parameter's tensors lie in memory in several orders: {strides}")
     weights = move(parameters)
     gradient = torch.zeros_like(weights)
     return Group(
@@ -158,14 +166,20 @@ def _group(options: dict, optimizer: RMSpropTF, averages: dict[Tensor, Tensor]) 
     )
 
 
-def _moved(pairs: list[tuple[Tensor, Tensor]], side: int) -> Tensor:
-    return move(pair[side] for pair in pairs)
+def _moved(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Move values and their averages into two buffers, and counters, which are whole numbers, into
+    two more."""
+    numbers = [pair for pair in pairs if pair[0].is_floating_point()]
+    counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+    kinds = filter(None, (numbers, counters))
+    return [(move(value for value, _ in kind), move(mean for _, mean in kind)) for kind in kinds]
 
 
 def move(tensors: Iterable[Tensor]) -> Tensor:
     """Move tensors of one dtype into one buffer, which is returned; they become views of it.
 
-    Each has memory of its own without gaps, in whichever order of its axes.
+    Each has memory of its own without gaps, in whichever order of its axes; those that belong to
+    one parameter have the same order.
     """
     tensors = list(tensors)
     buffer = tensors[0].new_zeros(sum(map(_room, tensors)))

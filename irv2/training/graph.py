@@ -15,12 +15,17 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from data.errors import UserError
 from irv2.training.distributed import World
 
 Mode = Literal[False, "regions", "graph"]  # of train.compile
 Run = Callable[..., Any]  # a function and its arguments -> its outputs
 Outputs = Tensor | tuple[Tensor, ...]
 WARM_UP = 3  # plain calls, in which kernels are compiled and chosen and memory is laid out
+
+
+class GraphError(UserError):
+    """A step cannot be recorded."""
 
 
 def plainly(function: Callable[..., Outputs], *arguments: Any) -> Outputs:
@@ -34,7 +39,7 @@ def chosen(asked: Mode, precision: str, world: World, kind: str = "rmsprop_tf") 
     Says it where the step cannot be recorded.
     """
     mode = mode_here(asked, precision, world, kind)
-    return bool(mode), Recorder(CudaGraphs(), world.say) if mode == "graph" else plainly
+    return bool(mode), Recorder(CudaGraphs()) if mode == "graph" else plainly
 
 
 def mode_here(asked: Mode, precision: str, world: World, kind: str) -> Mode:
@@ -101,6 +106,8 @@ class Recorded(NamedTuple):
     def __call__(self, *arguments: Any) -> Outputs:
         for place, argument in zip(self.arguments, arguments, strict=True):
             if isinstance(argument, Tensor):
+                if argument.shape != place.shape:
+                    raise ValueError(f"recorded for {place.shape}, called with {argument.shape}")
                 place.copy_(argument)
         self.replay()
         if isinstance(self.outputs, Tensor):
@@ -112,20 +119,18 @@ class Recorder:
     """Calls functions, plainly at first; then records each once, and replays it from then on.
 
     A function's tensors may have other values in each call, but not other shapes; its remaining
-    arguments are the same in all calls. What cannot be recorded is said, and stays plain.
+    arguments are the same in all calls.
     """
 
-    def __init__(self, graphs: Graphs, say: Callable[[str], None]) -> None:
-        self._graphs, self._say = graphs, say
+    def __init__(self, graphs: Graphs) -> None:
+        self._graphs = graphs
         self._calls: Counter[Hashable] = Counter()
         self._recorded: dict[Hashable, Recorded] = {}
-        self._plain: set[Hashable] = set()
 
     def __call__(self, function: Callable[..., Outputs], *arguments: Any) -> Outputs:
-        """Call the function, or replay it."""
+        """Call the function, or replay it. Raises GraphError if it cannot be recorded."""
         self._calls[function] += 1
-        is_due = self._calls[function] > WARM_UP and function not in self._plain
-        if is_due and function not in self._recorded:
+        if self._calls[function] > WARM_UP and function not in self._recorded:
             self._record(function, arguments)
         if function in self._recorded:
             return self._recorded[function](*arguments)
@@ -137,7 +142,9 @@ class Recorder:
             replay, outputs = self._graphs.record(partial(function, *places))
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
-            self._say(f"train.compile=graph: {function.__name__} is not recorded: {reason}")
-            self._plain.add(function)
-            return
+            # The device, its memory and its generators are in an unknown state from here on.
+            raise GraphError(
+                f"train.compile=graph: {function.__name__} cannot be recorded ({reason}); the same "
+                "command with train.compile=regions trains on"
+            ) from error
         self._recorded[function] = Recorded(replay, places, outputs)

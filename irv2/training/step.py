@@ -156,24 +156,27 @@ def _backward(
     state: TrainState, network: nn.Module, images: Tensor, labels: Tensor, options: StepOptions
 ) -> Tensor:
     dtype = PRECISIONS[options.precision]
-    gathers = state.flat is not None and not isinstance(network, DistributedDataParallel)
-    if gathers:  # a recording that failed may have left some
-        state.optimizer.zero_grad(set_to_none=True)
     # No weight is used twice, and a cast that was kept would outlive a graph's memory.
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None, cache_enabled=False):
         output = network(images)
     loss = options.loss(output, labels) / options.accumulation
     state.scaler.scale(loss).backward()
-    if gathers:
+    if state.flat is not None and not isinstance(network, DistributedDataParallel):
         state.flat.take_gradients()
     return loss.detach()
 
 
 def lay_out(state: TrainState, options: StepOptions) -> None:
-    """Lay RMSProp's state on a GPU out in long buffers, unless it is, or its loss is scaled."""
+    """Lay RMSProp's state on a GPU out in long buffers, unless it is, or its loss is scaled.
+
+    The model is in the mode in which it is trained.
+    """
     is_due = isinstance(state.optimizer, RMSpropTF) and not state.scaler.is_enabled()
     if state.flat is None and is_due and next(state.model.parameters()).is_cuda:
-        state.flat = Flat(state.model, state.ema.module, state.optimizer, options.compiled)
+        statistics = running_statistics(state.model)
+        state.flat = Flat(
+            state.model, state.ema.module, state.optimizer, statistics, options.compiled
+        )
 
 
 def settle(
@@ -186,9 +189,9 @@ def settle(
     """
     if not isinstance(network, DistributedDataParallel):
         return
+    train_mode(state.model, options.freeze_bn)
     lay_out(state, options)
     before = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
-    train_mode(state.model, options.freeze_bn)
     device = next(state.model.parameters()).device
     images = torch.zeros(micro_batch, 3, image_size, image_size, device=device)
     labels = torch.zeros(micro_batch, dtype=torch.int64, device=device)
