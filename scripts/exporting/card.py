@@ -14,7 +14,7 @@ from irv2 import strict_yaml
 from irv2.formats import ExportError
 from irv2.report import markdown
 from irv2.report.statistics import wilson
-from irv2.results import log_beside
+from irv2.result_files import log_beside
 from irv2.run.trained import Trained
 
 HEAD = """---
