@@ -85,6 +85,13 @@ def test_seeds_that_differ_widen_the_interval():
     assert widths[1] > widths[0] + 10
 
 
+def test_few_seeds_spread_as_much_as_their_deviation_says():
+    """Runs that are all right and all wrong: drawn with replacement, their mean is one of three."""
+    never, always = np.zeros(50, bool), np.ones(50, bool)
+    low, high = bootstrap_difference(never[None], np.stack([never, always]))
+    assert (low, high) == pytest.approx((50 - 50 * math.sqrt(2), 50 + 50 * math.sqrt(2)))
+
+
 def test_other_images_are_refused(two):
     two[1].answers[2] = Answers(IMAGES[::-1], two[1].answers[2].correct)
     with pytest.raises(SeedsError, match="better, seed 2: was asked other images"):
