@@ -98,16 +98,22 @@ def test_other_images_are_refused(two):
         seeds.compare(*two)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        *(b"", b"no gzip", gzip.compress(b"\xff\xfe")[:-4]),
-        *(gzip.compress(b"image,label\n1,a\n"), gzip.compress(b"image,label,correct\n")),
-        gzip.compress(b"image,label,correct\n1,a,yes\n"),
-    ],
-)
-def test_a_table_that_validate_did_not_write_is_refused_by_name(tmp_path, content):
-    (tmp_path / seeds.PREDICTIONS).write_bytes(content)
+DAMAGED = gzip.compress(bytes(1000))[:12] + b"\xff" * 9  # zlib calls it an invalid stored block
+TABLES = {
+    "empty": b"",
+    "no gzip": b"no gzip",
+    "cut off": gzip.compress(b"\xff\xfe")[:-4],
+    "damaged": DAMAGED,
+    "no text": gzip.compress(b"\xff\xfe"),
+    "no answers": gzip.compress(b"image,label\n1,a\n"),
+    "no images": gzip.compress(b"image,label,correct\n"),
+    "another word": gzip.compress(b"image,label,correct\n1,a,yes\n"),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_that_validate_did_not_write_is_refused_by_name(tmp_path, kind):
+    (tmp_path / seeds.PREDICTIONS).write_bytes(TABLES[kind])
     with pytest.raises(SeedsError, match=seeds.PREDICTIONS):
         seeds.read(tmp_path)
 
