@@ -131,7 +131,9 @@ def write_sound(root: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     (root / "real.json").write_text(json.dumps([[0], [], [0, 0], [0]]))
-    shutil.copy(validate.REFERENCE, root)
+    published = root / "published"
+    shutil.copytree(validate.REFERENCE.with_name("classes"), published / "classes")
+    shutil.copy(validate.REFERENCE, published)
     shutil.copy(validate.REFERENCE.with_name("quickstart.yaml"), root / "config.yaml")
     (root / "answer").write_bytes(whole(b"content" * 20, "Content-Type: text/plain"))
 
@@ -312,7 +314,9 @@ KINDS = {
         ("classes", "others"),
     ),
     "published results": Kind(
-        "reference.yaml", mutants.YAML, lambda at: asking(reference.read, at / "reference.yaml")
+        "published/reference.yaml",
+        mutants.YAML,
+        lambda at: asking(reference.read, at / "published" / "reference.yaml"),
     ),
     "class index": Kind(
         "index.json",

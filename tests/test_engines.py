@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from small_weights import SYNSETS, write_small_weights
 from torch import Tensor, nn
 
 import validate
-from irv2.engines import choose
+from irv2.engines import choose, openvino
+from irv2.engines.graph import onnx_graph
 from irv2.run import trained
 from scripts import predict
 
@@ -180,3 +182,20 @@ def test_both_programs_run_by_an_engine(small_weights, pictures, tmp_path):
         assert [p["class"] for p in ours] == [p["class"] for p in theirs]
         shares = [[p["probability"] for p in each] for each in (ours, theirs)]
         assert shares[0] == pytest.approx(shares[1], rel=1e-3)
+
+
+def signal_stack() -> bytes:
+    """Place, flags and size of this thread's alternate stack for signal handlers."""
+    stack = ctypes.create_string_buffer(24)
+    ctypes.CDLL(None).sigaltstack(None, stack)
+    return stack.raw
+
+
+def test_openvino_leaves_no_stack_of_its_own_to_signal_handlers(network):
+    """It would be freed with the model, and the next Ctrl-C be a segmentation fault."""
+    pytest.importorskip("openvino")
+    graph, before = onnx_graph(network, 75), signal_stack()
+    engines = [openvino.OpenVINO(graph, "fp32") for _ in range(2)]
+    for engine in engines:
+        engine(torch.zeros(1, 3, 75, 75))
+    assert signal_stack() == before

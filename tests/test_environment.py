@@ -272,7 +272,7 @@ def test_no_other_key_of_a_config_may_be_a_path():
 
 
 COLUMNS = {"path_column", "image_column", "label_column"}
-FREE_TEXTS = {"overrides", "device", "between", "help", *COLUMNS}  # of options of any type
+FREE_TEXTS = {"overrides", "device", "between", "help", "push", *COLUMNS}  # of options of any type
 PATHS = (cli.path, cli.location, cli.picture)
 
 

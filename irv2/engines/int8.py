@@ -13,7 +13,7 @@ from torch import Tensor
 
 from irv2.engines.graph import INPUT
 from irv2.engines.onnxruntime import ONNXRuntime
-from irv2.engines.openvino import OpenVINO, read_graph
+from irv2.engines.openvino import OpenVINO, read_graph, same_signal_stack
 
 
 def by_openvino(graph: bytes, batches: Iterable[Tensor]) -> tuple[Any, OpenVINO]:
@@ -25,12 +25,13 @@ def by_openvino(graph: bytes, batches: Iterable[Tensor]) -> tuple[Any, OpenVINO]
 
     nncf.set_log_level(logging.ERROR)
     arrays = [_in_rows(batch) for batch in batches]
-    model = nncf.quantize(
-        read_graph(graph),
-        nncf.Dataset(arrays),
-        preset=nncf.QuantizationPreset.MIXED,  # activations that may be negative, before a ReLU
-        subset_size=len(arrays),
-    )
+    with same_signal_stack():
+        model = nncf.quantize(
+            read_graph(graph),
+            nncf.Dataset(arrays),
+            preset=nncf.QuantizationPreset.MIXED,  # activations that may be negative, before a ReLU
+            subset_size=len(arrays),
+        )
     return model, OpenVINO(model, "fp32")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,11 +29,33 @@ class OpenVINO(nn.Module):
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",  # one batch at a time, by all threads
         }
-        self.compiled = ov.Core().compile_model(_channels_last(model), "CPU", options)
+        with same_signal_stack():
+            self.compiled = ov.Core().compile_model(_channels_last(model), "CPU", options)
 
     def forward(self, images: Tensor) -> Tensor:
         rows = images.permute(0, 2, 3, 1).contiguous().numpy()
         return torch.from_numpy(self.compiled(rows)[0].copy())  # its memory is used again
+
+
+class _Stack(ctypes.Structure):
+    """Linux's stack_t."""
+
+    _fields_ = (("place", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def same_signal_stack() -> Iterator[None]:
+    """Leave this thread the alternate stack for signal handlers that it has, if it has one.
+
+    OpenVINO sets one of its own for AMX and frees it with the model, or with another: the next
+    Ctrl-C would end the program with a segmentation fault (seen with 2026.4).
+    """
+    libc, before = ctypes.CDLL(None), _Stack()
+    libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)
 
 
 def read_graph(graph: bytes) -> Any:

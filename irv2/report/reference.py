@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter
 
 from data import class_lists, strict_json
-from data.errors import UserError
+from data.errors import DataError, UserError
 from data.strict_json import Count, NonNegative, Percent
 from irv2 import strict_yaml
 from irv2.report.statistics import Interval
@@ -53,12 +53,15 @@ def read(path: Path) -> list[Reference]:
         raise PublishedError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise PublishedError(f"{path}: not a list of published results ({error})") from None
-    return [
-        each._replace(classes=sorted(class_lists.read(path.parent / each.classes)))
-        if isinstance(each.classes, str)
-        else each
-        for each in references
-    ]
+    try:
+        return [
+            each._replace(classes=sorted(class_lists.read(path.parent / each.classes)))
+            if isinstance(each.classes, str)
+            else each
+            for each in references
+        ]
+    except DataError as error:
+        raise PublishedError(f"{path}: {error}") from None
 
 
 def matching(references: list[Reference], **facts: Any) -> list[Reference]:
