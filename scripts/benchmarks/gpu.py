@@ -1,4 +1,4 @@
-"""Everything that a lent GPU should show in a few minutes, in the order of its worth.
+"""Everything that a GPU should show in a few minutes, in the order of its worth.
 
 Each part (gpu_parts.py) is a process of its own, so that nothing runs beside it and one that hangs
 can be cut. It reports each figure as it has it; what was reported before a cut counts.
