@@ -3,7 +3,7 @@
 #
 #   bash scripts/test.sh            everything, and five deliberate breakages that must be noticed
 #   bash scripts/test.sh --quick    before each commit: without what starts programs or takes long,
-#                                   and two cases of each test
+#                                   and one case of each test
 #   bash scripts/test.sh --torch 2.10.0    --quick with that PyTorch, in .venv-torch-2.10.0: so is a
 #                                          version tried before requirements.txt promises it
 

@@ -22,7 +22,6 @@ LONGEST = ("faults", "mutations", "validate", "train", "benchmark", "finetune", 
 
 
 LONG = ("slow", "mutation", "gpu", "soak", "cluster")  # marks of what --quick leaves out
-QUICK_CASES = 2  # of each test
 
 
 def pytest_sessionstart() -> None:
@@ -41,13 +40,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def of_quick(items: list[pytest.Item]) -> Iterator[pytest.Item]:
-    """Yield the tests of --quick: none that is marked as long, the first cases of the others."""
-    cases: defaultdict[str, int] = defaultdict(int)
+    """Yield the tests of --quick: none that is marked as long, the first case of the others."""
+    begun: set[str] = set()
     for item in items:
         test = item.nodeid.partition("[")[0]
-        cases[test] += 1
-        if cases[test] <= QUICK_CASES and not any(map(item.get_closest_marker, LONG)):
+        if test not in begun and not any(map(item.get_closest_marker, LONG)):
             yield item
+        begun.add(test)
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +105,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--quick",
         action="store_true",
-        help="without what starts programs or takes long, and two cases of each test",
+        help="without what starts programs or takes long, and one case of each test",
     )
     parser.addoption(
         "--all-mutations",

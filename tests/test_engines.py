@@ -81,6 +81,7 @@ def images(count: int) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 def test_openvino_computes_in_the_precision_that_is_asked_for(network):
     pytest.importorskip("openvino")
     x = images(3)
@@ -162,6 +163,7 @@ def test_what_an_engine_cannot_do_is_said_before_anything_is_read(engines):
     assert done.status == 1 and "requirements-inference.txt" in done.err
 
 
+@pytest.mark.slow
 def test_both_programs_run_by_an_engine(small_weights, pictures, tmp_path):
     pytest.importorskip("onnxruntime")
     own = ("--weights", small_weights, "--device", "cpu")

@@ -89,6 +89,7 @@ def test_a_block_equals_plain_operations_in_float64(monkeypatch, spec):
     assert max(found.values()) < 1e-5, found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 on this processor"
 )

@@ -51,6 +51,7 @@ def by_pillow(pixels: np.ndarray, shorter: int, squares: int) -> list[np.ndarray
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pixels", [CHINA, CHINA[:, :300]], ids=["wide", "tall"])
 def test_the_papers_crops_are_pillows(pixels):
     pixels = np.ascontiguousarray(pixels)

@@ -249,6 +249,7 @@ def test_no_name_is_a_formula_in_a_table(name, scores, labels):
         assert {line[key] for key in ("image", "label", "class_1", "class_5")} == {f"'{name}"}
 
 
+@pytest.mark.slow
 def test_the_same_evaluation_gives_the_same_bytes(written, scores, labels, tmp_path):
     evaluations.write(tmp_path, made(scores, labels))
     for name in ("index.html", "per_class.csv", "predictions.csv.gz"):

@@ -111,6 +111,7 @@ def write_hdf5(path: Path, layers: dict, form: str, **attributes: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["h5", "vars", "named vars"])
 def test_keras_files_are_read(tmp_path, recorded, layers, form):
     config = {"config": {"layers": [{"config": {"batch_input_shape": [None, 75, 75, 3]}}]}}
@@ -163,6 +164,7 @@ def checkpoint(tmp_path_factory) -> str:
     return write_slim(tmp_path_factory.mktemp("tensorflow") / "slim")
 
 
+@pytest.mark.slow
 def test_slims_checkpoint_gives_tensorflows_logits(recorded, checkpoint):
     found = weights.read(checkpoint)
     assert_same(logits(found.state, 299), recorded["slim"]["logits"])

@@ -192,6 +192,7 @@ class Layer(nn.Module):
     }
 
 
+@pytest.mark.slow
 def test_every_private_name_in_use_is_in_the_table_and_the_other_way_round():
     texts = [path.read_text(encoding="utf-8") for path in FILES]
     ours = {f".{name}" for text in texts for name in defined(text)}
