@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,14 @@ def test_training_goes_on_while_the_disk_is_slow(tmp_path, saver, gate, monkeypa
         assert gate.wait(timeout=30)
         return save(*arguments)
 
+    work = BackgroundSaver._work
+
+    def late_work(self, *arguments) -> None:
+        time.sleep(0.2)  # else it may have copied before it is waited for
+        work(self, *arguments)
+
     monkeypatch.setattr(checkpoint, "save", slow_save)
+    monkeypatch.setattr(BackgroundSaver, "_work", late_work)
     state = parts(1.0)
     with saver:
         saver.begin(1, state, meta(1))
