@@ -297,7 +297,10 @@ def test_networks_may_have_images_and_views_of_their_own(photographs, small, tmp
 def test_where_results_cannot_go_is_told_before_the_first_image(
     photographs, small, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(evaluation.Evaluation, "batches", None)  # would fail
+    def batches(*_arguments: object) -> None:
+        pytest.fail("an image is asked for")
+
+    monkeypatch.setattr(evaluation.Evaluation, "batches", batches)
     file = tmp_path / "file"
     file.touch()
     for options, message in (
