@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from data.errors import DataError
 
 REQUIREMENTS = "requirements-data.txt"
+
+
+def is_installed(module: str) -> bool:
+    """True if there is a library; a mere folder of its name, such as W&B's ./wandb, is none."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.loader is not None
 
 
 def needed(module: str, why: str) -> Any:

@@ -43,30 +43,43 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         model, schedule = self.model, self.schedule
-        faults = {
-            "model.aux_logits=true needs images of at least 299 px, "
-            f"not data.image_size={self.data.image_size}": (
-                model.aux_logits and self.data.image_size < 299
+        optim, size = self.optim, self.data.image_size
+        faults = (
+            (
+                model.aux_logits and size < 299,
+                "model.aux_logits=true needs images of at least 299 px, "
+                f"not data.image_size={size}",
             ),
-            f"model.freeze={model.freeze} keeps the weights of model.init, which must be given, "
-            "too": model.freeze is not None and model.init is None,
-            "model.aux_logits=true has nothing to teach with model.freeze=backbone: leave out one "
-            "of them": model.freeze == "backbone" and model.aux_logits,
-            f"optim.lr must be given with optim.kind={self.optim.kind}: its default is "
-            "rmsprop_tf's": (
-                self.optim.kind != "rmsprop_tf" and "lr" not in self.optim.model_fields_set
+            (
+                model.freeze is not None and model.init is None,
+                f"model.freeze={model.freeze} keeps the weights of model.init, which must be "
+                "given, too",
             ),
-            "train.compile and model.grad_checkpointing do not go together": (
-                self.train.compile and model.grad_checkpointing
+            (
+                model.freeze == "backbone" and model.aux_logits,
+                "model.aux_logits=true has nothing to teach with model.freeze=backbone: leave out "
+                "one of them",
             ),
-            f"schedule.warmup_epochs={schedule.warmup_epochs:g} must be less than "
-            f"train.epochs={self.train.epochs:g}": schedule.warmup_epochs >= self.train.epochs,
-            f"schedule.min_lr={schedule.min_lr:g} exceeds optim.lr={self.optim.lr:g}": (
-                schedule.min_lr > self.optim.lr
+            (
+                optim.kind != "rmsprop_tf" and "lr" not in optim.model_fields_set,
+                f"optim.lr must be given with optim.kind={optim.kind}: its default is rmsprop_tf's",
             ),
-        }
-        if any(faults.values()):
-            raise ValueError("; ".join(fault for fault, is_there in faults.items() if is_there))
+            (
+                self.train.compile and model.grad_checkpointing,
+                "train.compile and model.grad_checkpointing do not go together",
+            ),
+            (
+                schedule.warmup_epochs >= self.train.epochs,
+                f"schedule.warmup_epochs={schedule.warmup_epochs:g} must be less than "
+                f"train.epochs={self.train.epochs:g}",
+            ),
+            (
+                schedule.min_lr > optim.lr,
+                f"schedule.min_lr={schedule.min_lr:g} exceeds optim.lr={optim.lr:g}",
+            ),
+        )
+        if said := [words for is_there, words in faults if is_there]:
+            raise ValueError("; ".join(said))
         return self
 
     @property

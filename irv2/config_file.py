@@ -37,13 +37,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path}: must hold sections such as data: and train:")
     # A section whose lines are all commented out is null in YAML: as good as left out.
     tree = {key: {} if value is None else value for key, value in tree.items()}
-    own = {}
-    for override in overrides:
-        _apply(own, override)
-    _leave_the_optimizers(tree, own)
-    for override in overrides:
-        _apply(tree, override)
-    return from_tree(tree, default_name=path.stem)
+    return from_tree(_overridden(tree, _parsed(overrides)), default_name=path.stem)
 
 
 def from_tree(tree: dict[str, Any], default_name: str = "run") -> Config:
@@ -60,26 +54,35 @@ def from_tree(tree: dict[str, Any], default_name: str = "run") -> Config:
     return config
 
 
-def _leave_the_optimizers(tree: dict, own: dict) -> None:
-    """Leave out what a file says of its optimizer, where the command line names another one."""
-    section = tree.get("optim")
+def _parsed(overrides: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Parse "section.key=value" into section -> key -> value; of one key the last counts."""
+    own: dict[str, dict[str, Any]] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        section, dot, name = key.partition(".")
+        if not (equals and dot and section and name) or "://" in key:
+            raise ConfigError(
+                f"{without_secrets(override)}: an override is written section.key=value"
+            )
+        try:
+            own.setdefault(section, {})[name] = strict_yaml.parse(value)
+        except ValueError as error:
+            raise ConfigError(f"{without_secrets(override)}: {error}") from None
+    return own
+
+
+def _overridden(tree: dict[str, Any], own: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Put overrides into a file's sections. If they name another optimizer, none of what the file
+    says of its own is kept."""
+    for section in own:
+        if not isinstance(tree.get(section, {}), dict):
+            raise ConfigError(f"{section}: must be a section of key: value lines")
+    merged = tree | {section: tree.get(section, {}) | keys for section, keys in own.items()}
     kind = own.get("optim", {}).get("kind")
-    if isinstance(section, dict) and kind not in (None, section.get("kind", "rmsprop_tf")):
-        tree["optim"] = {key: section[key] for key in OF_ANY_OPTIMIZER if key in section}
-
-
-def _apply(tree: dict, override: str) -> None:
-    key, equals, value = override.partition("=")
-    section, dot, name = key.partition(".")
-    if not (equals and dot and section and name) or "://" in key:
-        raise ConfigError(f"{without_secrets(override)}: an override is written section.key=value")
-    entries = tree.setdefault(section, {})
-    if not isinstance(entries, dict):
-        raise ConfigError(f"{section}: must be a section of key: value lines")
-    try:
-        entries[name] = strict_yaml.parse(value)
-    except ValueError as error:
-        raise ConfigError(f"{without_secrets(override)}: {error}") from None
+    if kind is not None and kind != tree.get("optim", {}).get("kind", "rmsprop_tf"):
+        kept = {key: tree["optim"][key] for key in OF_ANY_OPTIMIZER if key in tree.get("optim", {})}
+        merged["optim"] = kept | own["optim"]
+    return merged
 
 
 def _explain(fault: Any) -> str:

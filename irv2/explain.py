@@ -7,7 +7,6 @@ faithful: it averages gradients over places.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 
 import matplotlib
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data.errors import UserError
+from data.optional import is_installed
 from data.to_input import ToInput
 from irv2 import input_pipeline
 from irv2.evaluation import Evaluation
@@ -35,7 +35,7 @@ class ExplainError(UserError):
 
 def check_installed() -> None:
     """Raise ExplainError where there is no captum."""
-    if importlib.util.find_spec("captum") is None:
+    if not is_installed("captum"):
         raise ExplainError("--explain needs captum: pip install -r requirements-explain.txt")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
+from data.optional import is_installed
 from irv2.engines.graph import BATCH, INPUT, OUTPUT, onnx_graph
 from irv2.engines.openvino import OpenVINO, read_graph
 from irv2.network import imagenet_names, weights
@@ -251,7 +251,7 @@ QUANTIZERS = {"openvino": ("nncf",), "onnx": ()}  # formats that can be int8: pa
 def check_packages(name: str, int8: bool = False) -> None:
     """Raise ExportError if a format needs packages that are not installed."""
     kind, more = FORMATS[name], QUANTIZERS[name] if int8 else ()
-    absent = [p for p in (*kind.packages, *more) if importlib.util.find_spec(p) is None]
+    absent = [p for p in (*kind.packages, *more) if not is_installed(p)]
     if absent:
         raise ExportError(
             f"--format {name} needs {', '.join(absent)}: pip install -r {kind.requirements}"

@@ -99,7 +99,7 @@ def test_peers_have_a_row_each_with_their_latency(small_networks, monkeypatch):
     monkeypatch.setattr(peers.shutil, "which", lambda name: None)  # compiling takes a minute
     found = peers.measure(rounds=1, image_size=75)
     assert {"ours, fp32", "timm, bf16"} < found["ways"].keys()
-    assert ("ONNX Runtime, int8" in found["ways"]) == peers._is_installed("onnxruntime")
+    assert ("ONNX Runtime, int8" in found["ways"]) == peers.is_installed("onnxruntime")
     for each in found["ways"].values():
         for batch in peers.BATCHES:
             row = each[str(batch)]

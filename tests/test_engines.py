@@ -65,10 +65,16 @@ def engines(monkeypatch: pytest.MonkeyPatch, network: nn.Module) -> Callable[...
             def forward(self, x: Tensor) -> Tensor:
                 return self.function(network(x))
 
-        made = {name: lambda graph, precision, f=f: Other(f) for name, f in functions.items()}
+        def maker(function: Callable[[Tensor], Tensor]) -> Callable[[bytes, str], nn.Module]:
+            def make(_graph: bytes, _precision: str) -> nn.Module:
+                return Other(function)
+
+            make.precisions = ("fp32",)
+            return make
+
+        made = {name: maker(function) for name, function in functions.items()}
         monkeypatch.setattr(choose, "ENGINES", made)
-        monkeypatch.setattr(choose, "PRECISIONS", dict.fromkeys(made, ("fp32",)))
-        monkeypatch.setattr(choose, "_is_installed", made.__contains__)
+        monkeypatch.setattr(choose, "is_installed", made.__contains__)
         monkeypatch.setattr(choose, "onnx_graph", lambda model, size: b"")
         monkeypatch.setattr(choose, "_versions", lambda: ["1"])
 

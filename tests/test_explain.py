@@ -124,7 +124,7 @@ def test_embeddings_are_the_features_and_tell_the_nearest_pictures(small_weights
 
 
 def test_what_is_not_installed_is_said_first(monkeypatch, tmp_path):
-    monkeypatch.setattr(explain.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(explain, "is_installed", lambda name: False)
     done = call(predict, "absent.jpg", "--weights", "absent", "--explain", tmp_path)
     assert done.status == 1 and "pip install -r requirements-explain.txt" in done.err
     done = call(validate, "--weights", "absent", "--explain")

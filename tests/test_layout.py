@@ -22,7 +22,7 @@ PROGRAM = [*STORIES, *MODULES, *sorted((ROOT / "scripts").rglob("*.py"))]
 # What irv2 and report take of data: nothing about images.
 SHARED = {
     *("data.errors", "data.files", "data.names", "data.native", "data.strict_json", "data.urls"),
-    *("data.class_lists", "data.user_cache"),
+    *("data.class_lists", "data.optional", "data.user_cache"),
 }
 # Modules that stand alone: plain arguments in, nothing of the project imported but SHARED.
 LEAVES = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import time
@@ -18,12 +17,13 @@ from torch import Tensor, nn
 from data import user_cache
 from data.errors import UserError
 from data.files import write_atomically
-from irv2.engines import onnxruntime, openvino
+from data.optional import is_installed
 from irv2.engines.graph import onnx_graph
+from irv2.engines.onnxruntime import ONNXRuntime
+from irv2.engines.openvino import OpenVINO
 
 TORCH, AUTO = "torch", "auto"
-ENGINES = {"openvino": openvino.OpenVINO, "onnxruntime": onnxruntime.ONNXRuntime}
-PRECISIONS = {"openvino": openvino.PRECISIONS, "onnxruntime": onnxruntime.PRECISIONS}
+ENGINES = {"openvino": OpenVINO, "onnxruntime": ONNXRuntime}
 NAMES = (TORCH, *ENGINES, AUTO)
 # Most that a logit may differ from PyTorch's in float32, as a share of the largest. Measured on the
 # whole network: 8e-7 in fp32, 4e-3 in bf16, 6e-4 in fp16.
@@ -44,16 +44,12 @@ def check(name: str, precision: str, device: torch.device) -> None:
         return
     if device.type != "cpu":
         raise EngineError(f"--engine {name} computes on CPUs: add --device cpu, or leave it out")
-    if not _is_installed(name):
+    if not is_installed(name):
         raise EngineError(
             f"--engine {name} is not installed: pip install -r requirements-inference.txt"
         )
-    if precision not in PRECISIONS[name]:
-        raise EngineError(f"--engine {name} computes in {', '.join(PRECISIONS[name])} on CPUs")
-
-
-def _is_installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+    if precision not in (able := ENGINES[name].precisions):
+        raise EngineError(f"--engine {name} computes in {', '.join(able)} on CPUs")
 
 
 def runner(name: str, model: nn.Module, precision: str, say: Callable[[str], None]) -> nn.Module:
@@ -101,8 +97,8 @@ class Checked(nn.Module):
             return TORCH, self.model
         if known is not None:
             return self._sound([known], images)[-1]
-        able = [name for name in ENGINES if self.precision in PRECISIONS[name]]
-        sound = self._sound(list(filter(_is_installed, able)), images)
+        able = [name for name in ENGINES if self.precision in ENGINES[name].precisions]
+        sound = self._sound(list(filter(is_installed, able)), images)
         rates = {name: _images_per_s(run, images) for name, run in sound}
         best = max(rates, key=rates.get)
         shown = ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
@@ -149,7 +145,7 @@ class Checked(nn.Module):
 
 def _versions() -> list[str]:
     """Versions of PyTorch and of the engines that are installed."""
-    return [importlib.metadata.version(name) for name in (TORCH, *filter(_is_installed, ENGINES))]
+    return [importlib.metadata.version(name) for name in (TORCH, *filter(is_installed, ENGINES))]
 
 
 def _images_per_s(run: nn.Module, images: Tensor) -> float:
@@ -168,7 +164,7 @@ def _remembered(place: Path | None) -> str | None:
         name = place.read_text() if place is not None else ""
     except OSError:
         return None
-    return name if name == TORCH or (name in ENGINES and _is_installed(name)) else None
+    return name if name == TORCH or (name in ENGINES and is_installed(name)) else None
 
 
 def _remember(place: Path | None, name: str) -> None:

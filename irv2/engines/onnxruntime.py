@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-PRECISIONS = ("fp32",)
-
 
 class ONNXRuntime(nn.Module):
     """A graph run by ONNX Runtime: float32 [B, 3, H, W] -> float32 logits [B, C]."""
+
+    precisions = ("fp32",)
 
     def __init__(self, graph: bytes, precision: str) -> None:
         super().__init__()

@@ -19,6 +19,8 @@ class OpenVINO(nn.Module):
     graph: the content of an ONNX file, or a model of OpenVINO's.
     """
 
+    precisions = tuple(PRECISIONS)
+
     def __init__(self, graph: bytes | Any, precision: str) -> None:
         super().__init__()
         import openvino as ov

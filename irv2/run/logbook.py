@@ -70,8 +70,8 @@ class Logbook:
         if not self.active:
             return
         self._lines.append({"kind": "train", **line})
-        shown = {f"train/{key}": line[key] for key in SHOWN if key in line}
-        self._trackers.scalars(shown, line["step"])
+        values = {f"train/{key}": line[key] for key in SHOWN if key in line}
+        self._trackers.scalars(values, line["step"])
         words = f"loss {line['loss']:.3f}  lr {line['lr']:.4g}  {in_words(line)}"
         if self._bar is not None:
             self._bar.set_postfix_str(words)

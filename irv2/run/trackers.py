@@ -8,7 +8,6 @@ own environment variables lead elsewhere, and go on with the same tracked run wh
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import secrets
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data.errors import UserError
 from data.files import read_text, write_atomically
+from data.optional import is_installed
 from irv2.run.directory import TENSORBOARD, config_text
 
 PROJECT = "irv2"
@@ -161,8 +161,7 @@ KINDS: dict[str, Callable[[Tracked], Tracker]] = {
 def check_installed(names: Iterable[str]) -> None:
     """Raise UserError for a tracker whose library is not installed."""
     for name in names:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:  # a mere folder, such as W&B's own ./wandb
+        if not is_installed(name):
             raise UserError(f"log.to={name}: is not installed: pip install {name}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data import user_cache
+from data.optional import is_installed
 from irv2.engines import int8
 from irv2.engines.graph import onnx_graph
 from irv2.engines.onnxruntime import ONNXRuntime
@@ -65,13 +65,13 @@ def ways(images: Tensor) -> Iterator[tuple[str, Work]]:
         if has_compiler:
             yield f"timm compiled, {precision}", _work(compiled, images, precision)
     graph = onnx_graph(ours, images.shape[-1])
-    if _is_installed("onnxruntime"):
+    if is_installed("onnxruntime"):
         yield "ONNX Runtime, fp32", _work(ONNXRuntime(graph, "fp32"), images)
         yield "ONNX Runtime, int8", _work(int8.by_onnxruntime(graph, [images])[1], images)
-    if _is_installed("openvino"):
+    if is_installed("openvino"):
         for precision in ("fp32", "bf16"):
             yield f"OpenVINO, {precision}", _work(OpenVINO(graph, precision), images)
-        if _is_installed("nncf"):
+        if is_installed("nncf"):
             yield "OpenVINO, int8", _work(int8.by_openvino(graph, [images])[1], images)
 
 
@@ -90,10 +90,6 @@ def _seconds(work: Work) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def _is_installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 def table(figures: dict[str, Any]) -> str:
