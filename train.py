@@ -50,7 +50,7 @@ def train(cfg: Config, resume_from: str, world: World, stop: StopRequest) -> int
         run.announce(state.model, division, train_data, val_data)
         network = distributed.parallel(state.model, options.compiled, world, cfg.train.reduce_dtype)
         run.pace.ceiling = build.pace_ceiling(cfg, len(classes), world)
-        step.settle(state, network, division.micro_batch, cfg.data.image_size, options)
+        step.settle(state, network, division.micro_batch, cfg.data.largest_size, options)
         batches = input_pipeline.training_batches(
             cfg, train_data, order, state.images_seen, division.micro_batch, world
         )

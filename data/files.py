@@ -6,6 +6,7 @@ Nothing here waits for a pipe, reads a device, or follows a link to a file that 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import stat
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 LARGEST_TEXT = 1 << 28  # bytes; no text that is read as a whole comes near
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")  # as `write_atomically` names them
 
 
 class NotAFileError(OSError):
@@ -99,8 +101,9 @@ def write_atomically(path: Path, content: FileContent) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what `write_atomically` left when it was killed, from a folder that nobody uses."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink()
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink()
 
 
 def write_through(path: Path, content: FileContent) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import re
 import tarfile
 import zlib
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data import matlab
 from data.errors import DataError
 from data.files import open_regular
 from data.prepare.members import TarInfo
@@ -152,26 +152,29 @@ def read_synsets(content: bytes, where: str) -> list[Synset]:
     High-level synsets, those with children, label no image. Raises DataError unless the ids are
     1, 2, 3, …
     """
-    from scipy.io import loadmat
-
     try:
-        # MATLAB's format holds arrays, no code; function handles and objects stay raw bytes.
-        records = loadmat(io.BytesIO(content), squeeze_me=True, variable_names=["synsets"])
-        rows = np.atleast_1d(records["synsets"])
-        (number,) = filter(_ID.fullmatch, rows.dtype.names)
-        if "num_children" in rows.dtype.names:
-            rows = [row for row in rows if int(row["num_children"]) == 0]
+        rows = matlab.read_struct(content, "synsets")
+        (number,) = {field for row in rows for field in row if _ID.fullmatch(field)}
         synsets = [
-            Synset(int(row[number]), str(row["WNID"]), int(row["num_train_images"])) for row in rows
+            Synset(_number(row, number), str(row.get("WNID")), _number(row, "num_train_images"))
+            for row in rows
+            if "num_children" not in row or _number(row, "num_children") == 0
         ]
-    except Exception as error:  # its error types are many
-        raise DataError(f"{where}: cannot be read ({type(error).__name__}: {error})") from None
+    except (OverflowError, ValueError) as error:
+        raise DataError(f"{where}: cannot be read ({error})") from None
     for synset in synsets:
         if not SYNSET.fullmatch(synset.name):
             raise DataError(f"{where}: not a WordNet id: {synset.name[:20]!r}")
     if sorted(synset.number for synset in synsets) != list(range(1, len(synsets) + 1)):
         raise DataError(f"{where} does not number its low-level synsets from 1 on")
     return synsets
+
+
+def _number(row: dict[str, matlab.Value], field: str) -> int:
+    value = row.get(field)
+    if not isinstance(value, np.ndarray) or value.size != 1:
+        raise ValueError(f"a synset without {field}")
+    return int(value[0])
 
 
 def _read_files(path: Path) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,7 +51,12 @@ class KeptCode(NullCache):
         return files if Path(files.cache_path).parent == self._folder else NullCache()
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        return self._files.load_overload(sig, target_context)
+        try:
+            return self._files.load_overload(sig, target_context)
+        except Exception:  # anything: a file that a power cut left half-written, unpickled
+            with suppress(OSError):
+                self._files.flush()
+            return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:

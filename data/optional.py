@@ -13,7 +13,10 @@ REQUIREMENTS = "requirements-data.txt"
 
 def is_installed(module: str) -> bool:
     """True if there is a library; a mere folder of its name, such as W&B's ./wandb, is none."""
-    spec = importlib.util.find_spec(module)
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # not even what it would be a part of
+        return False
     return spec is not None and spec.loader is not None
 
 

@@ -65,14 +65,19 @@ class Stream:
 
 
 def micro_batches(
-    start: int, global_batch: int, micro_batch: int, rank: int, world_size: int
+    start: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
+    end: int | None = None,
 ) -> Iterator[slice]:
-    """Yield the positions of one rank's micro-batches from position `start` on, without end.
+    """Yield the positions of one rank's micro-batches from position `start` to `end`, or on and on.
 
     `global_batch` must be a multiple of `world_size * micro_batch`.
     """
     share = global_batch // world_size
-    while True:
+    while end is None or start < end:
         begin = start + rank * share
         for offset in range(begin, begin + share, micro_batch):
             yield slice(offset, offset + micro_batch)

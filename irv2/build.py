@@ -87,8 +87,9 @@ def schedule(cfg: Config, images_per_epoch: int) -> Schedule:
 
 
 def pace_ceiling(cfg: Config, num_classes: int, world: World) -> float | None:
-    """Measure the images a second that the devices' matrix rate would allow; None if unasked."""
-    if not (cfg.log.utilisation and world.is_main):
+    """Measure the images a second that the devices' matrix rate would allow; None if unasked, or if
+    images are not of one size."""
+    if not (cfg.log.utilisation and world.is_main and cfg.data.train_sizes is None):
         return None
     section = cfg.model.model_copy(update={"grad_checkpointing": False})
     with torch.device("meta"):
@@ -152,7 +153,9 @@ def memory_sizes(cfg: Config, num_classes: int) -> memory.Sizes:
     trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     low_precision = PRECISIONS[cfg.train.precision]
     activations, largest = memory.activation_bytes(
-        model.to(low_precision or torch.float32), cfg.data.image_size, cfg.model.grad_checkpointing
+        model.to(low_precision or torch.float32),
+        cfg.data.largest_size,
+        cfg.model.grad_checkpointing,
     )
     cast_weights = trainable // 2 if low_precision else 0
     return memory.Sizes(weights, trainable, activations, largest, cast_weights)

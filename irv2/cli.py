@@ -24,11 +24,11 @@ from data.errors import DataError, UserError
 from data.names import LONGEST_LINE, shown
 from data.paths import expanded
 from irv2 import streams
+from irv2.data_section import MAX_IMAGE_SIZE
 from irv2.engines.choose import NAMES as ENGINES
 from irv2.engines.choose import TORCH
 from irv2.run import trained
 from irv2.run.trained import Trained
-from irv2.sections import MAX_IMAGE_SIZE
 from irv2.streams import OutputLostError
 from irv2.training import distributed
 from irv2.training.distributed import Place, World, WorldError

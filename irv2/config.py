@@ -9,10 +9,10 @@ from pathlib import Path
 from pydantic import model_validator
 from pydantic.fields import FieldInfo
 
+from irv2.data_section import Data
 from irv2.keys import Section, is_machine_key
 from irv2.sections import (
     CheckpointSection,
-    Data,
     Ema,
     Eval,
     Log,
@@ -43,12 +43,17 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         model, schedule = self.model, self.schedule
-        optim, size = self.optim, self.data.image_size
+        optim, data = self.optim, self.data
+        size = min(side for _, side in data.sizes)
         faults = (
             (
                 model.aux_logits and size < 299,
-                "model.aux_logits=true needs images of at least 299 px, "
-                f"not data.image_size={size}",
+                "model.aux_logits=true needs images of at least 299 px, not "
+                f"data.{'image_size' if data.train_sizes is None else 'train_sizes'}={size}",
+            ),
+            (
+                self.train.compile == "graph" and data.train_sizes is not None,
+                "train.compile=graph records steps of one size: not with data.train_sizes",
             ),
             (
                 model.freeze is not None and model.init is None,

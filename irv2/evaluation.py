@@ -24,6 +24,7 @@ from data.shards.disk_cache import CacheError
 from data.workers import Workers
 from irv2 import input_pipeline, scoring
 from irv2.config import Config
+from irv2.data_section import Data
 from irv2.report import figures
 from irv2.report.statistics import Interval, wilson
 from irv2.run import trained
@@ -31,7 +32,6 @@ from irv2.run.logbook import Logbook
 from irv2.run.stopping import Stopped, StopRequest, until_stopped
 from irv2.run.trained import Trained
 from irv2.scoring import EvalOptions
-from irv2.sections import Data
 from irv2.training.distributed import World
 from irv2.training.metrics import Predictions
 

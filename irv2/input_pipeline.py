@@ -6,9 +6,11 @@ same for the network.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from fractions import Fraction
 
 import numpy as np
 
@@ -23,7 +25,8 @@ from data.stream import Stream
 from data.to_input import ToInput
 from data.workers import Workers
 from irv2.config import Config
-from irv2.sections import Data, RunSection
+from irv2.data_section import Data
+from irv2.sections import RunSection
 from irv2.training.distributed import World
 
 
@@ -102,22 +105,50 @@ def training_batches(
     cfg: Config, source: Source, order: Stream, start: int, micro_batch: int, world: World
 ) -> Iterator[Batch]:
     """Load this rank's micro-batches from stream position `start` on, without end."""
+    batch = cfg.train.global_batch
+    for size, end in sizes_until(cfg, len(source)):
+        if end is None or start < end:
+            share = stream.micro_batches(start, batch, micro_batch, world.rank, world.size, end)
+            yield from _batches_of_size(cfg, source, order, share, size, world)
+            start += math.ceil((end - start) / batch) * batch
+
+
+def sizes_until(cfg: Config, images_per_epoch: int) -> list[tuple[int, int | None]]:
+    """Return (side of the images in px, stream position from which it is the next one); the last
+    has none.
+
+    Shares are of all epochs, also of a run that `train.max_steps` ends before.
+    """
+    shares, sizes = zip(*cfg.data.sizes)
+    images = Fraction(str(cfg.train.epochs)) * images_per_epoch
+    return [
+        *zip(sizes, [math.ceil(Fraction(str(share)) * images) for share in shares[1:]]),
+        (sizes[-1], None),
+    ]
+
+
+def _batches_of_size(
+    cfg: Config,
+    source: Source,
+    order: Stream,
+    positions: Iterable[slice],
+    size: int,
+    world: World,
+) -> Iterator[Batch]:
+    """Load batches of these stream positions, of images of one size."""
     data = cfg.data
     augment = None
     if data.rand_augment is not None or data.random_erasing > 0:
         grey = [round(255 * mean) for mean in data.mean]
         augment = Augment(data.rand_augment, data.random_erasing, grey)
     view = transforms.TrainView(
-        size=data.image_size,
+        size=size,
         seed=cfg.run.seed,
         area_range=data.crop_area,
         aspect_range=data.crop_aspect,
         hflip=data.hflip,
         colour=data.colour,
         augment=augment,
-    )
-    positions = stream.micro_batches(
-        start, cfg.train.global_batch, micro_batch, world.rank, world.size
     )
     if data.shuffle_window is not None:
         positions = stream.read_ahead(positions, order, source.will_read)

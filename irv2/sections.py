@@ -15,24 +15,17 @@ from pydantic import (
     model_validator,
 )
 
-from data.urls import check_url
 from irv2.keys import (
-    Channels,
     Compile,
     Decay,
     Location,
     MicroBatch,
     NonNegative,
-    Pair,
     Positive,
-    PositiveChannels,
     Section,
-    Share,
     Text,
     machine,
 )
-
-MAX_IMAGE_SIZE = 2048  # px, seven times the network's own
 
 
 class RunSection(Section):
@@ -90,86 +83,6 @@ class Model(Section):
     grad_checkpointing: bool = machine(
         False, description="recompute blocks in backward: less memory"
     )
-
-
-class Data(Section):
-    train: Location = machine(
-        description="training images: folder/<class>/<image>, a folder of shards or its https:// "
-        "or s3:// URL, or synthetic:IMAGESxCLASSES"
-    )
-    val: Location = machine(description="validation images, same classes; as train")
-    classes: Location | None = machine(
-        None,
-        description="file of the class folders to take, one a line, such as "
-        "configs/classes/imagenet100.txt; null: all",
-    )
-    image_size: Annotated[int, Field(ge=75, le=MAX_IMAGE_SIZE)] = Field(
-        299, description="side of the input, px"
-    )
-    workers: Annotated[int, Field(ge=0)] | None = machine(
-        None, description="loader processes of each rank; null: its share of the cores, at most 8"
-    )
-    cache_dir: Location | None = machine(
-        None,
-        description="folder of a local disk that keeps images of https:// and s3://, for all runs "
-        "of a machine; null: none is kept",
-    )
-    cache_gb: Annotated[float, Field(gt=0)] = machine(
-        160.0, description="the most that cache_dir may take, 10^9 bytes; ImageNet has 155"
-    )
-    mean: Channels = Field([0.5, 0.5, 0.5], description="subtracted from pixels in [0, 1]")
-    std: PositiveChannels = Field([0.5, 0.5, 0.5], description="divides pixels after the mean")
-    crop_area: Pair = Field(
-        [0.05, 1.0], description="training crop: range of its share of the image"
-    )
-    crop_aspect: Pair = Field([0.75, 1.33], description="training crop: range of width / height")
-    hflip: Share = Field(0.5, description="probability of a horizontal flip")
-    colour: bool = Field(True, description="brightness ±32/255 and saturation 0.5-1.5 in training")
-    rand_augment: Annotated[int, Field(ge=0, le=30)] | None = Field(
-        None, description="magnitude of RandAugment, two operations; null: none"
-    )
-    random_erasing: Share = Field(0.0, description="probability that a part is made grey")
-    mixup: NonNegative = Field(0.0, description="mixup of pairs: alpha of its shares; 0: none")
-    cutmix: NonNegative = Field(0.0, description="cutmix of pairs: alpha of its shares; 0: none")
-    shuffle_window: Positive | None = Field(
-        None,
-        description="shards: shuffle blocks of this many images that lie one after another, for "
-        "slow disks; null: shuffle all images",
-    )
-    eval_crop: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.8975, description="evaluation: centre crop's share of the resized side"
-    )
-    eval_interpolation: Literal["bicubic", "bilinear"] = Field(
-        "bicubic", description="evaluation: how the image is resized"
-    )
-    allow_resized: bool = machine(
-        False, description="evaluate shards whose images were resized when they were made"
-    )
-    max_bad_fraction: Share = machine(
-        0.001,
-        description="end the run when more than this share of the images seen, or of one epoch's "
-        "if that is more, could not be used and were replaced",
-    )
-
-    @property
-    def mixes_pairs(self) -> bool:
-        """True if images are mixed in pairs, so that a micro-batch must hold whole pairs."""
-        return self.mixup > 0 or self.cutmix > 0
-
-    @field_validator("train", "val")
-    @classmethod
-    def _holds_no_secret(cls, value: str) -> str:
-        if "://" in value:
-            check_url(value)
-        return value
-
-    @field_validator("crop_area", "crop_aspect")
-    @classmethod
-    def _rises(cls, value: list[float], info: ValidationInfo) -> list[float]:
-        upper = 1.0 if info.field_name == "crop_area" else float("inf")
-        if not 0 < value[0] <= value[1] <= upper:
-            raise ValueError(f"must rise, above 0 and up to {upper:g}")
-        return value
 
 
 class Train(Section):

@@ -8,6 +8,8 @@
   python scripts/benchmark.py optimizer           clipping, RMSProp and average, beside timm's
   python scripts/benchmark.py start               from starting train.py to its first step
   python scripts/benchmark.py data                getting images in, beside timm's transforms
+  python scripts/benchmark.py data --peers        the same beside OpenCV, SPDL and DALI
+                                                  (requirements-benchmark.txt)
   python scripts/benchmark.py data --end-to-end   training from JPEGs, beside training from memory;
                                                   wants a GPU
   python scripts/benchmark.py checkpoint          what saving costs training, on the quickstart
@@ -50,6 +52,7 @@ from scripts.benchmarks import (
     end_to_end,
     gpu,
     loading,
+    loading_peers,
     network,
     peers,
     remote,
@@ -63,6 +66,7 @@ from scripts.benchmarks.network import Setting
 WHAT = ("train", "infer", "optimizer", "start", "data", "checkpoint", "scaling")
 MODULES = {
     "infer-peers": peers,
+    "data-peers": loading_peers,
     "data": loading,
     "scaling": scaling,
     "remote": remote,
@@ -86,7 +90,11 @@ def benchmarks(arguments: argparse.Namespace, device: torch.device) -> Iterator[
     on = "-gpu" if device.type == "cuda" else ""
     suffix = f"{on}-compiled" if compiled else on
     for what in wanted:
-        if arguments.peers:
+        if arguments.peers and what == "data":
+            yield Benchmark(
+                "data-peers", lambda: loading_peers.measure(rounds), loading_peers.table
+            )
+        elif arguments.peers:
             yield Benchmark(
                 "infer-peers", lambda: peers.measure(rounds, arguments.image_size), peers.table
             )
@@ -181,7 +189,7 @@ def parse_arguments() -> argparse.Namespace:
     network_options.add_argument(
         "--profile", action="store_true", help="only show which operations take our time"
     )
-    parser.add_argument("--peers", action="store_true", help="with infer: on a CPU, see above")
+    parser.add_argument("--peers", action="store_true", help="with infer and data: see above")
     parser.add_argument("--end-to-end", action="store_true", help="with data: on a GPU, see above")
     parser.add_argument("--json", type=cli.path, metavar="OUT", help="also write the figures here")
     parser.add_argument(
@@ -190,8 +198,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.end_to_end and arguments.what != "data":
         parser.error("--end-to-end goes with data")
-    if arguments.peers and arguments.what != "infer":
-        parser.error("--peers goes with infer")
+    if arguments.peers and arguments.what not in ("infer", "data"):
+        parser.error("--peers goes with infer and data")
     if arguments.end_to_end and not torch.cuda.is_available():
         parser.error("--end-to-end needs a GPU")
     if arguments.what == "gpu" and arguments.page and not torch.cuda.is_available():

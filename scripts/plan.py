@@ -20,6 +20,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,10 @@ def gradients(cfg: Config, sizes: Sizes) -> Gradients:
 
 def work_of(cfg: Config, num_classes: int, device: DeviceEntry) -> float:
     """Work of an image relative to one of the device's figure, the full network's."""
-    asked = multiply_adds(cfg.model, num_classes, cfg.data.image_size)
+    asked = sum(
+        (end - begin) * multiply_adds(cfg.model, num_classes, size)
+        for (begin, size), (end, _) in pairwise([*cfg.data.sizes, (1.0, 0)])
+    )
     stated = multiply_adds(Model(), CLASSES, device.image_size)
     recomputed = 4 / 3 if cfg.model.grad_checkpointing else 1.0  # forward once more
     return recomputed * asked / stated
@@ -187,7 +191,7 @@ def plan(arguments: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
     rows = [prediction.predict(workload, cluster, ranks) for ranks in asked]
     parts = [
         f"{cfg.run.name}: {train.epochs:g} epochs of {arguments.images:,} images, "
-        f"{cfg.data.image_size} px, global batch {train.global_batch}: {workload.steps:,} steps. "
+        f"{cfg.data.sizes_in_words}, global batch {train.global_batch}: {workload.steps:,} steps. "
         f"{sizes.trainable // 4:,} parameters trained: {workload.gradients.size / 1e6:.0f} MB of "
         f"gradients in {workload.gradients.messages} messages ({train.reduce_dtype}); a checkpoint "
         f"has {sizes.checkpoint / 1e6:.0f} MB.",

@@ -153,7 +153,7 @@ def entries_of(arguments: argparse.Namespace) -> Iterable[Entry]:
     if arguments.dataset == "csv":
         columns = (arguments.path_column, arguments.label_column)
         return splits.split_table(source, arguments.root or source.parent, columns, fraction, seed)
-    if out.resolve().is_relative_to(source.resolve()):
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):
         raise ValueError(f"{out}: lies in {source}; choose a place outside")
     return splits.split_folder(source, fraction, seed, cli.remark)
 

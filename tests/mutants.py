@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gzip
 import io
 import json
 import os
 import random
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -200,9 +202,31 @@ def as_tar(content: bytes, rng: random.Random) -> bytes:
     return content[:place] + chain + content[place + 512 :]
 
 
+def as_tar_gz(content: bytes, rng: random.Random) -> bytes:
+    return gzip.compress(as_tar(gzip.decompress(content), rng))
+
+
+def as_zip(content: bytes, rng: random.Random) -> bytes:
+    """Change a field of a member's header, of the directory, or of its end."""
+    fields = {b"PK\x03\x04": 30, b"PK\x01\x02": 46, b"PK\x05\x06": 22}
+    signature = rng.choice(list(fields))
+    places = [match.start() for match in re.finditer(re.escape(signature), content)]
+    place = rng.choice(places) + rng.randrange(4, fields[signature] - 2, 2)
+    value = rng.choice([b"\0\0", b"\xff\xff", b"\x01\0", b"\x08\0", b"\0\x80", b"\xff\xff\xff\x7f"])
+    return content[:place] + value + content[place + len(value) :]
+
+
+def at_the_end(content: bytes, rng: random.Random) -> bytes:
+    """Change bytes of the last kilobyte or two, where parquet files say what is in them."""
+    place = max(len(content) - 2000, 0)
+    return content[:place] + rng.choice(BYTES)(content[place:], rng)
+
+
 JSON, YAML = [*BYTES, deep, numbers, *[as_json] * 6], [*BYTES, deep, numbers, *[as_yaml] * 6]
 JSON_LINES, LINES = [*BYTES, deep, *[as_json_lines] * 5], [*BYTES, deep, *[as_lines] * 3]
 TORCH = [*BYTES, *[as_torch] * 8]
+TAR_GZ, ZIP = [*BYTES, *[as_tar_gz] * 5], [*BYTES, *[as_zip] * 5]
+PARQUET = [*BYTES, *[at_the_end] * 5]
 SAFETENSORS, TAR = [*BYTES, *[as_safetensors] * 8], [*BYTES, *[as_tar] * 5]
 
 

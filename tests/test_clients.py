@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import count, repeat
 
 import pytest
-from rude_server import answering, redirect, whole
+from rude_server import Answer, answering, redirect, whole
 
 from data.errors import StorageError
 from data.shards import object_store
@@ -16,7 +16,6 @@ from data.shards.object_store import ObjectStore
 pytest.importorskip("aiohttp", reason="remote shards are NOT tested: requirements-remote.txt")
 
 NAME = "index.safetensors"
-ENDLESS = b"HTTP/1.1 200 OK\r\n\r\n"
 IN_FLIGHT = 16 << 20  # bytes that may lie in a connection's buffers
 NOT_HTTP = b"SSH-2.0-OpenSSH_9.2\r\n\r\n"
 
@@ -34,18 +33,36 @@ def refused(url: str, timeout_s: float = 5.0) -> str:
     return str(caught.value)
 
 
-def test_an_answer_without_an_end_is_left():
-    sent = []
+def endless(sent: list[bytes]) -> Answer:
+    """An answer that has no end; adds what it sends to `sent`."""
 
-    def endless(_method: str, _path: str) -> Iterator[bytes]:
-        yield ENDLESS
+    def answer(_method: str, _path: str) -> Iterator[bytes]:
+        yield b"HTTP/1.1 200 OK\r\n\r\n"
         yield from (sent.append(part) or part for part in repeat(bytes(1 << 16)))
 
-    with answering(endless) as url:
+    return answer
+
+
+def test_an_answer_without_an_end_is_left():
+    with answering(endless(sent := [])) as url:
         assert "longer than 1,000 bytes" in refused(url)
         part = ObjectStore(url, 5).begin("a.tar", 512, 100, 10_000)
         with pytest.raises(StorageError, match="more than the part that is asked for"):
             part.result()
+    assert len(sent) < 2 * IN_FLIGHT >> 16
+
+
+def test_an_answer_of_s3_without_an_end_is_left(monkeypatch):
+    pytest.importorskip("s3fs", reason="S3 is NOT tested: requirements-remote.txt")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "any")
+    with answering(endless(sent := [])) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        store = ObjectStore("s3://bucket/", 5)
+        with pytest.raises(StorageError, match="longer than 1,000 bytes"):
+            store.read(NAME, 1000)
+        with pytest.raises(StorageError, match="more than the part that is asked for"):
+            store.begin("a.tar", 512, 100, 10_000).result()
     assert len(sent) < 2 * IN_FLIGHT >> 16
 
 

@@ -232,6 +232,13 @@ def test_each_optimizer_has_its_own_keys_with_its_own_defaults(tmp_path, kind, o
             load(tmp_path, MINIMAL, f"optim.kind={kind}", "optim.lr=0.1", value)
 
 
+def test_a_recorded_step_has_one_size(tmp_path):
+    sizes = "data.train_sizes=[[0, 224], [0.6, 299]]"
+    assert load(tmp_path, MINIMAL, sizes).data.sizes == [(0, 224), (0.6, 299)]
+    with pytest.raises(ConfigError, match=r"train\.compile=graph .* not with data\.train_sizes"):
+        load(tmp_path, MINIMAL, sizes, "train.compile=graph")
+
+
 def test_another_optimizer_does_not_take_rmsprops_rate(tmp_path):
     with pytest.raises(ConfigError, match=r"optim\.lr must be given with optim\.kind=adamw"):
         load(tmp_path, MINIMAL, "optim.kind=adamw")
@@ -463,6 +470,11 @@ def test_a_run_may_move_to_another_machine():
 def test_a_staircase_run_may_be_made_longer_but_a_cosine_one_may_not():
     assert changed("train.epochs", 300.0) == []
     lines = changed("train.epochs", 300.0, schedule={"kind": "cosine"})
+    assert lines == ["train.epochs: 200 -> 300.0"]
+
+
+def test_sizes_that_change_at_a_share_of_the_epochs_fix_these():
+    lines = changed("train.epochs", 300.0, data={"train_sizes": [[0, 224], [0.6, 299]]})
     assert lines == ["train.epochs: 200 -> 300.0"]
 
 

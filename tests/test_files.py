@@ -134,7 +134,8 @@ def test_what_is_planted_under_the_name_of_an_own_file_is_not_opened(old, mode):
 
 
 def test_leftovers_of_killed_writers_are_removed_and_not_what_they_link_to(old):
-    (old.parent / ".config.yaml.tmp").symlink_to(old)
-    (old.parent / ".0123.tmp").touch()
+    (old.parent / ".0123456789abcdef.tmp").symlink_to(old)
+    (old.parent / ".fedcba9876543210.tmp").touch()
+    (old.parent / ".mine.tmp").touch()
     remove_leftovers(old.parent)
-    assert names(old.parent) == ["file"] and old.read_bytes() == b"old"
+    assert names(old.parent) == [".mine.tmp", "file"] and old.read_bytes() == b"old"

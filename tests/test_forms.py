@@ -512,7 +512,8 @@ def test_a_stream_that_was_stopped_before_its_folder_had_its_name_is_gone_on_wit
     monkeypatch.setattr(folder_writer, "_compare", stopped)
     assert prepare(path, tmp_path / "out", "--only", "train") == 1
     monkeypatch.setattr(folder_writer, "_compare", compare)
-    (tmp_path / "out" / "train.partial" / ".0.tmp").touch()  # of a note that was being written
+    left = f".{'0' * 16}.tmp"  # of a note that was being written
+    (tmp_path / "out" / "train.partial" / left).touch()
     (tmp_path / "out" / "train.partial" / "n01440764").rename(tmp_path / "taken away")
     assert prepare(path, tmp_path / "out") == 0
     assert images(tmp_path / "out") == whole()

@@ -154,7 +154,7 @@ def test_each_room_of_irv2_knows_only_what_stands_before_it():
     assert strangers("irv2.report", *SHARED, "irv2.strict_yaml", "irv2.training.metrics") == {}
     assert strangers("irv2.engines", *SHARED, "irv2.network") == {}
     known = (
-        *("irv2.config", "irv2.sections", "irv2.keys"),
+        *("irv2.config", "irv2.sections", "irv2.data_section", "irv2.keys"),
         *("irv2.strict_yaml", "irv2.network", "irv2.training"),
     )
     assert strangers("irv2.run", "data", *known) == {}

@@ -31,8 +31,8 @@ from data.to_input import ToInput
 from data.transforms import TrainView
 from data.workers import Workers
 from irv2 import config_file, evaluation, input_pipeline
+from irv2.data_section import Data
 from irv2.run.trained import Trained
-from irv2.sections import Data
 from irv2.training.distributed import World
 from scripts.benchmarks.range_server import serving
 from scripts.checks import images

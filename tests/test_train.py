@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -288,6 +289,48 @@ def test_the_loop_takes_the_steps_that_train_step_takes(tmp_path) -> None:
         step.train_step(state, state.model, pairs, lr, options, alone)
     saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "step-000000002").parts
     assert differing(saved, state.tensors()) == []
+
+
+# ------------------------------------------------------------------------- progressive sizes
+
+GROWING = "data.train_sizes=[[0, 75], [0.5, 80]]"  # of 42 images: from the fourth batch of 8 on
+
+
+def sizes_and_keys(path: Path, start: int, *overrides: str) -> list[tuple[int, list]]:
+    """Side and keys of five batches from a stream position on."""
+    cfg, alone = config_file.load(path, overrides), World(0, 1, torch.device("cpu"))
+    source, _ = input_pipeline.open_sources(cfg)
+    order = input_pipeline.training_order(cfg, source)
+    with closing(input_pipeline.training_batches(cfg, source, order, start, 8, alone)) as batches:
+        return [(batch.images.shape[-1], batch.keys) for batch in islice(batches, 5)]
+
+
+@pytest.mark.parametrize(
+    ("start", "sizes"), [(0, [75] * 3 + [80] * 2), (13, [75] + [80] * 4), (21, [80] * 5)]
+)
+def test_sizes_change_with_the_step_that_reaches_their_share(tmp_path, start, sizes) -> None:
+    """And nothing else does: the same images in the same batches."""
+    path, epochs = programs.write_project(tmp_path), "train.epochs=2"
+    growing = sizes_and_keys(path, start, GROWING, epochs)
+    assert [size for size, _ in growing] == sizes
+    same = sizes_and_keys(path, start, epochs)
+    assert [keys for _, keys in growing] == [keys for _, keys in same]
+
+
+def test_a_growing_run_is_resumed_to_the_bit_on_either_side_of_the_change(tmp_path) -> None:
+    path, names = programs.write_project(tmp_path), ("whole", "parts", "small")
+    whole, parts, small = (
+        ("--config", path, "train.epochs=2", f"run.dir={tmp_path / n}") for n in names
+    )
+    assert "75 px, 80 px after 50 %" in call(train, *whole, GROWING).out
+    for limit in (2, 3, 4, 6):
+        assert call(train, *parts, GROWING, f"train.max_steps={limit}").status == 0
+    assert call(train, *small).status == 0
+    losses = {
+        n: [line["loss"] for line in programs.log_lines(tmp_path / n, "train")] for n in names
+    }
+    assert losses["whole"] == losses["parts"]
+    assert losses["whole"][:3] == losses["small"][:3] and losses["whole"][3] != losses["small"][3]
 
 
 # ------------------------------------------------------------------------- mistakes

@@ -63,6 +63,18 @@ def test_compiled_code_is_found_again():
     assert sum(first.stats.cache_misses.values()) == sum(second.stats.cache_hits.values()) == 1
 
 
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_function_whose_kept_code_was_cut_short_is_compiled_and_kept_again(home, suffix, share):
+    native(doubled)(np.ones(2))
+    (path,) = home.rglob(f"*{suffix}")
+    os.truncate(path, int(share * path.stat().st_size))
+    functions = [native(doubled) for _ in range(2)]
+    assert all(function(np.ones(2)).tolist() == [2, 2] for function in functions)
+    hits = [sum(function.stats.cache_hits.values()) for function in functions]
+    assert hits == [0, 1]
+
+
 def test_a_function_is_compiled_also_where_its_code_finds_no_room(caplog, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -36,7 +36,7 @@ def index_shards(
         place = folder / path.name
         if not place.exists():
             place.unlink(missing_ok=True)  # a link to nothing
-            place.symlink_to(path.resolve())
+            place.symlink_to(os.path.realpath(path))
     is_new = not (folder / INDEX).exists()
     if is_new:
         index_folder(folder, list(expected.synsets()), workers, done)

@@ -173,7 +173,7 @@ def _solution_in(path: Path) -> dict[str, str]:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(SOLUTION) as file:
             content = file.read(label_files.MAX_FILE)
-    except UNREADABLE as error:
+    except (*UNREADABLE, OSError) as error:
         raise DataError(f"{path}: {SOLUTION} in it is damaged ({error})") from None
     return label_files.parse(content, path / SOLUTION)
 

@@ -136,7 +136,10 @@ def files_in_zip(path: Path) -> Iterator[Packed]:
     holds a member that is not harmless."""
     try:
         with zipfile.ZipFile(path) as archive:
+            end = path.stat().st_size
             for info in archive.infolist():
+                if not 0 <= info.header_offset <= info.header_offset + info.compress_size <= end:
+                    raise zipfile.BadZipFile(f"{info.filename!r} lies outside of it")
                 is_link = stat.S_ISLNK(info.external_attr >> 16)
                 if is_link or not is_below(info.filename):
                     raise refuse(path, info.filename)
@@ -145,5 +148,7 @@ def files_in_zip(path: Path) -> Iterator[Packed]:
                 if not info.is_dir():
                     member = Member(info.filename, info.header_offset, info.file_size)
                     yield Packed(member, info.compress_size, info.CRC)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        if getattr(error, "filename", None) is not None:  # of the file as such
+            raise
         raise DataError(f"{path}: not a whole zip archive ({error}); download it anew") from None

@@ -63,10 +63,10 @@ class Http:
 
         Raises StatusError, StorageError, or what a fault raises.
         """
-        headers = {} if start is None else {"Range": f"bytes={start}-{start + most - 1}"}
+        headers = {} if start is None else {"Range": _range(start, most)}
 
         async def content(answer: Any) -> bytes:
-            return await _begin(answer, most)
+            return await _begin(answer.content, most)
 
         return await self._ask("GET", url, headers, content)
 
@@ -96,10 +96,10 @@ class Http:
             raise ConnectionError(errno.EPROTO, "an answer that is not HTTP") from None
 
 
-async def _begin(answer: Any, most: int) -> bytes:
-    """Read the beginning of what an answer holds, up to one byte more than `most`."""
+async def _begin(stream: Any, most: int) -> bytes:
+    """Read the beginning of a stream, up to one byte more than `most`."""
     parts, left = [], most + 1
-    while left and (part := await answer.content.read(left)):
+    while left and (part := await stream.read(left)):
         parts.append(part)
         left -= len(part)
     return b"".join(parts)
@@ -109,6 +109,10 @@ async def _length(answer: Any) -> int | None:
     """Read an object's size off an answer, if that states one."""
     stated = answer.headers.get("Content-Length", "")
     return int(stated) if re.fullmatch("[0-9]{1,18}", stated) else None
+
+
+def _range(start: int, size: int) -> str:
+    return f"bytes={start}-{start + size - 1}"
 
 
 class S3:
@@ -132,6 +136,10 @@ class S3:
 
     async def read(self, url: str, most: int, start: int | None = None) -> bytes:
         """Read as `Http.read` does."""
-        if start is None:
-            return await self.fs._cat_file(url, start=0, end=most + 1)
-        return await self.fs._cat_file(url, start=start, end=start + most)
+        bucket, key, _ = self.fs.split_path(url)
+        part = {} if start is None else {"Range": _range(start, most)}
+        answer = await self.fs._call_s3("get_object", Bucket=bucket, Key=key, **part)
+        try:
+            return await _begin(answer["Body"], most)
+        finally:
+            answer["Body"].close()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from data import user_cache
 from data.errors import UserError
-from data.files import write_atomically
+from data.files import read_text, write_atomically
 from data.optional import is_installed
 from irv2.engines.graph import onnx_graph
 from irv2.engines.onnxruntime import ONNXRuntime
@@ -30,6 +30,7 @@ NAMES = (TORCH, *ENGINES, AUTO)
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
 TIMED = 8  # images of the first batch on which engines are checked and timed
 ROUNDS = 3
+LONGEST_NAME = 100  # bytes
 
 
 class EngineError(UserError):
@@ -161,8 +162,8 @@ def _images_per_s(run: nn.Module, images: Tensor) -> float:
 def _remembered(place: Path | None) -> str | None:
     """The engine that was fastest here, if it is known and still installed."""
     try:
-        name = place.read_text() if place is not None else ""
-    except OSError:
+        name = read_text(place, LONGEST_NAME) if place is not None else ""
+    except (OSError, UnicodeDecodeError):
         return None
     return name if name == TORCH or (name in ENGINES and is_installed(name)) else None
 

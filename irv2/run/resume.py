@@ -60,7 +60,8 @@ def differences(before: dict, after: dict) -> list[str]:
     A key that is absent, as `before` may be older than it, has its default.
     """
     free = set(MACHINE_KEYS)
-    if length_is_free(before["schedule"]["kind"], after["schedule"]["kind"]):
+    grows = any(tree["data"].get("train_sizes") for tree in (before, after))
+    if not grows and length_is_free(before["schedule"]["kind"], after["schedule"]["kind"]):
         free.add("train.epochs")
     old, new = (
         {f"{section}.{key}": value for section, part in tree.items() for key, value in part.items()}

@@ -92,7 +92,7 @@ class Run:
         ranks = f"{world.size} rank{'s' if world.size > 1 else ''}"
         say(
             f"{cfg.run.name}: {model.title}, {parameters:,} parameters, "
-            f"{len(self.experiment.classes)} classes, {cfg.data.image_size} px, "
+            f"{len(self.experiment.classes)} classes, {cfg.data.sizes_in_words}, "
             f"{cfg.train.precision} on {ranks} of {device}"
         )
         say(

@@ -64,7 +64,11 @@ class TensorBoard:
     """Event files in the run directory."""
 
     def __init__(self, run: Tracked) -> None:
-        self._board = SummaryWriter(str(run.directory / TENSORBOARD), purge_step=run.step + 1)
+        self._board = SummaryWriter(
+            str(run.directory / TENSORBOARD),
+            purge_step=run.step + 1,
+            filename_suffix=f".{secrets.token_hex(8)}",  # for which nobody can have put a link
+        )
         indented = "".join(f"    {line}\n" for line in config_text(run.config).splitlines())
         self._board.add_text("config", indented, run.step)
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from irv2.data_section import Data
 from irv2.network import imagenet_names, weights
 from irv2.network.accelerate import accelerate
 from irv2.network.forms import metadata
@@ -21,7 +22,6 @@ from irv2.run import checkpoint
 from irv2.run.checkpoint import Checkpoint, CheckpointError
 from irv2.run.directory import checkpoints
 from irv2.run.resume import load_newest
-from irv2.sections import Data
 
 IMAGENET_CLASSES = 1000
 SEEN = (

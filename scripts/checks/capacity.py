@@ -21,7 +21,7 @@ CPU_PIXELS = 32 * 75**2  # in a step that is timed on a CPU, where it may take m
 
 def shared_memory(cfg: Config, micro_batch: int, workers: int, ranks: int) -> int:
     """Bytes of the batches that wait in /dev/shm: while a run evaluates, training's wait, too."""
-    image = 3 * cfg.data.image_size**2  # uint8
+    image = 3 * cfg.data.largest_size**2  # uint8
     return ranks * workers * PREFETCHED * (micro_batch + cfg.eval.batch) * image
 
 
@@ -71,10 +71,10 @@ def model_rate(
     if compiled:
         user_cache.give_inductor_its_own(torch.__version__)
         network.compile_regions()
-    size = micro_batch
+    size, side = micro_batch, cfg.data.largest_size
     if is_cpu:  # at least two: batch norm needs more than one value per channel
-        size = max(2, min(micro_batch, CPU_PIXELS // cfg.data.image_size**2))
-    images = torch.rand((size, 3, cfg.data.image_size, cfg.data.image_size), device=world.device)
+        size = max(2, min(micro_batch, CPU_PIXELS // side**2))
+    images = torch.rand((size, 3, side, side), device=world.device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.arange(size, device=world.device) % num_classes
     options = step.StepOptions(
