@@ -79,7 +79,7 @@ def recognise(asked: Asked) -> Form:
     """Find out what a path holds. Raises DataError if it is none of the known forms."""
     if not asked.path.exists():
         raise DataError(f"{asked.path}: not there")
-    forms = (make(asked) for make in (_originals, _tree, _zip, _tar, _parquet, _shards))
+    forms = (make(asked) for make in (_originals, _tree, _zip, _tar, _parquet, _shards, _kit))
     form = next(filter(None, forms), None)
     if form is None:
         what = f"{asked.path}: not a form of ImageNet that is known; these are:"
@@ -94,13 +94,16 @@ def recognise(asked: Asked) -> Form:
 # ---------------------------------------------------------------------------------- archives
 
 
-def _originals(asked: Asked) -> Form | None:
-    """The three archives as image-net.org has them: their folder, or one of them."""
+def _originals(asked: Asked, known_by: Sequence[str] = ("train", "val")) -> Form | None:
+    """The three archives as image-net.org has them: their folder, or one of them.
+
+    known_by: those of which a folder has one; the kit may lie beside images in another form.
+    """
     expected, folder = asked.expected, asked.path
     archives = {role: getattr(expected, role) for role in ("devkit", "train", "val")}
     if folder.name in {archive.name for archive in archives.values()}:
         folder = folder.parent
-    if not any((folder / archive.name).is_file() for archive in archives.values()):
+    elif not any((folder / archives[role].name).is_file() for role in known_by):
         return None
     needed = [archives[role] for role in ("devkit", *asked.splits)]
     faults = [fault for archive in needed if (fault := _fault(folder / archive.name, archive))]
@@ -127,6 +130,11 @@ def _originals(asked: Asked) -> Form | None:
         archives=[(folder / archive.name, archive) for archive in needed],
         notes=notes,
     )
+
+
+def _kit(asked: Asked) -> Form | None:
+    """The development kit alone, without images."""
+    return _originals(asked, ["devkit"])
 
 
 def _fault(path: Path, archive: Archive) -> str:
