@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import zipfile
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from calling import call
 from huggingface_hub.errors import EntryNotFoundError
 from small_network import copied, randomised
 from small_weights import SYNSETS, VIEW
+from tars import deflated
 from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -534,12 +534,7 @@ def test_what_a_pickle_wants_beside_tensors_is_named(tmp_path, state):
 def test_members_that_are_compressed_are_refused(tmp_path, network):
     buffer = io.BytesIO()
     torch.save({"conv2d_1a.conv.weight": torch.zeros(1000)}, buffer)
-    with (
-        zipfile.ZipFile(buffer) as stored,
-        zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as packed,
-    ):
-        for member in stored.namelist():
-            packed.writestr(member, stored.read(member))
+    (tmp_path / "a.pth").write_bytes(deflated(buffer.getvalue()))
     with pytest.raises(WeightsError, match=r"a\.pth: .*members are compressed"):
         weights.read(str(tmp_path / "a.pth"))
 

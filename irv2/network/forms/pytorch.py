@@ -6,7 +6,6 @@ import argparse
 import json
 import pickle
 import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data.errors import enumeration, panics_as_errors
+from data.files import check_zip
 from irv2.network.forms import names
 from irv2.network.forms.base import State, Weights, WeightsError, in_one_line
 from irv2.network.forms.kinds import STATE_DICT
@@ -43,8 +43,7 @@ def read_torch(path: Path) -> Any:
     Raises WeightsError.
     """
     try:
-        if zipfile.is_zipfile(path):
-            _check_archive(path)
+        check_zip(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -52,19 +51,6 @@ def read_torch(path: Path) -> Any:
     except Exception as error:
         reason = in_one_line(error)
         raise WeightsError(f"{path}: damaged or not a PyTorch file ({reason})") from None
-
-
-def _check_archive(path: Path) -> None:
-    """Raise ValueError for an archive that is damaged or larger than its file; torch.load compares
-    no checksums."""
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError("its members are compressed, which torch.save never does")
-        if sum(member.file_size for member in members) > path.stat().st_size:
-            raise ValueError("its members are larger than the file")
-        if (damaged := archive.testzip()) is not None:
-            raise ValueError(f"{damaged} does not match its checksum")
 
 
 def _unwanted(path: Path) -> str:
@@ -98,7 +84,7 @@ def chosen(content: Any, which: str | None, source: str) -> Weights:
     """
     every = list(_sets(content))
     if not every:
-        raise WeightsError(f"{source}: holds no state dict")
+        raise WeightsError(f"{source}: holds no state dict: {STATE_DICT}")
     sets = [each for each in every if names.STEM in each.state]
     if not sets:
         return Weights(every[0].state, {})  # of another network
