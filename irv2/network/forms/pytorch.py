@@ -22,6 +22,7 @@ from irv2.network.forms.kinds import STATE_DICT
 
 AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?)(?![a-z])", re.IGNORECASE)
 COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
+CLASSES = ("class_to_idx", "idx_to_class", "class_names", "classes")  # beside weights
 DEEPEST = 2  # keys above a state dict, as in content["state_dict"]["model"]
 
 
@@ -63,6 +64,25 @@ def _unwanted(path: Path) -> str:
         return f"a whole pickled module, whose classes would be run: {STATE_DICT}"
     what = f", but also {enumeration(classes)}" if classes else ""
     return f"not a file of tensors and numbers only{what}: {STATE_DICT}"
+
+
+def named_classes(content: Any, source: str) -> tuple[dict[str, str], list[str]]:
+    """Find the classes that a checkpoint names beside its weights: metadata and remarks.
+
+    They are a list in the order of the outputs, or say the output of each name, or the other way.
+    """
+    for key in CLASSES if isinstance(content, dict) else ():
+        named = content.get(key)
+        if isinstance(named, dict):
+            output_of = {output: name for name, output in named.items() if type(output) is int}
+            by_output = output_of or named
+            named = [by_output.get(output) for output in range(len(named))]
+        if not isinstance(named, list):
+            continue
+        if named and all(isinstance(name, str) for name in named):
+            return {"classes": json.dumps(named)}, []
+        return {}, [f"{source}: its {key} does not name every output, and is passed over"]
+    return {}, []
 
 
 # ------------------------------------------------------------------------ sets of weights
