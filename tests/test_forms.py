@@ -93,6 +93,7 @@ def test_files_are_linked_where_that_is_asked(tmp_path, capsys, monkeypatch):
     assert images(tmp_path / "out") == whole()
     file = path / DATA / "val" / "ILSVRC2012_val_00000001.JPEG"
     assert file.stat().st_nlink == 2
+    assert prepare(file.parent, tmp_path / "flat", "--link", "--only", "val") == 0  # CSV far above
 
     def refuse(*_arguments):
         raise OSError(18, "Invalid cross-device link")
@@ -305,6 +306,10 @@ def test_what_is_no_form_of_imagenet_is_told_the_forms(tmp_path, capsys):
     (alone := tmp_path / "alone").mkdir()
     (alone / ILSVRC2012.devkit.name).touch()
     assert f"{ILSVRC2012.train.name}: not there" in refusal(alone, tmp_path, capsys)
+    ready = tmp_path / "ready" / "val"
+    (ready / "n01440764").mkdir(parents=True)
+    told = refusal(ready.parent, tmp_path, capsys)
+    assert f"{ready}: holds class folders already" in told and f"data.val={ready}" in told
     stream = forms.write_kaggle_tar(tmp_path / "tar")
     assert "beginning to end" in refusal(stream, tmp_path, capsys, "--shards")
 

@@ -246,6 +246,11 @@ def _tree(asked: Asked) -> Form | None:
             *(["train"] if _some(train, SYNSET.fullmatch) else []),
             *(["val"] if _some(val, VALIDATION_IMAGE.match) else []),
         ]
+        if "val" in asked.splits and _some(val, SYNSET.fullmatch):
+            raise DataError(
+                f"{val}: holds class folders already, which train.py and validate.py take as they "
+                f"are: data.val={val}"
+            )
         if splits:
             return _files(asked, "Kaggle's tree", splits, base, val)
     if _some(asked.path, VALIDATION_IMAGE.match):
@@ -315,7 +320,7 @@ def _sorted(
 def _labels_near(path: Path) -> Path:
     """Find labels of the validation images beside a path or above it. Raises DataError."""
     names = (SOLUTION, "meta.bin", ILSVRC2012.devkit.name, LABELS)
-    for file in (folder / name for folder in [path, *path.parents][:4] for name in names):
+    for file in (folder / name for folder in [path, *path.parents][:5] for name in names):
         if file.is_file():
             print(shown(f"labels of the validation images: {file}"))
             return file
