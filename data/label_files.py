@@ -17,7 +17,7 @@ import torch
 from data import ilsvrc
 from data.base import Source
 from data.errors import DataError, enumeration
-from data.files import read_regular
+from data.files import check_zip, read_regular
 from data.image_formats import image_extensions, read_image
 
 METAS = ("meta.mat", "meta_clsloc.mat")  # of the development kits of 2012 and of later years
@@ -85,8 +85,12 @@ def _synsets_beside(path: Path) -> list[ilsvrc.Synset]:
 def _from_kaggle(path: Path, lines: list[str]) -> dict[str, str]:
     """Read "ILSVRC2012_val_00000001,n01751748 111 108 428 273 n01751748 …": class and box, again
     and again; an image's boxes are all of one class."""
+    try:
+        rows = list(csv.reader(lines[1:]))
+    except csv.Error as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
     pairs = []
-    for row in csv.reader(lines[1:]):
+    for row in rows:
         classes = {name for boxes in row[1:] for name in boxes.split()[::5]}
         if len(classes) != 1:
             raise DataError(f"{path}: {row[0][:60]!r}: {len(classes)} classes, expected one")
@@ -99,6 +103,7 @@ def _from_meta_bin(path: Path) -> dict[str, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            check_zip(path)
             _, synsets = torch.load(path, weights_only=True)
         if not all(isinstance(name, str) for name in synsets):
             raise TypeError("no list of names")

@@ -57,7 +57,7 @@ def from_folders(
     Raises DataError unless each output has a folder.
     """
     folders, everything = source.classes, np.arange(len(source))
-    numbers = [int(name) if name.isdecimal() else -1 for name in folders]
+    numbers = [int(name) if _NUMBER.fullmatch(name) else -1 for name in folders]
     may_be_numbered = classes is None or all(map(SYNSET.fullmatch, classes))
     if may_be_numbered and sorted(numbers) == list(range(num_outputs)):
         return LabelSet("numbered", everything, np.array(numbers))
@@ -65,10 +65,9 @@ def from_folders(
         if order is not None:
             raise DataError(f"{network}: names its classes; leave out --class-order")
         try:
-            outputs = check_same_classes(folders, classes, where, network)
+            return LabelSet("folders", everything, _by_name(folders, classes, where, network))
         except DataError as error:
             raise DataError(f"{error}{_subset_hint(folders, classes)}") from None
-        return LabelSet("folders", everything, np.array(outputs))
     if len(folders) != num_outputs:
         raise DataError(
             f"{where}: {len(folders)} classes, but {network} distinguishes {num_outputs}; "
@@ -78,6 +77,18 @@ def from_folders(
         listed = sorted(range(num_outputs), key=lambda folder: natural(folders[folder]))
         return LabelSet("natural order", everything, np.argsort(listed))
     return LabelSet("order", everything, np.arange(num_outputs))
+
+
+def _by_name(folders: list[str], classes: list[str], where: str, network: str) -> np.ndarray:
+    """Find the output of each folder by its name, in whichever order a network has them.
+
+    Raises DataError for other names, and for numbers in another order: shards may have none.
+    """
+    are_numbers = all(map(str.isdecimal, folders))
+    pair = (folders, classes) if are_numbers else (sorted(folders), sorted(classes))
+    check_same_classes(*pair, where, network)
+    output_of = {in_nfc(name): output for output, name in enumerate(classes)}
+    return np.array([output_of[in_nfc(name)] for name in folders])
 
 
 def order_matters(labels: LabelSet, folders: list[str]) -> bool:
@@ -169,8 +180,8 @@ def _from_mapping(mapping: dict[str, Any], path: Path) -> dict[str, int]:
 def with_real_labels(labels: LabelSet, source: Source, path: Path) -> LabelSet:
     """Take ReaL labels of ImageNet's validation images (Beyer et al., arXiv:2006.07159; real.json).
 
-    The file lists for each image, in order of its number, the outputs that are right; images with
-    none do not count. Raises DataError.
+    The file lists for each image, in order of its number, the classes that are right, by their
+    places among the sorted synsets; images with none do not count. Raises DataError.
     """
     listed = _parse_json(path, _read_text(path))
     is_list_of_lists = isinstance(listed, list) and all(isinstance(entry, list) for entry in listed)
@@ -181,6 +192,8 @@ def with_real_labels(labels: LabelSet, source: Source, path: Path) -> LabelSet:
     listed = [sorted(set(entry)) for entry in listed]
     most = max(map(len, listed), default=0)
     several = np.zeros((len(source), max(1, most)), np.int64)
+    is_numbered = labels.name == "numbered"  # else the folders are the sorted synsets
+    output_of = range(len(labels.outputs)) if is_numbered else labels.outputs
     counting = []
     for index in labels.indices:
         match = VALIDATION_IMAGE.search(source.name(index))
@@ -189,7 +202,7 @@ def with_real_labels(labels: LabelSet, source: Source, path: Path) -> LabelSet:
                 f"{source.name(index)}: not one of the {len(listed):,} images of {path} "
                 "(ILSVRC2012_val_00000001 and on)"
             )
-        right = listed[int(match[1]) - 1]
+        right = [output_of[o] for o in listed[int(match[1]) - 1]]
         if right:
             several[index] = right + [right[0]] * (several.shape[1] - len(right))
             counting.append(index)

@@ -100,6 +100,6 @@ def in_order(classes: Sequence[str]) -> str:
     names = [shown(name, LONGEST) for name in classes]
     text = ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} … {names[-1]}"
     are_numbers = all(name.isdecimal() for name in classes)
-    if are_numbers and list(classes) != sorted(classes, key=int):
+    if are_numbers and list(classes) != sorted(classes, key=natural):
         text += " (numbers, sorted as text)"
     return text

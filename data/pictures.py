@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from io import BufferedReader
+from itertools import islice
 from queue import Queue
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from data.transforms import DecodeError, EvalView, as_evaluated, decode
 
 STANDARD_INPUT = "-"
 HEAD = 1 << 13  # bytes by which a list is known from a picture
+LONGEST_NAME = 1 << 16  # bytes in a list; systems have paths of 4,096
 
 
 class Picture(NamedTuple):
@@ -67,7 +69,12 @@ def _standard_input() -> Iterator[Unseen]:
     with open(0, "rb", closefd=False) as stream:
         head = stream.peek(HEAD)
         if _is_image(head) and not _begins_with_a_name(head):
-            yield Encoded(STANDARD_INPUT, stream.read())
+            parts = iter(lambda: stream.read(HEAD), b"")
+            content = b"".join(islice(parts, MAX_BYTES // HEAD + 1))
+            if len(content) > MAX_BYTES:
+                yield Picture(STANDARD_INPUT, None, f"cannot be read (over {MAX_BYTES:,} bytes)")
+            else:
+                yield Encoded(STANDARD_INPUT, content)
         else:
             yield from _list(STANDARD_INPUT, stream)
 
@@ -85,6 +92,9 @@ def _list(path: str, stream: BufferedReader) -> Iterator[Unseen]:
         *whole, rest = (rest + chunk).split(end)
         for name in filter(None, whole):
             yield from _below(os.fsdecode(name))
+        if len(rest) > LONGEST_NAME:
+            yield Picture(path, None, f"holds a name of over {LONGEST_NAME:,} bytes")
+            return
     if rest:
         yield from _below(os.fsdecode(rest))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import zipfile
 from collections.abc import Iterable
 
 Entry = tuple[str, bytes] | tarfile.TarInfo  # a file's name and content, or the very header
@@ -27,3 +28,15 @@ def special(name: str, kind: bytes) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, "/etc/passwd"
     return info
+
+
+def deflated(archive: bytes) -> bytes:
+    """A zip archive with its members compressed."""
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(archive)) as stored,
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for member in stored.namelist():
+            packed.writestr(member, stored.read(member))
+    return buffer.getvalue()

@@ -21,11 +21,11 @@ from imagenet_miniature import IDS, VAL_IDS, expected, train_images, tree, val_i
 from pyarrow import parquet
 from scipy.io import savemat
 from shard_makers import encoded, flip, sample
-from tars import special, tar
+from tars import deflated, special, tar
 
 from data import label_files, label_sets
 from data.errors import DataError
-from data.ilsvrc import BLACKLIST
+from data.ilsvrc import BLACKLIST, ILSVRC2012
 from data.label_files import LabelledFolder
 from data.prepare import folder_writer
 from data.prepare import parquet as parquet_reader
@@ -93,6 +93,7 @@ def test_files_are_linked_where_that_is_asked(tmp_path, capsys, monkeypatch):
     assert images(tmp_path / "out") == whole()
     file = path / DATA / "val" / "ILSVRC2012_val_00000001.JPEG"
     assert file.stat().st_nlink == 2
+    assert prepare(file.parent, tmp_path / "flat", "--link", "--only", "val") == 0  # CSV far above
 
     def refuse(*_arguments):
         raise OSError(18, "Invalid cross-device link")
@@ -201,6 +202,11 @@ WRONG_LABELS = {
         b"ImageId,PredictionString\nILSVRC2012_val_00000001,n02105855 1 1 2 2 n01440764 1 1 2 2 \n",
         "2 classes, expected one",
     ),
+    "an endless cell": (
+        b"ImageId,PredictionString\n" + b"x" * 200_000 + b",n02105855 1 1 2 2\n",
+        "labels: cannot be read (field larger",
+    ),
+    "one that grows": (deflated(forms.meta_bin()), "not a file of labels"),
 }
 
 
@@ -236,6 +242,11 @@ def test_numbers_beside_names_are_those_of_outputs(tmp_path):
     (tmp_path / "val.txt").write_text("".join(from_1))
     source = LabelledFolder(val, tmp_path / "val.txt")
     with pytest.raises(DataError, match="4 unknown"):
+        label_sets.from_folders(source, "val", places, 4, "net")
+    vast = [f"{line.split()[0]} {'1' * 5000}\n" for line in lines]
+    (tmp_path / "val.txt").write_text("".join(vast))
+    source = LabelledFolder(val, tmp_path / "val.txt")
+    with pytest.raises(DataError, match="1 unknown"):
         label_sets.from_folders(source, "val", places, 4, "net")
 
 
@@ -290,6 +301,15 @@ def test_what_is_no_form_of_imagenet_is_told_the_forms(tmp_path, capsys):
     val = forms.write_flat(tmp_path / "val")
     assert "without train images; --only val" in refusal(val, tmp_path, capsys)
     assert "no labels of the validation images" in refusal(val, tmp_path, capsys, "--only", "val")
+    (val / ILSVRC2012.devkit.name).write_bytes(b"labels of images that lie beside it")
+    assert "without train images; --only val" in refusal(val, tmp_path, capsys)
+    (alone := tmp_path / "alone").mkdir()
+    (alone / ILSVRC2012.devkit.name).touch()
+    assert f"{ILSVRC2012.train.name}: not there" in refusal(alone, tmp_path, capsys)
+    ready = tmp_path / "ready" / "val"
+    (ready / "n01440764").mkdir(parents=True)
+    told = refusal(ready.parent, tmp_path, capsys)
+    assert f"{ready}: holds class folders already" in told and f"data.val={ready}" in told
     stream = forms.write_kaggle_tar(tmp_path / "tar")
     assert "beginning to end" in refusal(stream, tmp_path, capsys, "--shards")
 

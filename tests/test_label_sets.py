@@ -68,6 +68,15 @@ def test_folders_stand_for_classes_by_name(validation):
         label_sets.from_folders(validation, "val", None, 5, "net")
 
 
+def test_a_network_may_have_its_classes_in_any_order_unless_they_are_numbers(validation, tmp_path):
+    """As timm's trainer has them: class2 before class10."""
+    assert plain(validation, SYNSETS[1:] + SYNSETS[:1]).outputs.tolist() == [2, 0, 1]
+    numbered = folders(tmp_path / "numbered", {str(n): [f"{n}.png"] for n in (3, 4, 10)})
+    with pytest.raises(DataError, match="another order; it knows its classes by number alone"):
+        plain(numbered, ["3", "4", "10"])
+    assert plain(numbered, ["10", "3", "4"]).outputs.tolist() == [0, 1, 2]
+
+
 def test_the_pairing_of_folders_and_outputs_is_said(validation):
     assert plain(validation).name == "folders"
     assert plain(validation, None).name == "order"
@@ -182,6 +191,17 @@ def test_real_labels_follow_the_images_numbers_and_leave_out_those_without(valid
     assert sorted(numbers(labels, validation)) == [1, 2, 4, 5, 6]
     found = dict(zip(numbers(labels, validation), map(set, right(labels, validation))))
     assert found == {n: set(listed[n - 1]) for n in (1, 2, 4, 5, 6)}
+
+
+def test_real_labels_are_places_among_the_synsets_whatever_the_order_of_the_outputs(
+    validation, tmp_path
+):
+    listed = [[2], [0, 1], [0], [1, 0, 2], [2], [1]]
+    (tmp_path / "real.json").write_text(json.dumps(listed))
+    labels = plain(validation, SYNSETS[1:] + SYNSETS[:1])
+    labels = label_sets.with_real_labels(labels, validation, tmp_path / "real.json")
+    found = dict(zip(numbers(labels, validation), map(set, right(labels, validation))))
+    assert found == {n: {[2, 0, 1][o] for o in listed[n - 1]} for n in range(1, 7)}
 
 
 @pytest.mark.parametrize(

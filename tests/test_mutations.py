@@ -145,6 +145,12 @@ def test_every_row_changes_what_is_there_once_and_names_tests_that_are_there():
     places({name for row in ROWS for name in row.noticed_by})  # raises ValueError
 
 
+def test_every_test_that_a_page_names_is_there():
+    modules = {path.stem for path in modules_of_tests()}
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        places(set(re.findall(r"\btest_\w+", page.read_text(encoding="utf-8"))) - modules)
+
+
 def test_there_are_many_rows_of_different_names_and_some_of_every_module():
     assert len(ROWS) == len({row.name for row in ROWS}) >= 80
     modules = [path for package in ("irv2", "data") for path in (ROOT / package).rglob("*.py")]

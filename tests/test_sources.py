@@ -131,6 +131,7 @@ def test_classes_are_named_in_their_order_the_first_and_the_last():
     numbers = sorted(map(str, range(12)))
     assert names.in_order(numbers) == "0, 1, 10 … 9 (numbers, sorted as text)"
     assert names.in_order([f"{i:02}" for i in range(12)]) == "00, 01, 02 … 11"
+    assert names.in_order(["2" * 5000, "3"]).endswith("2, 3 (numbers, sorted as text)")
     assert names.in_order(["\x1b[2J", "b"]) == r"\x1b[2J, b"
 
 

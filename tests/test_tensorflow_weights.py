@@ -125,8 +125,20 @@ def test_keras_files_are_read(tmp_path, recorded, layers, form):
         archive.write(path, keras.WEIGHTS)
         archive.writestr(keras.CONFIG, json.dumps(config))
     again = weights.read(str(tmp_path / "a.keras"))
+    assert again.remarks == found.remarks == []
     assert torch.equal(again.state["classif.weight"], expected["classif.weight"])
     assert again.metadata == found.metadata
+
+
+def test_layers_of_keras_that_change_images_are_said():
+    scale = {"class_name": "Rescaling", "config": {"scale": 1 / 255}}
+    first = {"class_name": "InputLayer", "config": {"batch_shape": [None, 75, 75, 3]}}
+    inner = {"class_name": "Functional", "config": {"layers": [scale, {"config": {}}]}}
+    found = list(keras._layers({"config": {"layers": [first, inner]}}))
+    assert json.loads(keras._size(found)["data"]) == {"image_size": 75}
+    (line,) = keras._not_followed(found, Path("a.keras"))
+    assert line.startswith("a.keras: its layers Rescaling are left out: ")
+    assert keras._size([]) == {} and keras._not_followed([first], Path("a.keras")) == []
 
 
 def test_keras_files_that_are_others_or_damaged_are_refused(tmp_path, layers):

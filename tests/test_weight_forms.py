@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import zipfile
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from calling import call
 from huggingface_hub.errors import EntryNotFoundError
 from small_network import copied, randomised
 from small_weights import SYNSETS, VIEW
+from tars import deflated
 from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -207,6 +207,27 @@ def test_a_trainers_arguments_say_how_images_are_seen(tmp_path, state, averaged)
     assert trained.load_weights(saved(tmp_path / "f.pth", others)).data.image_size == 299
 
 
+def test_classes_beside_the_weights_are_followed_or_said_not_to_be(tmp_path, state):
+    for key, named in (
+        ("class_to_idx", {"c": 2, "a": 0, "b": 1}),
+        ("idx_to_class", {2: "c", 0: "a", 1: "b"}),
+        ("classes", [*"abc"]),
+    ):
+        path = saved(tmp_path / "a.pth", {"state_dict": state, key: named})
+        assert trained.load_weights(path).classes == [*"abc"]
+    for odd in ({"a": 0, "b": 2}, [0, 1, 2], {}, {"a": torch.zeros(2)}):
+        path = saved(tmp_path / "a.pth", {"state_dict": state, "class_to_idx": odd})
+        found = trained.load_weights(path)
+        assert found.classes is None and "its class_to_idx does not name" in found.remarks[0]
+    assert trained.load_weights(saved(tmp_path / "a.pth", {"m": state, "classes": 3})).remarks == ()
+    path = saved(tmp_path / "a.pth", {"state_dict": state, "classes": [*"abcd"]})
+    with pytest.raises(WeightsError, match=r"a\.pth: has 3 outputs, but names for 4"):
+        trained.load_weights(path)
+    mapped = timms_checkpoint(state, None, class_map="map.txt")
+    found = trained.load_weights(saved(tmp_path / "a.pth", mapped))
+    assert "trainer's file map.txt: give that as --class-index" in found.remarks[0]
+
+
 # ---------------------------------------------------------------------- names
 
 
@@ -312,6 +333,15 @@ def test_what_a_folder_says_goes_before_its_weights_and_is_said(tmp_path, state)
     found = trained.load_weights(str(folder))
     assert (found.classes, found.data.eval_crop) == (SYNSETS, 0.8)
     assert "differ in eval_crop, classes; config.json is followed" in found.remarks[0]
+
+
+def test_a_file_of_a_folder_that_says_more_gets_a_remark(tmp_path, state):
+    folder = write_folder(tmp_path / "a", state)
+    (line,) = trained.load_weights(str(folder / "pytorch_model.bin")).remarks
+    assert "config.json beside it" in line and f"give the folder, {folder}, " in line
+    assert trained.load_weights(str(folder)).remarks == ()
+    weights.write(folder / "model.safetensors", state, {"data": json.dumps(VIEW)})
+    assert trained.load_weights(str(folder / "model.safetensors")).remarks == ()
 
 
 def test_odd_configs_are_followed_or_refused(tmp_path, state):
@@ -534,12 +564,7 @@ def test_what_a_pickle_wants_beside_tensors_is_named(tmp_path, state):
 def test_members_that_are_compressed_are_refused(tmp_path, network):
     buffer = io.BytesIO()
     torch.save({"conv2d_1a.conv.weight": torch.zeros(1000)}, buffer)
-    with (
-        zipfile.ZipFile(buffer) as stored,
-        zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as packed,
-    ):
-        for member in stored.namelist():
-            packed.writestr(member, stored.read(member))
+    (tmp_path / "a.pth").write_bytes(deflated(buffer.getvalue()))
     with pytest.raises(WeightsError, match=r"a\.pth: .*members are compressed"):
         weights.read(str(tmp_path / "a.pth"))
 

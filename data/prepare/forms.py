@@ -79,7 +79,7 @@ def recognise(asked: Asked) -> Form:
     """Find out what a path holds. Raises DataError if it is none of the known forms."""
     if not asked.path.exists():
         raise DataError(f"{asked.path}: not there")
-    forms = (make(asked) for make in (_originals, _tree, _zip, _tar, _parquet, _shards))
+    forms = (make(asked) for make in (_originals, _tree, _zip, _tar, _parquet, _shards, _kit))
     form = next(filter(None, forms), None)
     if form is None:
         what = f"{asked.path}: not a form of ImageNet that is known; these are:"
@@ -94,13 +94,16 @@ def recognise(asked: Asked) -> Form:
 # ---------------------------------------------------------------------------------- archives
 
 
-def _originals(asked: Asked) -> Form | None:
-    """The three archives as image-net.org has them: their folder, or one of them."""
+def _originals(asked: Asked, known_by: Sequence[str] = ("train", "val")) -> Form | None:
+    """The three archives as image-net.org has them: their folder, or one of them.
+
+    known_by: those of which a folder has one; the kit may lie beside images in another form.
+    """
     expected, folder = asked.expected, asked.path
     archives = {role: getattr(expected, role) for role in ("devkit", "train", "val")}
     if folder.name in {archive.name for archive in archives.values()}:
         folder = folder.parent
-    if not any((folder / archive.name).is_file() for archive in archives.values()):
+    elif not any((folder / archives[role].name).is_file() for role in known_by):
         return None
     needed = [archives[role] for role in ("devkit", *asked.splits)]
     faults = [fault for archive in needed if (fault := _fault(folder / archive.name, archive))]
@@ -127,6 +130,11 @@ def _originals(asked: Asked) -> Form | None:
         archives=[(folder / archive.name, archive) for archive in needed],
         notes=notes,
     )
+
+
+def _kit(asked: Asked) -> Form | None:
+    """The development kit alone, without images."""
+    return _originals(asked, ["devkit"])
 
 
 def _fault(path: Path, archive: Archive) -> str:
@@ -238,6 +246,11 @@ def _tree(asked: Asked) -> Form | None:
             *(["train"] if _some(train, SYNSET.fullmatch) else []),
             *(["val"] if _some(val, VALIDATION_IMAGE.match) else []),
         ]
+        if "val" in asked.splits and _some(val, SYNSET.fullmatch):
+            raise DataError(
+                f"{val}: holds class folders already, which train.py and validate.py take as they "
+                f"are: data.val={val}"
+            )
         if splits:
             return _files(asked, "Kaggle's tree", splits, base, val)
     if _some(asked.path, VALIDATION_IMAGE.match):
@@ -307,7 +320,7 @@ def _sorted(
 def _labels_near(path: Path) -> Path:
     """Find labels of the validation images beside a path or above it. Raises DataError."""
     names = (SOLUTION, "meta.bin", ILSVRC2012.devkit.name, LABELS)
-    for file in (folder / name for folder in [path, *path.parents][:4] for name in names):
+    for file in (folder / name for folder in [path, *path.parents][:5] for name in names):
         if file.is_file():
             print(shown(f"labels of the validation images: {file}"))
             return file

@@ -17,6 +17,7 @@ import numpy as np
 
 from data import strict_json
 from data.errors import DataError, ImageError, enumeration
+from data.files import open_regular
 from data.ilsvrc import SYNSET, Expected, added_synset, original_name
 from data.image_formats import image_extensions
 from data.optional import needed
@@ -28,6 +29,7 @@ from data.prepare.splits import file_names, files_by_split, folder_names, held_o
 
 PARQUET = ".parquet"
 ROWS = 64  # that are read at a time
+BYTES = ("binary", "large_binary")  # types of an image's bytes
 
 
 def files_of(path: Path) -> dict[str, list[Path]]:
@@ -60,6 +62,7 @@ def open_file(path: Path) -> Any:
     """Open a parquet file: pyarrow's ParquetFile. Raises DataError."""
     parquet = needed("pyarrow.parquet", str(path))
     try:
+        open_regular(path).close()  # a pipe would be waited for
         return parquet.ParquetFile(path, page_checksum_verification=True)
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise _damaged(path, error) from None
@@ -86,7 +89,12 @@ def columns_of(path: Path, image: str | None = None, label: str | None = None) -
                 f"{', '.join(schema.names[:10])}"
             )
     kind = schema.field(image).type
-    parts = [kind.field(i).name for i in range(kind.num_fields)]
+    parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+    if str(parts.get("bytes", kind)) not in BYTES:
+        raise DataError(
+            f"{path}: its column {image} holds {str(kind)[:60]}, not images: these are bytes, or "
+            "bytes and path; --image-column names another"
+        )
     names = features.get(label, {}).get("names")
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return Columns(image, "bytes" in parts, label, names if is_list else None)
@@ -118,12 +126,12 @@ def rows(files: Sequence[Path], columns: Columns) -> Iterator[Row]:
     number = 0
     wanted = [columns.label, *([f"{columns.image}.path"] if columns.is_struct else [])]
     for path in files:
+        if columns_of(path, columns.image, columns.label)[:3] != columns[:3]:
+            raise DataError(f"{path}: keeps its images in another way than {files[0]}")
         try:
             table = open_file(path).read(columns=wanted).flatten()
         except (OSError, ValueError) as error:
             raise _damaged(path, error) from None
-        if columns.label not in table.column_names:
-            raise DataError(f"{path}: has no column {columns.label}, as {files[0]} has")
         labels = table.column(columns.label).to_pylist()
         has_names = f"{columns.image}.path" in table.column_names
         names = table.column(f"{columns.image}.path").to_pylist() if has_names else ()
@@ -303,9 +311,11 @@ def _classes(files: Sequence[Path], columns: Columns) -> dict[str, list[Member]]
         if columns.names is not None:
             is_label = type(name) is int and 0 <= name < len(columns.names)
             name = columns.names[name] if is_label else None
-        if name is None:
+        if not isinstance(name, (str, int, float)):
             raise DataError(
-                f"{files[0]}: row {row.number:,}: {row.label!r} is not a label of a class"
+                f"{files[0]}: row {row.number:,}, counted on in the files after it: "
+                f"{str(row.label)[:60]!r} is not a label of a class; leave out files whose labels "
+                "are hidden, or name another --label-column"
             )
         of_class.setdefault(str(name), []).append(row)
     ending, folders = _ending(files[0], columns), folder_names(of_class, files[0])

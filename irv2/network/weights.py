@@ -37,7 +37,7 @@ def read(source: str, which: str | None = None) -> Weights:
     elif source.startswith("timm:"):
         stored = hub.read_registered(source.removeprefix("timm:"))
     else:
-        stored = _read_file(Path(source), which)
+        stored = hub.beside_config(_read_file(Path(source), which), Path(source))
     return names.without_background(stored, source)
 
 
@@ -56,6 +56,8 @@ def _read_file(path: Path, which: str | None) -> Weights:
     else:
         content = pytorch.read_torch(path)
         texts, remarks = views.of_trainer(content, str(path))
+        classes, more = pytorch.named_classes(content, str(path))
+        texts, remarks = texts | classes, remarks + more
     stored = pytorch.chosen(content, which, str(path))
     state = names.in_timms(stored.state)
     return Weights(state, stored.metadata | texts, [*stored.remarks, *remarks])

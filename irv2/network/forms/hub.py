@@ -87,6 +87,18 @@ def read_folder(folder: Path, read: ReadFile) -> Weights:
     return _with_config(folder / CONFIG, read(weights), str(folder))
 
 
+def beside_config(weights: Weights, path: Path) -> Weights:
+    """Add a remark to a file's weights where its folder has a config.json that is not followed."""
+    is_of_folder = path.name in FILES and (path.parent / CONFIG).is_file()
+    if not is_of_folder or "data" in weights.metadata:
+        return weights
+    line = (
+        f"{path}: {CONFIG} beside it, which may say its view and classes, is not followed: give "
+        f"the folder, {path.parent}, for that"
+    )
+    return Weights(weights.state, weights.metadata, [*weights.remarks, line])
+
+
 def _with_config(path: Path, weights: Weights, source: str) -> Weights:
     """Add what timm's config.json says to weights; it goes before what these say themselves."""
     config = _read_config(path)

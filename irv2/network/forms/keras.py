@@ -26,6 +26,7 @@ ENDS = [  # of residual blocks
 ]
 LAST = "conv2d_7b"  # the one unit that Keras gives a name
 DAMAGES = (AttributeError, LookupError, TypeError, ValueError, RuntimeError, OSError, BadZipFile)
+PREPROCESSING = {"Rescaling", "Normalization", "Resizing", "CenterCrop"}  # layers of a model
 BATCH_NORM = ("gamma", "beta", "moving_mean", "moving_variance")
 
 Layer = dict[str, np.ndarray]  # variable, by name or by number -> values
@@ -62,7 +63,8 @@ def read(path: Path) -> Weights:
         else:
             with open(path, "rb") as file:
                 stored, config = _read_hdf5(file)
-        metadata = _metadata(config)
+        layers_of_model = [] if config is None else list(_layers(strict_json.parse(config)))
+        metadata = _size(layers_of_model)
     except ImportError:
         raise WeightsError(
             f"{path}: Keras' files need h5py: pip install -r requirements-keras.txt"
@@ -70,7 +72,7 @@ def read(path: Path) -> Weights:
     except DAMAGES as error:
         raise WeightsError(f"{path}: damaged or not Keras' ({in_one_line(error)})") from None
     try:
-        return Weights(in_timms(stored), metadata)
+        return Weights(in_timms(stored), metadata, _not_followed(layers_of_model, path))
     except (LookupError, TypeError, ValueError) as error:
         reason = f"no {error} in it" if isinstance(error, KeyError) else in_one_line(error)
         raise WeightsError(f"{path}: not Keras' Inception-ResNet-v2 ({reason})") from None
@@ -109,14 +111,30 @@ def _read_hdf5(file: BinaryIO) -> tuple[Kinds, bytes | str | None]:
     return Kinds.of(by_name), config
 
 
-def _metadata(config: bytes | str | None) -> dict[str, str]:
-    """The size of images that a model was made for, of its config."""
-    if config is None:
-        return {}
-    model = strict_json.parse(config)["config"]
-    first = model["layers"][0]["config"]
-    _, height, width, _ = first.get("batch_shape") or first["batch_input_shape"]
+def _layers(model: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the layers in a model's config, those of models within it, too."""
+    for layer in model["config"].get("layers", ()):
+        yield layer
+        yield from _layers(layer)
+
+
+def _size(layers_of_model: list[dict[str, Any]]) -> dict[str, str]:
+    """The size of images that a model was made for, as metadata."""
+    first = layers_of_model[0]["config"] if layers_of_model else {}
+    shape = first.get("batch_shape") or first.get("batch_input_shape") or [None] * 4
+    _, height, width, _ = shape
     return {"data": json.dumps({"image_size": height})} if height and height == width else {}
+
+
+def _not_followed(layers_of_model: list[dict[str, Any]], path: Path) -> list[str]:
+    """Say which layers of a model change images before its first convolution."""
+    kinds = [layer.get("class_name") for layer in layers_of_model]
+    if not (named := [kind for kind in kinds if kind in PREPROCESSING]):
+        return []
+    return [
+        f"{path}: its layers {', '.join(named)} are left out: pixels are scaled to -1 and 1, as "
+        "keras.applications does, unless --mean and --std say otherwise"
+    ]
 
 
 # ------------------------------------------------------------------------ names

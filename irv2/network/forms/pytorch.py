@@ -6,7 +6,6 @@ import argparse
 import json
 import pickle
 import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +15,14 @@ import torch
 from torch import Tensor
 
 from data.errors import enumeration, panics_as_errors
+from data.files import check_zip
 from irv2.network.forms import names
 from irv2.network.forms.base import State, Weights, WeightsError, in_one_line
 from irv2.network.forms.kinds import STATE_DICT
 
 AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?)(?![a-z])", re.IGNORECASE)
 COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
+CLASSES = ("class_to_idx", "idx_to_class", "class_names", "classes")  # beside weights
 DEEPEST = 2  # keys above a state dict, as in content["state_dict"]["model"]
 
 
@@ -43,8 +44,7 @@ def read_torch(path: Path) -> Any:
     Raises WeightsError.
     """
     try:
-        if zipfile.is_zipfile(path):
-            _check_archive(path)
+        check_zip(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -52,19 +52,6 @@ def read_torch(path: Path) -> Any:
     except Exception as error:
         reason = in_one_line(error)
         raise WeightsError(f"{path}: damaged or not a PyTorch file ({reason})") from None
-
-
-def _check_archive(path: Path) -> None:
-    """Raise ValueError for an archive that is damaged or larger than its file; torch.load compares
-    no checksums."""
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError("its members are compressed, which torch.save never does")
-        if sum(member.file_size for member in members) > path.stat().st_size:
-            raise ValueError("its members are larger than the file")
-        if (damaged := archive.testzip()) is not None:
-            raise ValueError(f"{damaged} does not match its checksum")
 
 
 def _unwanted(path: Path) -> str:
@@ -77,6 +64,25 @@ def _unwanted(path: Path) -> str:
         return f"a whole pickled module, whose classes would be run: {STATE_DICT}"
     what = f", but also {enumeration(classes)}" if classes else ""
     return f"not a file of tensors and numbers only{what}: {STATE_DICT}"
+
+
+def named_classes(content: Any, source: str) -> tuple[dict[str, str], list[str]]:
+    """Find the classes that a checkpoint names beside its weights: metadata and remarks.
+
+    They are a list in the order of the outputs, or say the output of each name, or the other way.
+    """
+    for key in CLASSES if isinstance(content, dict) else ():
+        named = content.get(key)
+        if isinstance(named, dict):
+            output_of = {output: name for name, output in named.items() if type(output) is int}
+            by_output = output_of or named
+            named = [by_output.get(output) for output in range(len(named))]
+        if not isinstance(named, list):
+            continue
+        if named and all(isinstance(name, str) for name in named):
+            return {"classes": json.dumps(named)}, []
+        return {}, [f"{source}: its {key} does not name every output, and is passed over"]
+    return {}, []
 
 
 # ------------------------------------------------------------------------ sets of weights
@@ -98,7 +104,7 @@ def chosen(content: Any, which: str | None, source: str) -> Weights:
     """
     every = list(_sets(content))
     if not every:
-        raise WeightsError(f"{source}: holds no state dict")
+        raise WeightsError(f"{source}: holds no state dict: {STATE_DICT}")
     sets = [each for each in every if names.STEM in each.state]
     if not sets:
         return Weights(every[0].state, {})  # of another network

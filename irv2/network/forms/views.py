@@ -97,6 +97,11 @@ def of_trainer(content: Any, source: str) -> Described:
         metadata, remarks = of_config(config, arguments.model_dump(), source)
         if arguments.dataset in (None, "", "folder") and not arguments.class_map:
             metadata["class_order"] = json.dumps("natural")
+        elif arguments.class_map:
+            remarks.append(
+                f"{source}: the order of its classes is that of its trainer's file "
+                f"{arguments.class_map}: give that as --class-index"
+            )
         return metadata, remarks
     size, resized = arguments.val_crop_size, arguments.val_resize_size
     config = {
