@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data.errors import DataError
-from data.files import read_text
+from data.files import read_user_text
 from data.names import in_nfc
 
 COMMENT = "# "  # begins a line that is no name
@@ -13,17 +13,13 @@ COMMENT = "# "  # begins a line that is no name
 
 def read(path: str | Path) -> list[str]:
     """Read the names of classes as `parse` does. Raises DataError."""
-    try:
-        names = parse(read_text(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise DataError(f"{path}: cannot be read ({reason})") from None
+    names = parse(read_user_text(path))
     if len(set(map(in_nfc, names))) < len(names) or not names:
         raise DataError(f"{path}: expected names of classes, one a line, all different")
     return names
 
 
 def parse(text: str) -> list[str]:
-    """Names, one a line; a line that begins with "# " is a comment."""
+    """Return the names in a text, one a line; a line that begins with "# " is a comment."""
     lines = [line.strip() for line in text.splitlines() if not line.startswith(COMMENT)]
     return [line for line in lines if line]

@@ -5,6 +5,7 @@ Nothing here waits for a pipe, reads a device, or follows a link to a file that 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
@@ -16,6 +17,8 @@ from contextlib import suppress
 from errno import EFBIG, EINVAL, ELOOP
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from data.errors import DataError
 
 LARGEST_TEXT = 1 << 28  # bytes; no text that is read as a whole comes near
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")  # as `write_atomically` names them
@@ -43,6 +46,15 @@ def open_regular(path: str | Path, limit: int = sys.maxsize) -> BinaryIO:
 def read_text(path: str | Path, limit: int = LARGEST_TEXT) -> str:
     """Read a file of UTF-8. Raises OSError as `read_regular`, and UnicodeDecodeError."""
     return read_regular(path, limit).decode("utf-8-sig")
+
+
+def read_user_text(path: str | Path) -> str:
+    """Read a file of UTF-8 that a user has named. Raises DataError."""
+    try:
+        return read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise DataError(f"{path}: cannot be read ({reason})") from None
 
 
 def read_regular(path: str | Path, limit: int = sys.maxsize) -> bytes:
@@ -94,6 +106,20 @@ def open_own(path: str | Path, mode: str) -> BinaryIO:
         if error.errno == ELOOP:
             raise OSError(ELOOP, "is a symbolic link; remove it", str(path)) from None
         raise
+
+
+def lock(file: BinaryIO, held: str) -> str:
+    """Lock a file for this process while it is open; returns why that fails, or "".
+
+    held: the reason where another process has locked it.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would live on in loader workers
+    except (BlockingIOError, PermissionError):
+        return held
+    except OSError as error:
+        return f"cannot be locked ({error})"
+    return ""
 
 
 FileContent = bytes | str | Callable[[BinaryIO], Any]  # of a file; a function writes it by itself

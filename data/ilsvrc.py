@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import re
-import tarfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +12,11 @@ import numpy as np
 
 from data import matlab
 from data.errors import DataError
-from data.files import open_regular
-from data.prepare.members import TarInfo
+from data.prepare.members import contents_of_tar_gz
 
 DEVKIT_FOLDER = "ILSVRC2012_devkit_t12/data"
 META, LABELS = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 BLACKLIST = "ILSVRC2012_validation_blacklist.txt"
-MAX_DEVKIT_FILE = 64 << 20  # bytes; the largest has less than 2 MiB
 
 SYNSET = re.compile(r"n[0-9]{8}")
 VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -180,15 +175,5 @@ def _number(row: dict[str, matlab.Value], field: str) -> int:
 def _read_files(path: Path) -> dict[str, bytes]:
     """Read those of the three files of interest that are there; nothing is extracted."""
     wanted = {f"{DEVKIT_FOLDER}/{name}": name for name in (META, LABELS, BLACKLIST)}
-    files = {}
-    try:
-        with (
-            open_regular(path) as file,
-            tarfile.open(fileobj=file, mode="r:gz", tarinfo=TarInfo) as archive,
-        ):
-            for member in archive:
-                if member.name in wanted and member.isreg() and member.size <= MAX_DEVKIT_FILE:
-                    files[wanted[member.name]] = archive.extractfile(member).read()
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path}: not a whole .tar.gz archive ({error})") from None
-    return files
+    contents = contents_of_tar_gz(path)
+    return {wanted[name]: content for name, content in contents if name in wanted}

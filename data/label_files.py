@@ -133,11 +133,6 @@ def label_of(name: str, labels: Mapping[str, str]) -> str | None:
     return next((labels[key] for key in keys if key in labels), None)
 
 
-def _contradicts(name: str, label: str | None) -> bool:
-    """True for ILSVRC2012_val_00000001_n01751748.JPEG unless its class is n01751748."""
-    return ilsvrc.added_synset(name) not in (None, label)
-
-
 class LabelledFolder(Source):
     """Images that lie in one folder, and a file that says of which class each is.
 
@@ -159,7 +154,11 @@ class LabelledFolder(Source):
             raise DataError(f"{self.root}: holds no images; {path} labels those of one folder")
         classes = [label_of(name, labels) for name in names]
         unknown = [name for name, label in zip(names, classes) if label is None]
-        others = [name for name, label in zip(names, classes) if _contradicts(name, label)]
+        others = [
+            name
+            for name, label in zip(names, classes)
+            if ilsvrc.added_synset(name) not in (None, label)
+        ]
         for unfit, fault in ((unknown, "not in"), (others, "of other classes in")):
             if unfit:
                 raise DataError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from data import class_lists, strict_json
 from data.base import Source
 from data.errors import DataError
-from data.files import read_text
+from data.files import read_user_text
 from data.ilsvrc import SYNSET, VALIDATION_IMAGE, validation_name
 from data.image_formats import image_extensions
 from data.names import in_nfc, natural
@@ -141,7 +141,7 @@ def from_class_index(
 
 def _read_class_index(path: Path, classes: list[str] | None, num_outputs: int) -> dict[str, int]:
     """Read which folder, its name in NFC, stands for which output."""
-    text = _read_text(path)
+    text = read_user_text(path)
     if text.lstrip().startswith("{"):
         mapping = _from_mapping(_parse_json(path, text), path)
         return {in_nfc(name): output for name, output in mapping.items()}
@@ -183,7 +183,7 @@ def with_real_labels(labels: LabelSet, source: Source, path: Path) -> LabelSet:
     The file lists for each image, in order of its number, the classes that are right, by their
     places among the sorted synsets; images with none do not count. Raises DataError.
     """
-    listed = _parse_json(path, _read_text(path))
+    listed = _parse_json(path, read_user_text(path))
     is_list_of_lists = isinstance(listed, list) and all(isinstance(entry, list) for entry in listed)
     if not is_list_of_lists or not all(type(o) is int for entry in listed for o in entry):
         raise DataError(f"{path}: should be a list of lists of outputs, one for each image")
@@ -226,7 +226,7 @@ def _listed(labels: LabelSet, source: Source, path: Path) -> np.ndarray:
     as the ImageNet devkit's blacklist has it for validation images. Raises DataError for a line
     that names no image of the source, or several.
     """
-    lines = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+    lines = [line.strip() for line in read_user_text(path).splitlines() if line.strip()]
     places: dict[str, list[int]] = {}
     for index in range(len(source)):
         for key in _names(source.name(index).rpartition(": ")[2]):  # of shards, the member's
@@ -259,14 +259,6 @@ def _names(path: str) -> list[str]:
     if (match := VALIDATION_IMAGE.search(name)) and match[0] not in names:
         names.append(match[0])  # in shards, and from Hugging Face, more stands around it
     return [f"{folder}/{n}" for n in names] + names if folder else names
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise DataError(f"{path}: cannot be read ({reason})") from None
 
 
 def _parse_json(path: Path, text: str) -> Any:

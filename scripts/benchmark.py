@@ -34,6 +34,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,13 +65,15 @@ from scripts.benchmarks import (
 from scripts.benchmarks.network import Setting
 
 WHAT = ("train", "infer", "optimizer", "start", "data", "checkpoint", "scaling")
-MODULES = {
-    "infer-peers": peers,
-    "data-peers": loading_peers,
+MODULES = {  # whose measurement takes rounds alone
     "data": loading,
+    "data-peers": loading_peers,
+    "data-end-to-end": end_to_end,
+    "checkpoint": saving,
     "scaling": scaling,
     "remote": remote,
-}  # on the CPU, wherever they run
+}
+ON_CPU = {"infer-peers", "data-peers", "data", "scaling", "remote"}  # wherever they run
 Figures = dict[str, Any]
 
 
@@ -89,15 +92,10 @@ def benchmarks(arguments: argparse.Namespace, device: torch.device) -> Iterator[
     rounds, compiled = arguments.rounds, arguments.compile
     on = "-gpu" if device.type == "cuda" else ""
     suffix = f"{on}-compiled" if compiled else on
-    for what in wanted:
-        if arguments.peers and what == "data":
-            yield Benchmark(
-                "data-peers", lambda: loading_peers.measure(rounds), loading_peers.table
-            )
-        elif arguments.peers:
-            yield Benchmark(
-                "infer-peers", lambda: peers.measure(rounds, arguments.image_size), peers.table
-            )
+    variant = "-peers" if arguments.peers else "-end-to-end" if arguments.end_to_end else ""
+    for what in (f"{what}{variant}" for what in wanted):
+        if what == "infer-peers":
+            yield Benchmark(what, lambda: peers.measure(rounds, arguments.image_size), peers.table)
         elif what in ("train", "infer"):
             cases = list(network_cases(arguments, device))
             yield network_benchmark(what, suffix, cases, rounds, compiled)
@@ -112,13 +110,9 @@ def benchmarks(arguments: argparse.Namespace, device: torch.device) -> Iterator[
             yield Benchmark(
                 f"start{suffix}", lambda: starting.measure(rounds, compiled), starting.table
             )
-        elif what == "data" and arguments.end_to_end:
-            yield Benchmark("data-end-to-end", lambda: end_to_end.measure(rounds), end_to_end.table)
-        elif what == "checkpoint":
-            yield Benchmark(f"checkpoint{on}", lambda: saving.measure(rounds), saving.table)
         else:
-            module = MODULES[what]
-            yield Benchmark(what, lambda module=module: module.measure(rounds), module.table)
+            module, name = MODULES[what], f"{what}{on}" if what == "checkpoint" else what
+            yield Benchmark(name, partial(module.measure, rounds), module.table)
 
 
 def network_cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Setting]:
@@ -154,7 +148,7 @@ def network_benchmark(
 
 def machine(names: Iterable[str]) -> str:
     """Device and software that the benchmarks of these names were measured with."""
-    on_gpu = torch.cuda.is_available() and not MODULES.keys() >= set(names)
+    on_gpu = torch.cuda.is_available() and not set(names) <= ON_CPU
     device = torch.cuda.get_device_name() if on_gpu else cpu_name()
     versions = ", ".join(f"{name} {version}" for name, version in directory.software().items())
     return f"{device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores; {versions}"

@@ -47,10 +47,10 @@ def nearest(of: np.ndarray, among: np.ndarray, count: int) -> tuple[np.ndarray, 
     """Rows of `among` with the largest cosines to each row of `of`, and these: both [N, count]."""
     rows, cosines = [], []
     for first in range(0, len(of), AT_ONCE):
-        found = of[first : first + AT_ONCE] @ among.T
-        order = np.argsort(-found, axis=1, kind="stable")[:, :count]
+        products = of[first : first + AT_ONCE] @ among.T
+        order = np.argsort(-products, axis=1, kind="stable")[:, :count]
         rows.append(order)
-        cosines.append(np.take_along_axis(found, order, axis=1))
+        cosines.append(np.take_along_axis(products, order, axis=1))
     return np.concatenate(rows), np.concatenate(cosines)
 
 
@@ -74,8 +74,8 @@ def main() -> int:
     if of.shape[1] != among.shape[1]:
         raise DataError(f"{arguments.of} and {arguments.among} are of different networks")
     for name, rows, cosines in zip(names, *nearest(of, among, arguments.nearest)):
-        found = ", ".join(f"{shown(others[row])} {c:.3f}" for row, c in zip(rows, cosines))
-        print(f"{shown(name)}  {found}")
+        listed = ", ".join(f"{shown(others[row])} {c:.3f}" for row, c in zip(rows, cosines))
+        print(f"{shown(name)}  {listed}")
     return 0
 
 

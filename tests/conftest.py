@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from programs import run, write_images
 from small_run import CONFIG, IMAGES, arguments
+from small_weights import write_small_weights
 
-from irv2.report.markdown import replace_section
+from irv2.report import markdown
 
 # Modules of half a minute and more.
 LONGEST = ("faults", "mutations", "validate", "train", "benchmark", "finetune", "moving_to_shards",
@@ -72,6 +73,12 @@ def undisturbed(config: Path) -> Path:
 def inject(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """To be called at each fault with its kind; the faults have survived if the test passes."""
     return lambda kind: request.node.user_properties.append(("fault", kind))
+
+
+@pytest.fixture(scope="session")
+def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a small network that know their classes and view; not to be changed."""
+    return write_small_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")
@@ -133,17 +140,12 @@ def pytest_terminal_summary(terminalreporter: object, config: pytest.Config) -> 
     verdict = f"{injected} faults injected, {survived} survived"
     terminalreporter.write_line(verdict)
     if is_soak and (page := config.getoption("--report")) is not None:
-        head = [
-            f"**{verdict}**",
-            "",
-            "| fault | injected | survived | seconds |",
-            "|---|---|---|---|",
-        ]
-        lines = [
-            f"| {kind} | {tally.injected} | {tally.survived} | {tally.seconds:.0f} |"
+        rows = (
+            f"{kind} | {tally.injected} | {tally.survived} | {tally.seconds:.0f}"
             for kind, tally in tallies.items()
-        ]
-        replace_section(page, "faults", "\n".join([*head, *lines]))
+        )
+        table = markdown.table("fault | injected | survived | seconds", rows)
+        markdown.replace_section(page, "faults", f"**{verdict}**\n\n{table}")
 
 
 @pytest.fixture(scope="session")

@@ -127,6 +127,15 @@ def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in state.items()}
 
 
+def everything(state: TrainState) -> dict[str, Tensor]:
+    """A copy of every tensor of a run's state, by part and name."""
+    return {
+        f"{part}.{name}": tensor.clone()
+        for part, tensors in state.tensors().items()
+        for name, tensor in tensors.items()
+    }
+
+
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """Norm of the difference / norm of theirs."""
     return ((ours - theirs).norm() / theirs.norm()).item()

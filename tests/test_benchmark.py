@@ -16,6 +16,7 @@ from irv2.network.accelerate import accelerate
 from irv2.network.cpu import threads
 from irv2.network.model import inception_resnet_v2
 from irv2.training import update as end_of_step
+from scripts import benchmark
 from scripts.benchmarks import (
     end_to_end,
     gpu,
@@ -62,6 +63,22 @@ def test_training_from_files_is_compared_with_training_from_memory(monkeypatch):
     found = end_to_end.compare(config_file.from_tree(small), rounds=1)
     assert found["ratio"] > 0
     assert f"**{found['ratio']:.2f}**" in end_to_end.table(found)
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["all"], ["train", "infer", "optimizer", "start", "data", "checkpoint", "scaling"]),
+        (["train", "--compile"], ["train-compiled"]),
+        (["data", "--peers"], ["data-peers"]),
+        (["infer", "--peers"], ["infer-peers"]),
+        (["remote"], ["remote"]),
+    ],
+)
+def test_a_command_measures_what_it_names(monkeypatch, words, names):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    asked = benchmark.benchmarks(benchmark.parse_arguments(), torch.device("cpu"))
+    assert [each.name for each in asked] == names
 
 
 SMALL_CASE = network.Setting(batch=4, image_size=75, precision="fp32", device=torch.device("cpu"))

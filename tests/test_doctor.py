@@ -538,6 +538,17 @@ def test_what_to_expect_of_a_gpu(loads, workers, pace, bottleneck, epoch):
     assert finding.what.endswith(f"{bottleneck} is the bottleneck; micro-batches of 256 fit")
 
 
+def test_on_a_gpu_the_last_line_says_what_to_expect(project, monkeypatch):
+    case = case_of(project, "data.workers=1")
+    monkeypatch.setattr(Case, "has_gpu", True)
+    monkeypatch.setattr(capacity, "loader_rate", lambda *_: 300.0)
+    monkeypatch.setattr(capacity, "model_rate", lambda *_: 100.0)
+    monkeypatch.setattr(machine.build, "fitting_micro_batch", lambda *_: 8)
+    keeps_up, expected = machine.check_pace(case)
+    assert keeps_up.level == OK and "the loader keeps up" in keeps_up.what
+    assert expected.what.endswith("micro-batches of 8 fit")
+
+
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that a measurement sees; only the test moves it."""

@@ -13,7 +13,7 @@ import torch
 from calling import call
 from programs import write_images
 from small_network import relative
-from small_weights import SYNSETS, write_small_weights
+from small_weights import SYNSETS
 from torch import Tensor, nn
 
 import validate
@@ -29,11 +29,6 @@ INSTALLED = [
     )
     for name in choose.ENGINES
 ]
-
-
-@pytest.fixture(scope="module")
-def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from calling import call
 from PIL import Image
 from programs import write_images
-from small_weights import SYNSETS, write_small_weights
+from small_weights import SYNSETS
 from torch import Tensor
 
 import validate
@@ -22,11 +22,6 @@ from irv2.run.trained import Trained
 from scripts import neighbours, predict
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")

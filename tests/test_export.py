@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
+import calling
 import onnx
 import onnxruntime
 import programs
@@ -19,7 +20,7 @@ import small_meta
 import timm
 import torch
 from small_network import copied, randomised, relative
-from small_weights import BLOCKS, SYNSETS, VIEW, WORDS, write_small_weights
+from small_weights import BLOCKS, SYNSETS, VIEW, WORDS
 from torch import Tensor
 
 from irv2 import formats
@@ -41,11 +42,6 @@ METADATA = {
 
 
 @pytest.fixture(scope="module")
-def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_weights(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
 def images() -> Tensor:
     """Five of what the network takes; export.py has checked with others."""
     torch.manual_seed(3)
@@ -58,18 +54,10 @@ def expected(small_weights: Path, images: Tensor) -> Tensor:
         return trained.load_weights(str(small_weights)).model.eval()(images)
 
 
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    """The script's main in this process: (weights, format, out, options) -> (status, stdout,
-    stderr). Weights may be other options that say what to export."""
-
-    def run(source: Path | tuple, kind: str, out: Path, *options: object) -> tuple[int, str, str]:
-        source = ("--weights", source) if isinstance(source, Path) else source
-        arguments = (*source, "--format", kind, "--out", out, *options)
-        monkeypatch.setattr("sys.argv", ["export.py", *map(str, arguments)])
-        return export.main(), *capsys.readouterr()
-
-    return run
+def call(source: Path | tuple, kind: str, out: Path, *options: object) -> calling.Called:
+    """Export weights; `source` may also be other options that say what to export."""
+    source = ("--weights", source) if isinstance(source, Path) else source
+    return calling.call(export, *source, "--format", kind, "--out", out, *options)
 
 
 def assert_one_line(error: str, message: str) -> None:
@@ -117,7 +105,7 @@ def test_onnx_is_one_file_with_its_metadata_and_the_same_logits(exported, images
     assert_same_in_any_batch(of_onnx(exported / "small.onnx"), images, expected)
 
 
-def test_onnx_keeps_batch_norm_if_asked(small_weights, tmp_path, call, images, expected):
+def test_onnx_keeps_batch_norm_if_asked(small_weights, tmp_path, images, expected):
     path = tmp_path / "kept.onnx"
     status, _, error = call(small_weights, "onnx", path, "--not-folded")
     assert status == 0, error
@@ -125,9 +113,7 @@ def test_onnx_keeps_batch_norm_if_asked(small_weights, tmp_path, call, images, e
     assert_same_in_any_batch(of_onnx(path), images, expected)
 
 
-def test_openvino_has_its_metadata_and_the_same_logits(
-    small_weights, tmp_path, call, images, expected
-):
+def test_openvino_has_its_metadata_and_the_same_logits(small_weights, tmp_path, images, expected):
     ov = pytest.importorskip("openvino")
     status, _, error = call(small_weights, "openvino", tmp_path / "small")
     assert status == 0, error
@@ -141,7 +127,7 @@ def test_openvino_has_its_metadata_and_the_same_logits(
 
 
 @pytest.mark.parametrize("kind, name", [("onnx", "a.onnx"), ("openvino", "a")])
-def test_int8_is_kept_if_accuracy_allows_it(small_weights, tmp_path, call, kind, name):
+def test_int8_is_kept_if_accuracy_allows_it(small_weights, tmp_path, kind, name):
     pytest.importorskip({"onnx": "onnxruntime", "openvino": "nncf"}[kind])
     val = programs.write_images(tmp_path / "val", SYNSETS, 4)
     options = ("--int8", "--calibrate", val, "--data", val, "--most-loss")
@@ -164,7 +150,7 @@ def test_int8_is_kept_if_accuracy_allows_it(small_weights, tmp_path, call, kind,
 
 @pytest.mark.parametrize("options", [(), ("--not-folded",)])
 def test_torch_export_has_its_metadata_and_the_same_logits(
-    small_weights, tmp_path, call, images, expected, options
+    small_weights, tmp_path, images, expected, options
 ):
     path = tmp_path / "small.pt2"
     status, out, error = call(small_weights, "torch-export", path, *options)
@@ -177,7 +163,7 @@ def test_torch_export_has_its_metadata_and_the_same_logits(
     assert_same_in_any_batch(program.module(), images, expected)
 
 
-def test_safetensors_are_the_weights_and_say_how_to_use_them(small_weights, tmp_path, call):
+def test_safetensors_are_the_weights_and_say_how_to_use_them(small_weights, tmp_path):
     path = tmp_path / "copy.safetensors"
     status, _, error = call(small_weights, "safetensors", path)
     assert status == 0, error
@@ -191,7 +177,7 @@ def test_safetensors_are_the_weights_and_say_how_to_use_them(small_weights, tmp_
     assert {key: getattr(opened.data, key) for key in VIEW} == VIEW
 
 
-def test_timm_opens_its_export_in_both_ways(tmp_path, call, images):
+def test_timm_opens_its_export_in_both_ways(tmp_path, images):
     theirs = randomised(timm.create_model("inception_resnet_v2", num_classes=3))
     metadata = {"classes": json.dumps(SYNSETS), "data": json.dumps(VIEW)}
     weights.write(tmp_path / "weights.safetensors", theirs.state_dict(), metadata)
@@ -219,7 +205,7 @@ def test_timm_opens_its_export_in_both_ways(tmp_path, call, images):
     assert {key: getattr(ours.data, key) for key in VIEW} == VIEW
 
 
-def test_a_run_is_checked_on_its_own_validation_images(tmp_path, call):
+def test_a_run_is_checked_on_its_own_validation_images(tmp_path):
     network = inception_resnet_v2(2, blocks=(1, 1, 1), width=0.25)
     state = copied(network.state_dict())
     val = programs.write_images(tmp_path / "val", ["a", "b"], 3)
@@ -260,7 +246,7 @@ class FakeHub:
         self.uploaded[repo_id] = sorted(os.listdir(folder_path))
 
 
-def test_a_card_is_written_from_the_run_and_pushed_with_the_weights(tmp_path, call, monkeypatch):
+def test_a_card_is_written_from_the_run_and_pushed_with_the_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(card.huggingface_hub, "HfApi", FakeHub)
     network = inception_resnet_v2(2, blocks=(1, 1, 1), width=0.25)
     monkeypatch.setattr(type(network), "published", (network.blocks, network.width))
@@ -318,7 +304,7 @@ def run_safetensors_of_folder(path: Path, network: trained.Trained) -> formats.F
     return formats.run_safetensors(path / "model.safetensors", network)
 
 
-def test_what_computes_something_else_is_not_kept(small_weights, tmp_path, call, monkeypatch):
+def test_what_computes_something_else_is_not_kept(small_weights, tmp_path, monkeypatch):
     def write_another(subject: trained.Trained, folded: bool, path: Path) -> None:
         subject.model.classif.bias.data[0] += 0.1  # after its own logits were computed
         formats.write_safetensors(subject, folded, path)
@@ -335,7 +321,7 @@ def test_what_computes_something_else_is_not_kept(small_weights, tmp_path, call,
 @pytest.mark.parametrize(
     ("kind", "name"), [("safetensors", "a.safetensors"), ("torch-export", "a.pt2")]
 )
-def test_a_full_disk_leaves_nothing_behind(small_weights, tmp_path, call, kind, name):
+def test_a_full_disk_leaves_nothing_behind(small_weights, tmp_path, kind, name):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
@@ -347,7 +333,7 @@ def test_a_full_disk_leaves_nothing_behind(small_weights, tmp_path, call, kind, 
     assert os.listdir(tmp_path) == []
 
 
-def test_mistakes_are_one_line_and_leave_nothing(small_weights, tmp_path, call, monkeypatch):
+def test_mistakes_are_one_line_and_leave_nothing(small_weights, tmp_path, monkeypatch):
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes(small_weights.read_bytes()[:100_000])
     taken = tmp_path / "taken.onnx"
@@ -396,7 +382,7 @@ def test_an_export_reaches_the_disk_before_it_has_its_name(tmp_path, monkeypatch
     assert sorted(os.listdir(tmp_path / "out")) == events
 
 
-def test_what_computes_no_numbers_is_not_kept(small_weights, tmp_path, call, monkeypatch):
+def test_what_computes_no_numbers_is_not_kept(small_weights, tmp_path, monkeypatch):
     def run_another(path: Path, subject: trained.Trained) -> formats.Forward:
         return lambda images: torch.full((len(images), len(SYNSETS)), float("nan"))
 

@@ -11,6 +11,7 @@ import small_meta
 import torch
 import torch.distributed as dist
 from same_run import checkpoint_of, differing
+from small_network import everything
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -242,14 +243,6 @@ def test_a_step_never_waits_for_the_device(precision: str) -> None:
         train_step(state, state.model, prepared, 0.045, options, World(0, 1, CUDA))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def everything(state: TrainState) -> dict[str, Tensor]:
-    return {
-        f"{part}.{name}": tensor.clone()
-        for part, tensors in state.tensors().items()
-        for name, tensor in tensors.items()
-    }
 
 
 def test_a_bad_step_changes_nothing_and_waits_for_nothing() -> None:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from small_network import ALONE, images, lay_out, new_state, pieces, small_network
+from small_network import ALONE, everything, images, lay_out, new_state, pieces, small_network
 from tape import Tapes
 from torch import Tensor, nn
 
@@ -31,14 +31,6 @@ def recorder(state: TrainState) -> Recorder:
         return [*tensors, *(group.gradient for group in state.flat.groups)]
 
     return Recorder(Tapes(kept))
-
-
-def everything(state: TrainState) -> dict[str, Tensor]:
-    return {
-        f"{part}.{name}": tensor.clone()
-        for part, tensors in state.tensors().items()
-        for name, tensor in tensors.items()
-    }
 
 
 def assert_identical(ours: TrainState, theirs: TrainState) -> None:

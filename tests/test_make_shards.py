@@ -9,14 +9,15 @@ import os
 import re
 import shutil
 import signal
-import sys
 import tarfile
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import programs
 import pytest
+from calling import call
 from shard_makers import (
     IMAGES,
     SMALL,
@@ -40,17 +41,7 @@ from data.sources import FolderSource, SyntheticSource
 from scripts import make_shards
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def main(monkeypatch, capsys):
-    """The program within this process: arguments -> exit status, output, errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["make_shards.py", *map(str, arguments)])
-        return make_shards.main(), *capsys.readouterr()
-
-    return run
+main = partial(call, make_shards)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -228,7 +219,7 @@ def test_a_full_disk_is_told_by_the_shard_and_leaves_nothing_half_written(
     assert contents(write_set(folder, out)) == contents(made)
 
 
-def test_a_finished_set_is_left_as_it_is(folder, made, main):
+def test_a_finished_set_is_left_as_it_is(folder, made):
     before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
     status, told, _ = main(folder, "--out", made, "--images-per-shard", 4)
     assert (status, told.partition(":")[0]) == (0, str(made))
@@ -296,7 +287,7 @@ def test_two_programs_do_not_write_into_one_folder(folder, tmp_path):
 # ---------------------------------------------------------------------------------- the program
 
 
-def test_others_shards_are_indexed_verified_and_damage_is_named(tmp_path, main):
+def test_others_shards_are_indexed_verified_and_damage_is_named(tmp_path):
     for i in range(3):
         write_tar(tmp_path / f"v-{i}.tar", sample(f"x{i}", i))
     names = tmp_path / "names.txt"
@@ -317,7 +308,7 @@ def test_others_shards_are_indexed_verified_and_damage_is_named(tmp_path, main):
 
 
 @pytest.mark.parametrize("option", ["--index", "--verify"])
-def test_a_missing_folder_is_one_line_and_exit_status_1(tmp_path, main, option):
+def test_a_missing_folder_is_one_line_and_exit_status_1(tmp_path, option):
     status, told, error = main(option, tmp_path / "nowhere")
     assert (status, told) == (1, "")
     assert error.startswith(f"make_shards.py: {tmp_path / 'nowhere'}")
@@ -344,10 +335,8 @@ def test_ctrl_c_ends_the_program_with_nothing_half_written(folder, made, tmp_pat
 @pytest.mark.parametrize(
     "arguments", [[], ["a"], ["a", "--out", "b", "--index", "c"], ["--classes", "a"]]
 )
-def test_arguments_that_do_not_go_together_are_refused(main, arguments):
-    with pytest.raises(SystemExit) as end:
-        main(*arguments)
-    assert end.value.code == 2
+def test_arguments_that_do_not_go_together_are_refused(arguments):
+    assert main(*arguments).status == 2
 
 
 def test_a_shard_of_any_size_ends_as_tar_archives_do(tmp_path):

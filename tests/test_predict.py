@@ -7,9 +7,9 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import calling
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from small_network import randomised
-from small_weights import SYNSETS, VIEW, WORDS, write_small_weights
+from small_weights import SYNSETS, VIEW, WORDS
 
 from data import pictures, workers
 from data.names import LONGEST, shown, width
@@ -31,6 +31,8 @@ from irv2.network import imagenet_names, weights
 from irv2.network.model import inception_resnet_v2
 from irv2.run import checkpoint, trained
 from scripts import predict
+
+call = partial(calling.call, predict)
 
 
 @pytest.fixture(scope="module")
@@ -47,30 +49,12 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_weights(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    """The script's main in this process -> (exit status, stdout, stderr)."""
-    # pytest's standard output is none that can be reconfigured
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda errors: None, raising=False)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["predict.py", *map(str, arguments)])
-        return predict.main(), *capsys.readouterr()
-
-    return run
-
-
 def start(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
     return programs.start("scripts/predict.py", *arguments, text=False, **options)
 
 
 @pytest.mark.slow
-def test_probabilities_are_those_of_timms_model_and_transform(photographs, tmp_path, call):
+def test_probabilities_are_those_of_timms_model_and_transform(photographs, tmp_path):
     theirs = randomised(timm.create_model("inception_resnet_v2", num_classes=6))
     path = tmp_path / "weights.safetensors"
     weights.write(path, theirs.state_dict(), {"data": json.dumps(VIEW)})
@@ -98,7 +82,7 @@ def test_probabilities_are_those_of_timms_model_and_transform(photographs, tmp_p
         assert found == pytest.approx({str(i): row[i].item() for i in range(6)}, rel=1e-4)
 
 
-def test_one_line_a_picture_with_classes_in_words(photographs, small_weights, call):
+def test_one_line_a_picture_with_classes_in_words(photographs, small_weights):
     files = [photographs / "a.jpg", photographs / "below"]
     status, out, _ = call(*files, "--weights", small_weights, "--top", 2)
     assert status == 0
@@ -127,9 +111,7 @@ def test_no_two_classes_of_imagenet_have_one_name():
 
 
 @pytest.mark.slow
-def test_what_cannot_be_used_has_a_line_and_the_rest_goes_on(
-    photographs, small_weights, tmp_path, call
-):
+def test_what_cannot_be_used_has_a_line_and_the_rest_goes_on(photographs, small_weights, tmp_path):
     odd = os.fsencode(tmp_path) + b"/\xff\xe9 odd.jpg"
     shutil.copy(photographs / "a.jpg", odd)
     (tmp_path / "damaged.jpg").write_bytes((photographs / "a.jpg").read_bytes()[:200])
@@ -247,7 +229,7 @@ def test_standard_input_without_an_end_is_left(piped, photographs, monkeypatch):
     assert picture.error == "holds a name of over 65,536 bytes"
 
 
-def test_a_file_of_names_is_read(photographs, tmp_path, small_weights, call):
+def test_a_file_of_names_is_read(photographs, tmp_path, small_weights):
     (tmp_path / "list").write_bytes(os.fsencode(photographs / "a.jpg") + b"\0")
     options = ("--weights", small_weights, "--json")
     status, out, error = call("--files-from", tmp_path / "list", *options)
@@ -284,7 +266,7 @@ def test_a_reader_that_has_gone_ends_it_quietly(photographs, small_weights):
     process.stderr.close()
 
 
-def test_weights_that_will_not_do_are_told_in_one_line(photographs, small_weights, tmp_path, call):
+def test_weights_that_will_not_do_are_told_in_one_line(photographs, small_weights, tmp_path):
     def written(name: str, model: torch.nn.Module, **metadata: object) -> tuple[str, Path]:
         texts = {key: json.dumps(value) for key, value in metadata.items()}
         weights.write(tmp_path / name, model.state_dict(), texts)
@@ -318,7 +300,7 @@ def test_a_url_is_no_picture_and_its_secrets_are_not_repeated(tmp_path, small_we
     for words in ((url,), ("--files-from", tmp_path / "list"), ("--run", url, "x.jpg")):
         network = () if "--run" in words else ("--weights", small_weights)
         for form in ((), ("--json",)):
-            status, out, error = calling.call(predict, *words, *network, *form)
+            status, out, error = call(*words, *network, *form)
             assert status in (1, 2) and "secret" not in out + error
 
 

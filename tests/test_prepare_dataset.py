@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import numpy as np
 import programs
 import pyarrow as pa
 import pytest
+from calling import call
 from imagenet_miniature import tree
 from PIL import Image
 from pyarrow import parquet
@@ -30,17 +30,10 @@ from scripts import prepare_dataset
 from scripts.prepare_dataset import write
 
 
-@pytest.fixture
-def prepare(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
-    """The program called in this process: -> (exit status, stderr); `told`: its stdout."""
-
-    def call(*arguments: str | Path) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", *map(str, arguments)])
-        status = prepare_dataset.main()
-        call.told, error = capsys.readouterr()
-        return status, error
-
-    return call
+def prepare(*arguments: str | Path) -> tuple[int, str]:
+    """Call the program; returns its exit status and its messages."""
+    status, _, error = call(prepare_dataset, *arguments)
+    return status, error
 
 
 def read_folder(folder: Path) -> list[tuple[str, bytes]]:
@@ -95,13 +88,13 @@ def test_digits_are_split_the_same_way_each_time(digits):
 
 
 @pytest.mark.slow
-def test_a_second_run_leaves_the_folder_as_it_is(digits, prepare):
+def test_a_second_run_leaves_the_folder_as_it_is(digits):
     def state() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in digits.parent.rglob("*")}
 
     before = state()
-    assert prepare("digits", "--out", digits) == (0, "")
-    assert prepare.told == f"{digits}: already there, left as it is\n"
+    said = f"{digits}: already there, left as it is\n"
+    assert call(prepare_dataset, "digits", "--out", digits) == (0, said, "")
     assert state() == before
 
 
@@ -167,7 +160,7 @@ def test_fashion_classes_are_in_the_order_of_the_labels():
     assert theirs == list(FASHION_CLASSES)
 
 
-def test_fashion_mnist_is_written_as_its_archives_have_it(archives, tmp_path, prepare):
+def test_fashion_mnist_is_written_as_its_archives_have_it(archives, tmp_path):
     out = tmp_path / "fashion"
     assert prepare("fashion-mnist", "--out", out, "--from", archives) == (0, "")
     expected = [(FASHION_CLASSES[label], image.tobytes()) for label, image in zip(LABELS, IMAGES)]
@@ -175,7 +168,7 @@ def test_fashion_mnist_is_written_as_its_archives_have_it(archives, tmp_path, pr
     assert read_folder(out / "val") == expected[4:]
 
 
-def test_a_file_of_another_kind_is_one_line_and_exit_status_1(archives, tmp_path, prepare):
+def test_a_file_of_another_kind_is_one_line_and_exit_status_1(archives, tmp_path):
     path = archives / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(b"\0\0\x0d\3" + bytes(100)))
     status, told = prepare("fashion-mnist", "--out", tmp_path / "fashion", "--from", archives)
@@ -201,7 +194,7 @@ DAMAGE: dict[str, tuple[str, Callable[[], bytes | None]]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_archive_is_named_and_nothing_is_written(damage, archives, tmp_path, prepare):
+def test_a_damaged_archive_is_named_and_nothing_is_written(damage, archives, tmp_path):
     kind, content = DAMAGE[damage]
     path, out = archives / f"t10k-{kind}-ubyte.gz", tmp_path / "fashion"
     path.unlink()
@@ -257,7 +250,7 @@ IMAGENETTE_FILES = {
 }
 
 
-def test_cifar10_is_written_as_its_records_have_it(tmp_path, prepare):
+def test_cifar10_is_written_as_its_records_have_it(tmp_path):
     archive = pack(tmp_path / "cifar-10-binary.tar.gz", cifar_files())
     out = tmp_path / "cifar"
     assert prepare("cifar10", "--out", out, "--from", archive.parent, "--skip-md5") == (0, "")
@@ -271,7 +264,7 @@ def test_cifar10_is_written_as_its_records_have_it(tmp_path, prepare):
     assert read_folder(out / "val") == expected[6:]
 
 
-def test_imagenette_is_written_byte_for_byte(tmp_path, prepare):
+def test_imagenette_is_written_byte_for_byte(tmp_path):
     archive = pack(tmp_path / "imagenette2-320.tgz", IMAGENETTE_FILES)
     out = tmp_path / "imagenette"
     assert prepare("imagenette", "--out", out, "--from", archive, "--skip-md5") == (0, "")
@@ -291,7 +284,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_an_archive_that_leads_out_of_its_folder_is_refused(kind, tmp_path, prepare):
+def test_an_archive_that_leads_out_of_its_folder_is_refused(kind, tmp_path):
     archive = pack(tmp_path / "images.tgz", IMAGENETTE_FILES, HOSTILE[kind])
     out = tmp_path / "out"
     status, told = prepare("imagenette", "--out", out, "--from", archive, "--skip-md5")
@@ -320,7 +313,7 @@ BROKEN = {  # content of the whole archive -> of the broken one
 @pytest.mark.parametrize(
     ("name", "files"), [("imagenette", IMAGENETTE_FILES), ("cifar10", cifar_files())]
 )
-def test_a_broken_archive_is_named_and_leaves_nothing(kind, name, files, tmp_path, prepare):
+def test_a_broken_archive_is_named_and_leaves_nothing(kind, name, files, tmp_path):
     archive = pack(tmp_path / "archive.tgz", files)
     archive.write_bytes(BROKEN[kind](archive.read_bytes()))
     status, told = prepare(name, "--out", tmp_path / "out", "--from", archive, "--skip-md5")
@@ -332,7 +325,7 @@ def test_a_broken_archive_is_named_and_leaves_nothing(kind, name, files, tmp_pat
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenette"])
 def test_an_archive_of_another_checksum_is_refused_unless_told_not_to_look(
-    name, tmp_path, prepare, monkeypatch
+    name, tmp_path, monkeypatch
 ):
     files = cifar_files() if name == "cifar10" else IMAGENETTE_FILES
     archive = pack(tmp_path / "archive.tgz", files)
@@ -352,9 +345,7 @@ def test_published_archives_are_torchvisions():
 
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenette"])
-def test_what_is_not_given_is_downloaded_and_compared_with_its_md5(
-    name, tmp_path, prepare, monkeypatch
-):
+def test_what_is_not_given_is_downloaded_and_compared_with_its_md5(name, tmp_path, monkeypatch):
     files = cifar_files() if name == "cifar10" else IMAGENETTE_FILES
     asked = []
 
@@ -387,7 +378,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
     return {name: content for name, content in tree(folder).items() if name.endswith(".jpg")}
 
 
-def test_a_folder_is_split_by_class_and_nothing_is_lost_or_twice(unsplit, tmp_path, prepare):
+def test_a_folder_is_split_by_class_and_nothing_is_lost_or_twice(unsplit, tmp_path):
     out = tmp_path / "out"
     noticed = (0, f"note: {unsplit}: 1 file is no image: .txt 1\n")
     assert prepare("folder", unsplit, "--out", out, "--val-fraction", "0.25") == noticed
@@ -397,7 +388,7 @@ def test_a_folder_is_split_by_class_and_nothing_is_lost_or_twice(unsplit, tmp_pa
     assert Counter(name.split("/")[0] for name in val) == {"ant": 5, "bee": 2, "cat": 1}
 
 
-def test_a_split_is_the_same_anywhere_and_another_for_another_seed(unsplit, tmp_path, prepare):
+def test_a_split_is_the_same_anywhere_and_another_for_another_seed(unsplit, tmp_path):
     root, splits = unsplit, []
     for i, seed in enumerate([3, 3, 4]):
         root, out = root.rename(tmp_path / f"moved{i}"), tmp_path / f"out{i}"
@@ -406,7 +397,7 @@ def test_a_split_is_the_same_anywhere_and_another_for_another_seed(unsplit, tmp_
     assert splits[0] == splits[1] != splits[2]
 
 
-def test_files_are_linked_or_copied_where_they_cannot_be(unsplit, tmp_path, prepare, monkeypatch):
+def test_files_are_linked_or_copied_where_they_cannot_be(unsplit, tmp_path, monkeypatch):
     target = unsplit / "ant" / "0.jpg"
     (unsplit / "bee" / "link.jpg").symlink_to(target)
     assert prepare("folder", unsplit, "--out", tmp_path / "linked")[0] == 0
@@ -422,7 +413,7 @@ def test_files_are_linked_or_copied_where_they_cannot_be(unsplit, tmp_path, prep
     assert target.stat().st_nlink == 3
 
 
-def test_what_cannot_be_split_is_told_in_a_line(unsplit, tmp_path, prepare):
+def test_what_cannot_be_split_is_told_in_a_line(unsplit, tmp_path):
     def refused(source: Path, out: Path = tmp_path / "out") -> str:
         status, told = prepare("folder", source, "--out", out)
         assert status == 1 and told.count("\n") == 1
@@ -449,7 +440,7 @@ def table(unsplit) -> Path:
     return unsplit / "table.csv"
 
 
-def test_images_that_a_table_lists_are_split_by_class(table, tmp_path, prepare):
+def test_images_that_a_table_lists_are_split_by_class(table, tmp_path):
     out = tmp_path / "out"
     columns = ("--path-column", "file", "--label-column", "species")
     assert prepare("csv", table, "--out", out, "--val-fraction", "0.25", *columns) == (0, "")
@@ -482,7 +473,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("content", TABLES)
-def test_a_table_that_cannot_be_used_is_told_in_a_line(content, unsplit, tmp_path, prepare):
+def test_a_table_that_cannot_be_used_is_told_in_a_line(content, unsplit, tmp_path):
     (unsplit / "table.csv").write_text(content)
     shutil.copy(unsplit / "ant" / "0.jpg", unsplit.parent / "outside.jpg")
     status, told = prepare("csv", unsplit / "table.csv", "--out", tmp_path / "out")
@@ -519,7 +510,7 @@ def pets(count: int, first: int = 0, named: bool = True) -> list[tuple[str | Non
 
 
 @pytest.mark.parametrize("other", ["validation", "test"])
-def test_any_image_data_set_in_parquet_becomes_folders(other, tmp_path, prepare):
+def test_any_image_data_set_in_parquet_becomes_folders(other, tmp_path):
     data = tmp_path / "hub" / "data"
     write_parquet(data / "train-00000-of-00002.parquet", pets(4), PETS)
     write_parquet(data / "train-00001-of-00002.parquet", pets(3, 4), PETS)
@@ -531,11 +522,11 @@ def test_any_image_data_set_in_parquet_becomes_folders(other, tmp_path, prepare)
         for name, content, label in rows
     }
     assert tree(tmp_path / "out") == wanted
-    assert prepare("parquet", data.parent, "--out", tmp_path / "out") == (0, "")
-    assert f"{tmp_path / 'out' / 'val'}: 4 images of 2 classes" in prepare.told
+    out = call(prepare_dataset, "parquet", data.parent, "--out", tmp_path / "out").out
+    assert f"{tmp_path / 'out' / 'val'}: 4 images of 2 classes" in out
 
 
-def test_a_data_set_without_validation_images_is_split_by_class(tmp_path, prepare):
+def test_a_data_set_without_validation_images_is_split_by_class(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", pets(20, named=False), PETS)
     assert prepare("parquet", path, "--out", tmp_path / "out", "--val-fraction", "0.3") == (0, "")
     files = tree(tmp_path / "out")
@@ -548,7 +539,7 @@ def test_a_data_set_without_validation_images_is_split_by_class(tmp_path, prepar
     assert {name.rpartition("/")[2] for name in tree(tmp_path / "again" / "val")} == files
 
 
-def test_names_that_are_no_image_files_are_mended(tmp_path, prepare):
+def test_names_that_are_no_image_files_are_mended(tmp_path):
     names = ["..", "a\0b.png", "../../escaped.png", "no ending", "x.txt", "", "y.jpg", ".png"]
     rows = [(name, encoded(i, "PNG"), 0) for i, name in enumerate(names)]
     path = write_parquet(tmp_path / "a" / "train.parquet", [*rows, *pets(2)[1:]], PETS)
@@ -561,7 +552,7 @@ def test_names_that_are_no_image_files_are_mended(tmp_path, prepare):
     assert sorted(os.listdir(tmp_path)) == ["a", "out"]
 
 
-def test_a_data_set_that_cannot_be_used_is_told_in_a_line(tmp_path, prepare):
+def test_a_data_set_that_cannot_be_used_is_told_in_a_line(tmp_path):
     def refused(*more: object) -> str:
         status, told = prepare("parquet", tmp_path / "hub", "--out", tmp_path / "out", *more)
         assert status == 1 and told.count("\n") == 1

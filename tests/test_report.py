@@ -29,7 +29,7 @@ from irv2.report import evaluations, page, plots
 from irv2.report.evaluations import Content
 from irv2.report.markdown import replace_section
 from irv2.report.statistics import wilson
-from irv2.report.thumbnails import Gallery
+from irv2.report.thumbnails import thumbnail
 from irv2.training.metrics import Collector, Scored
 from scripts import report
 
@@ -305,8 +305,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
 
 
 def test_a_picture_is_scaled_down_as_a_whole():
-    gallery = Gallery(lambda number: Image.new("L", (100 * number, 200)), lambda number: "a/b.png")
-    picture = gallery.picture(3)
+    picture = thumbnail(Image.new("L", (300, 200)), "a/b.png")
     content = base64.b64decode(picture.source.partition(",")[2])
     assert Image.open(io.BytesIO(content)).size == (112, 75)
     assert (picture.name, picture.is_tiny) == ("b.png", False)

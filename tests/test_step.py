@@ -13,6 +13,7 @@ import torch
 from small_network import (
     ALONE,
     LR,
+    everything,
     images,
     lay_out,
     new_state,
@@ -272,14 +273,6 @@ def step(state: TrainState, harm: str = "", seed: int = 0) -> tuple[Tensor, Tens
     if hook is not None:
         hook.remove()
     return result
-
-
-def everything(state: TrainState) -> dict[str, Tensor]:
-    return {
-        f"{part}.{name}": tensor.clone()
-        for part, tensors in state.tensors().items()
-        for name, tensor in tensors.items()
-    }
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 0) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import BinaryIO
 
 from data import strict_json
 from data.errors import DataError
-from data.files import open_own, open_regular
+from data.files import lock, open_own, open_regular
 from data.names import shown
 from data.prepare.progress import byte_bar
 
@@ -27,10 +26,8 @@ def remembered(path: Path) -> Iterator[BinaryIO]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_own(path, "rb+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise DataError(f"{path.parent}: another process is at work in it") from None
+        if reason := lock(file, "another process is at work in it"):
+            raise DataError(f"{path.parent}: {reason}")
         yield file
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
-import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -29,7 +27,15 @@ from data.names import shown
 from data.prepare import parquet
 from data.prepare.imagenet import PATHS, sort_images, split_of, train_source, val_source
 from data.prepare.listed import FileSource, ListedSource, Listing, StreamSource, ZipSource
-from data.prepare.members import MAX_MEMBER, Member, Packed, files_in_tar, files_in_zip, refuse
+from data.prepare.members import (
+    DAMAGED,
+    MAX_MEMBER,
+    Member,
+    Packed,
+    files_in_tar,
+    files_in_zip,
+    refuse,
+)
 from data.prepare.progress import byte_bar
 from data.prepare.splits import files_by_split
 
@@ -38,10 +44,7 @@ KAGGLE = "imagenet-object-localization-challenge.zip"
 SOLUTION = "LOC_val_solution.csv"
 TARS = (".tar", ".tar.gz", ".tgz")
 # What a damaged archive raises; the last two for tar's chains of long names.
-UNREADABLE = (
-    *(EOFError, gzip.BadGzipFile, zlib.error, zipfile.BadZipFile, tarfile.TarError),
-    *(ValueError, RecursionError),
-)
+UNREADABLE = (*DAMAGED, zipfile.BadZipFile, ValueError, RecursionError)
 KNOWN = (
     f"the three original archives (from {DOWNLOADS})",
     f"Kaggle's {KAGGLE}, the tar in it, or its tree",

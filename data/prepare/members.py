@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from data.errors import DataError
+from data.files import open_regular
 from data.shards.index import BLOCK
 
 MAX_MEMBER = 100 << 20  # bytes of one file in an archive; the largest of those read here has 31 MB
@@ -19,6 +22,7 @@ NAMES_AND_ATTRIBUTES = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
 )
+DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError)  # what a damaged one raises
 READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -121,6 +125,25 @@ def files_in_tar(file: BinaryIO, where: object) -> Iterator[Member]:
                 raise refuse(where, member.name)
             if member.isfile():
                 yield Member(member.name, member.offset_data, member.size)
+
+
+def contents_of_tar_gz(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield (name, content) of each file in a gzipped tar archive, in its order.
+
+    Raises DataError for one that is damaged, or holds a member that is not harmless.
+    """
+    try:
+        with open_regular(path) as file, gzip.open(file) as stream:
+            with tarfile.open(fileobj=stream, mode="r|", tarinfo=TarInfo) as tar:
+                for member in tar:
+                    if not is_harmless(member) or member.size > MAX_MEMBER:
+                        raise refuse(path, member.name)
+                    if member.isfile():
+                        yield member.name, tar.extractfile(member).read()
+            while stream.read(1 << 20):  # to gzip's own checksum, behind the tar's end
+                pass
+    except DAMAGED as error:
+        raise DataError(f"{path}: not a whole .tar.gz archive ({error})") from None
 
 
 class Packed(NamedTuple):

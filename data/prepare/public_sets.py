@@ -10,7 +10,6 @@ import gzip
 import io
 import math
 import re
-import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -23,8 +22,8 @@ from PIL import Image
 from torchvision.datasets.utils import check_integrity, download_url
 
 from data.errors import DataError
-from data.files import open_regular, read_regular
-from data.prepare.members import TarInfo, is_harmless, refuse
+from data.files import read_regular
+from data.prepare.members import contents_of_tar_gz
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = (  # in the order of the archives' labels
@@ -133,7 +132,7 @@ def cifar10(path: Path | None, check_md5: bool = True) -> Iterator[Entry]:
     with archive_file(CIFAR10, path, check_md5) as archive:
         files = {
             name.rpartition("/")[2]: content
-            for name, content in tar_members(archive)
+            for name, content in contents_of_tar_gz(archive)
             if name.rpartition("/")[2] in wanted
         }
         if missing := sorted(wanted - files.keys()):
@@ -187,7 +186,7 @@ def imagenette(size: str, path: Path | None, check_md5: bool = True) -> Iterator
     image_name = re.compile(r"[^/]+/((train|val)/\w+/\w[\w.-]*\.jpe?g)", re.IGNORECASE)
     splits = set()
     with archive_file(IMAGENETTE[size], path, check_md5) as archive:
-        for name, content in tar_members(archive):
+        for name, content in contents_of_tar_gz(archive):
             if match := image_name.fullmatch(name):
                 splits.add(match[2])
                 yield Entry(match[1], content)
@@ -218,23 +217,3 @@ def archive_file(published: PublishedArchive, path: Path | None, check_md5: bool
                 f"version; download it again from {published.url}, or give --skip-md5"
             )
         yield archive
-
-
-def tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, content) of each file in a gzipped tar, in its order.
-
-    Raises DataError if it is cut off or damaged, or holds anything but folders and files below the
-    place it would be unpacked at.
-    """
-    try:
-        with open_regular(path) as file, gzip.open(file) as stream:
-            with tarfile.open(fileobj=stream, mode="r|", tarinfo=TarInfo) as tar:
-                for member in tar:
-                    if not is_harmless(member):
-                        raise refuse(path, member.name)
-                    if member.isfile():
-                        yield member.name, tar.extractfile(member).read()
-            while stream.read(1 << 20):  # to gzip's own checksum, behind the tar's end
-                pass
-    except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
-        raise DataError(f"{path}: not a whole .tar.gz archive ({error})") from None

@@ -22,7 +22,7 @@ import numpy as np
 
 from data import strict_json
 from data.errors import DataError
-from data.files import open_regular, read_text
+from data.files import open_regular, read_user_text
 from data.image_formats import image_extensions
 from data.prepare.members import TarInfo
 from data.prepare.processes import run_all, take_in_hand
@@ -220,10 +220,7 @@ def read_classes(path: Path) -> list[str]:
     """Read class names, in the order of the labels: a file's lines, or a folder of shards'."""
     if path.is_dir():
         return shard_index.load(path).classes
-    try:
-        names = [line.strip() for line in read_text(path).splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: class names cannot be read ({error})") from None
+    names = [line.strip() for line in read_user_text(path).splitlines()]
     if not names or "" in names or len(set(names)) < len(names):
         raise DataError(f"{path}: expected class names, one a line, all different, none empty")
     return names

@@ -8,7 +8,6 @@ of processes, nor from how often the work was interrupted.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
@@ -30,7 +29,7 @@ from PIL import Image
 from data import strict_json
 from data.base import Source
 from data.errors import DataError, ImageError
-from data.files import open_own, remove_leftovers, write_atomically
+from data.files import lock, open_own, remove_leftovers, write_atomically
 from data.image_formats import open_image
 from data.names import LONGEST, shown
 from data.prepare.listed import ListedSource
@@ -165,12 +164,8 @@ def claimed(out: Path, plan: dict[str, object]) -> Iterator[None]:
     """
     out.mkdir(parents=True, exist_ok=True)
     with open_own(out / ".lock", "rb+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            is_held = isinstance(error, (BlockingIOError, PermissionError))
-            reason = "another process is writing to it" if is_held else f"no lock ({error})"
-            raise DataError(f"{out}: {reason}") from None
+        if reason := lock(file, "another process is writing to it"):
+            raise DataError(f"{out}: {reason}")
         if any(not entry.name.startswith(".") for entry in os.scandir(out)):
             check_plan(out, plan)
         else:

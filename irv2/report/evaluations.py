@@ -24,7 +24,7 @@ from PIL import Image
 
 from irv2.report import page, plots
 from irv2.report.statistics import Interval, calibration, wilson
-from irv2.report.thumbnails import EXPLAINED, Gallery, Thumbnail, thumbnail
+from irv2.report.thumbnails import EXPLAINED, Thumbnail, thumbnail
 
 PAIRS, PAIR_PICTURES = 10, 4
 MISTAKES = 24
@@ -193,12 +193,11 @@ def class_rows(content: Content) -> list[ClassRow]:
 def confused_pairs(content: Content) -> list[Confusion]:
     """Most frequent confusions, with the images whose wrong answer was the most confident."""
     predictions, names = content.predictions, content.names
-    gallery = Gallery(content.thumbnail, content.image_name)
     wrong = predictions.mistakes()
     pairs = []
     for true, predicted, images in confusions(predictions)[:PAIRS]:
         rows = wrong[(predictions.label[wrong] == true) & (predictions.top[wrong, 0] == predicted)]
-        pictures = [gallery.picture(int(predictions.index[row])) for row in rows[:PAIR_PICTURES]]
+        pictures = [_picture(content, row) for row in rows[:PAIR_PICTURES]]
         share = 100.0 * images / int((predictions.label == true).sum())
         pairs.append(Confusion(names[true], names[predicted], images, share, pictures))
     return pairs
@@ -207,11 +206,10 @@ def confused_pairs(content: Content) -> list[Confusion]:
 def confident_mistakes(content: Content) -> list[Mistake]:
     """Wrong answers, the most confident first."""
     predictions, names = content.predictions, content.names
-    gallery = Gallery(content.thumbnail, content.image_name)
     sure = confidence(predictions)
     return [
         Mistake(
-            gallery.picture(int(predictions.index[row])),
+            _picture(content, row),
             names[predictions.label[row]],
             100.0 * float(np.exp(-predictions.loss[row])),  # cross-entropy is -log of its softmax
             names[predictions.top[row, 0]],
@@ -222,8 +220,14 @@ def confident_mistakes(content: Content) -> list[Mistake]:
     ]
 
 
+def _picture(content: Content, row: int) -> Thumbnail:
+    """Scale down the picture of an image, which stands in this row of the predictions."""
+    index = int(content.predictions.index[row])
+    return thumbnail(content.thumbnail(index), content.image_name(index))
+
+
 def _explanation(content: Content, row: int) -> Thumbnail | None:
-    """Where the network saw what it said of an image, and where what is true."""
+    """Draw where the network saw its answer to an image, and where the right one."""
     if content.explanation is None:
         return None
     predictions, index = content.predictions, int(content.predictions.index[row])

@@ -171,12 +171,12 @@ def write_readme(directory: Path, run: RunRecord, command: str) -> None:
     """Write README.md and curves.png, for places that do not show HTML. Raises OSError."""
     page.write(directory / "curves.png", plots.png(plots.curves([run.log])))
     evaluations = [
-        f"| {line['epoch']:.2f} | {markdown.escaped(line['weights'])} | {line['top1']:.2f} "
-        f"| {_figure(line, 'top5', '.2f')} | {_figure(line, 'loss', '.4f')} "
-        f"| {_figure(line, 'images', ',')} |"
+        f"{line['epoch']:.2f} | {markdown.escaped(line['weights'])} | {line['top1']:.2f} | "
+        f"{_figure(line, 'top5', '.2f')} | {_figure(line, 'loss', '.4f')} | "
+        f"{_figure(line, 'images', ',')}"
         for line in lines_of_kind(run.log, "eval")
     ]
-    head = ["| epoch | weights | top-1, % | top-5, % | loss | images |", "|---" * 6 + "|"]
+    head = "epoch | weights | top-1, % | top-5, % | loss | images"
     text = [
         f"# {markdown.escaped(run.name)}",
         "",
@@ -188,7 +188,7 @@ def write_readme(directory: Path, run: RunRecord, command: str) -> None:
         "",
         "![training loss, top-1, learning rate and pace over epochs](curves.png)",
         "",
-        *(head + evaluations if evaluations else []),
+        markdown.table(head, evaluations) if evaluations else "",
     ]
     page.write(directory / "README.md", "\n".join(text).rstrip() + "\n")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -21,19 +20,6 @@ class Thumbnail(NamedTuple):
     name: str  # of its file
     source: str  # data: URI
     is_tiny: bool
-
-
-class Gallery:
-    """Pictures by image number."""
-
-    def __init__(
-        self, picture: Callable[[int], Image.Image], image_name: Callable[[int], str]
-    ) -> None:
-        self._picture, self._image_name = picture, image_name
-
-    def picture(self, number: int) -> Thumbnail:
-        """Load a picture, scaled down to `SIDE` if larger. Raises what the functions raise."""
-        return thumbnail(self._picture(number), self._image_name(number))
 
 
 def thumbnail(image: Image.Image, path: str, side: int = SIDE) -> Thumbnail:

@@ -13,7 +13,6 @@ runs/<name>/best.safetensors        weights of the best evaluation, timm's names
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import secrets
@@ -28,6 +27,7 @@ import torch
 import torchvision
 import yaml
 
+from data import files
 from data.files import open_own, remove_leftovers, write_atomically
 from irv2 import strict_yaml
 from irv2.run import checkpoint, jsonl
@@ -48,13 +48,9 @@ def lock(directory: Path) -> BinaryIO:
     directory.mkdir(parents=True, exist_ok=True)
     _refuse_links(directory)
     file = open_own(directory / ".lock", "rb+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would live on in loader workers
-    except OSError as error:
+    if reason := files.lock(file, "another train.py is at work in it"):
         file.close()
-        is_held = isinstance(error, (BlockingIOError, PermissionError))
-        reason = "another train.py is at work in it" if is_held else f"cannot be locked ({error})"
-        raise CheckpointError(f"{directory}: {reason}") from None
+        raise CheckpointError(f"{directory}: {reason}")
     remove_leftovers(directory)
     return file
 

@@ -48,7 +48,9 @@ def _apply(state: TrainState, norm: Tensor, clip_norm: float | None) -> None:
     has_loop = isinstance(state.optimizer, RMSpropTF) and loops is not None
     is_looped = has_loop and not state.scaler.is_enabled()
     if not (is_looped and _apply_in_one_pass(state, norm, clip_norm)):
-        _clip(state.model, norm, clip_norm)
+        if clip_norm is not None:
+            parameters = state.model.parameters()
+            nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
         state.scaler.step(state.optimizer)
         state.ema.update(state.model, step=state.step + 2)
 
@@ -81,11 +83,6 @@ def _slots(state: TrainState, group: dict, averages: dict[Tensor, Tensor]) -> li
             mean_square, momentum = own["square_avg"], own["momentum_buffer"]
             slots.append(loops.Slots(p, p.grad, mean_square, momentum, averages[p]))
     return slots
-
-
-def _clip(model: nn.Module, norm: Tensor, clip_norm: float | None) -> None:
-    if clip_norm is not None:
-        nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm, foreach=True)
 
 
 def _average(values: list[Tensor], averages: list[Tensor], weight: float | Tensor) -> None:

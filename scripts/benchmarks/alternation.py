@@ -21,15 +21,7 @@ def wait_for(device: torch.device) -> None:
 
 def rate(count: int, work: Callable[[], object], device: torch.device | None = None) -> Way:
     """Return a way that does some work on `count` things."""
-
-    def way() -> float:
-        started = time.perf_counter()
-        work()
-        if device is not None:
-            wait_for(device)
-        return count / (time.perf_counter() - started)
-
-    return way
+    return lambda: count / seconds(work, device)
 
 
 def alternate(ours: Way, peer: Way, rounds: int) -> dict[str, Any]:
@@ -64,10 +56,12 @@ def best_time(work: Callable[[], object], device: torch.device, repeats: int = 7
     return min([once(work) for _ in range(repeats + 1)][1:])
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Time some work, in seconds."""
+def seconds(work: Callable[[], object], device: torch.device | None = None) -> float:
+    """Time some work, in seconds; on a GPU, until it has finished."""
     started = time.perf_counter()
     work()
+    if device is not None:
+        wait_for(device)
     return time.perf_counter() - started
 
 

@@ -117,7 +117,7 @@ def measure(
 
 
 def run(name: str, command: list[str], limit_s: float, figures: Figures) -> Outcome:
-    """Run a part for so long at most, and take its figures as it tells them."""
+    """Run a part for so long at most, and take its figures as it reports them."""
     started, chatter = time.monotonic(), deque(maxlen=40)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as program:

@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +25,7 @@ from irv2.network.accelerate import accelerate, fold_batch_norm
 from irv2.network.model import inception_resnet_v2
 from irv2.training import distributed
 from scripts.benchmarks import network, updating
-from scripts.benchmarks.alternation import best_time, rate, wait_for
+from scripts.benchmarks.alternation import best_time, rate, seconds
 
 WINDOW = 10  # steps
 STEPS = 8  # of the part identity
@@ -73,7 +72,7 @@ class Bench:
         return model if self.rehearsal else torch.compile(model, mode=mode, dynamic=False)
 
 
-def tell(**figures: float | str) -> None:
+def report(**figures: float | str) -> None:
     print(json.dumps(figures), flush=True)
 
 
@@ -85,16 +84,9 @@ def forget_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def tell_memory(name: str) -> None:
+def report_memory(name: str) -> None:
     if torch.cuda.is_available():
-        tell(**{name: torch.cuda.max_memory_reserved() / 2**30})
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    started = time.perf_counter()
-    work()
-    wait_for(device)
-    return time.perf_counter() - started
+        report(**{name: torch.cuda.max_memory_reserved() / 2**30})
 
 
 # ------------------------------------------------------------------------------------- the parts
@@ -104,11 +96,11 @@ def ceilings(bench: Bench) -> None:
     """The card's rates at a large product of random numbers, and at copying."""
     n = 256 if bench.rehearsal else 8192
     left, right = (torch.randn(n, n, device=bench.device).bfloat16() for _ in range(2))
-    tell(matrix_tflops=2 * n**3 / best_time(lambda: left @ right, bench.device) / 1e12)
+    report(matrix_tflops=2 * n**3 / best_time(lambda: left @ right, bench.device) / 1e12)
     source = torch.empty(n * n * 8, device=bench.device)
     target = torch.empty_like(source)
     took = best_time(lambda: target.copy_(source), bench.device)
-    tell(copy_tb_s=2 * source.nbytes / took / 1e12)
+    report(copy_tb_s=2 * source.nbytes / took / 1e12)
 
 
 def eager(bench: Bench) -> None:
@@ -118,12 +110,12 @@ def eager(bench: Bench) -> None:
         "timm_eager": network.timms_trainer(peer, bench.case),
     }
     for name, trainer in trainers.items():
-        tell(**{name: bench.images_per_s(trainer.step)})
+        report(**{name: bench.images_per_s(trainer.step)})
     for name, trainer in trainers.items():
-        tell(**{f"{name}_forward_backward": bench.images_per_s(trainer.forward_backward)})
+        report(**{f"{name}_forward_backward": bench.images_per_s(trainer.forward_backward)})
     for name, make in (("", updating.our_update), ("timm_", updating.timms_update)):
         work = make(bench.networks()[bool(name)]).work
-        tell(**{f"{name}update_ms": 1e3 * best_time(work, bench.device, 3)})
+        report(**{f"{name}update_ms": 1e3 * best_time(work, bench.device, 3)})
 
 
 def graph(bench: Bench) -> None:
@@ -136,11 +128,11 @@ def graph(bench: Bench) -> None:
         trainer = network.our_trainer(ours, bench.case, mode)
         took = seconds(trainer.step, bench.device)
         if name == "regions":
-            tell(compile_s=took)
+            report(compile_s=took)
         for _ in range(4):  # and recorded
             trainer.step()
-        tell(**{name: bench.images_per_s(trainer.step)})
-        tell_memory(f"{name}_gib")
+        report(**{name: bench.images_per_s(trainer.step)})
+        report_memory(f"{name}_gib")
 
 
 def timm_compiled(bench: Bench) -> None:
@@ -153,10 +145,10 @@ def timm_compiled(bench: Bench) -> None:
         trainer = network.timms_trainer(bench.compiled(peer, mode), bench.case)
         took = seconds(trainer.step, bench.device)
         if best == 0:
-            tell(timm_compile_s=took)
-            tell_memory("timm_compiled_gib")
+            report(timm_compile_s=took)
+            report_memory("timm_compiled_gib")
         best = max(best, bench.images_per_s(trainer.step))
-        tell(timm_compiled=best)
+        report(timm_compiled=best)
 
 
 @torch.inference_mode()
@@ -170,7 +162,7 @@ def inference(bench: Bench) -> None:
             torch.compiler.reset()
             compiled = bench.compiled(model, "max-autotune")
             pace = bench.images_per_s(partial(compiled, images), case.batch)
-            tell(**{f"{name}_{batch}": pace})
+            report(**{f"{name}_{batch}": pace})
 
 
 def profile(bench: Bench) -> None:
@@ -187,8 +179,8 @@ def profile(bench: Bench) -> None:
         spent = event.self_device_time_total if is_cuda else event.self_cpu_time_total
         if not is_cuda or event.device_type == torch.autograd.DeviceType.CUDA:
             sums[family(event.key)] += spent / 1e3
-    tell(**{f"family {name}": ms for name, ms in sums.items() if ms > 0.005})
-    tell(gpu_waits=max(0.0, 1 - sum(sums.values()) / (1e3 * took / bench.window)))
+    report(**{f"family {name}": ms for name, ms in sums.items() if ms > 0.005})
+    report(gpu_waits=max(0.0, 1 - sum(sums.values()) / (1e3 * took / bench.window)))
 
 
 def family(kernel: str) -> str:
@@ -211,10 +203,10 @@ def identity(bench: Bench) -> None:
             return f"{sum(torch.equal(one[key], other[key]) for key in one)} of {len(one)}"
 
         once = run("once", "--deterministic", "--pace")
-        tell(identical_twice=same(once, run("again", "--deterministic")))
+        report(identical_twice=same(once, run("again", "--deterministic")))
         middle = str(Path(folder, "once", "middle.pt"))
-        tell(identical_resumed=same(once, run("rest", "--deterministic", "--from", middle)))
-        tell(identical_as_is=same(run("plain", "--pace"), run("plain-again")))
+        report(identical_resumed=same(once, run("rest", "--deterministic", "--from", middle)))
+        report(identical_as_is=same(run("plain", "--pace"), run("plain-again")))
 
 
 def steps(bench: Bench, arguments: argparse.Namespace) -> None:
@@ -243,14 +235,14 @@ def steps(bench: Bench, arguments: argparse.Namespace) -> None:
             torch.save({"tensors": tensors, "counters": state.counters()}, folder / name)
     if arguments.pace:
         name = "deterministic" if arguments.deterministic else "not_deterministic"
-        tell(**{name: bench.images_per_s(trainer.step)})
+        report(**{name: bench.images_per_s(trainer.step)})
 
 
 def tests(bench: Bench) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "--tb=line"]
     result = subprocess.run(command, capture_output=True, text=True)
     print(result.stdout[-3000:], flush=True)
-    tell(tests=result.stdout.strip().rpartition("\n")[2].strip("= "))
+    report(tests=result.stdout.strip().rpartition("\n")[2].strip("= "))
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {

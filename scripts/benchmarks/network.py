@@ -13,7 +13,6 @@ from timm.optim import RMSpropTF
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from data import user_cache
 from data.errors import UserError
 from irv2.network.accelerate import accelerate, fold_batch_norm
 from irv2.network.model import inception_resnet_v2
@@ -96,9 +95,7 @@ def our_trainer(model: nn.Module, case: Setting, mode: graph.Mode = False) -> Tr
     """Make steps as train.py does with this `train.compile`."""
     world = distributed.World(0, 1, case.device)
     compiled, run = graph.chosen(mode, case.precision, world)
-    if compiled:
-        user_cache.give_inductor_its_own(torch.__version__)
-        model.compile_regions(world.say)
+    model = distributed.parallel(model, compiled, world)
     state = our_state(model, case.device, case.precision)
     options = StepOptions(
         Loss(SMOOTHING), clip_norm=CLIP, precision=case.precision, compiled=compiled, run=run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from irv2.network.accelerate import fold_batch_norm
 from irv2.report import markdown
 from irv2.training.step import PRECISIONS
 from scripts.benchmarks import network
+from scripts.benchmarks.alternation import seconds
 from scripts.benchmarks.network import Setting
 
 BATCHES = (1, 8)
@@ -41,7 +41,7 @@ def measure(rounds: int, image_size: int) -> dict[str, Any]:
         times: dict[str, list[float]] = {name: [] for name in works}
         for _ in range(rounds):
             for name, work in works.items():
-                times[name] += [_seconds(work) for _ in range(CALLS)]
+                times[name] += [seconds(work) for _ in range(CALLS)]
         for name, each in times.items():
             figures.setdefault(name, {})[str(batch)] = {
                 "images_per_s": batch * len(each) / sum(each),
@@ -84,12 +84,6 @@ def _work(run: nn.Module, images: Tensor, precision: str = "fp32") -> Work:
             run(images)
 
     return work
-
-
-def _seconds(work: Work) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -7,13 +7,11 @@ from collections.abc import Callable
 
 import torch
 
-from data import user_cache
 from data.base import Source
 from irv2 import build, input_pipeline
 from irv2.config import Config
-from irv2.training import graph, step
+from irv2.training import distributed, step
 from irv2.training.distributed import World
-from irv2.training.loss import Loss
 
 PREFETCHED = 2  # batches of each worker that wait to be fetched, torch's prefetch_factor
 CPU_PIXELS = 32 * 75**2  # in a step that is timed on a CPU, where it may take minutes
@@ -61,30 +59,19 @@ def loader_rate(
 
 
 def model_rate(
-    cfg: Config, num_classes: int, micro_batch: int, world: World, seconds: float
+    cfg: Config, source: Source, micro_batch: int, world: World, seconds: float
 ) -> float:
     """Images per second of training steps on noise in memory, without accumulation."""
-    is_cpu = world.device.type == "cpu"
+    is_cpu, num_classes = world.device.type == "cpu", len(source.classes)
     state = build.new_state(cfg, num_classes, world.device)
-    network = state.model
-    compiled, run = graph.chosen(cfg.train.compile, cfg.train.precision, world, cfg.optim.kind)
-    if compiled:
-        user_cache.give_inductor_its_own(torch.__version__)
-        network.compile_regions()
+    options = build.step_options(cfg, 1, source, world)
+    network = distributed.parallel(state.model, options.compiled, world)
     size, side = micro_batch, cfg.data.largest_size
     if is_cpu:  # at least two: batch norm needs more than one value per channel
         size = max(2, min(micro_batch, CPU_PIXELS // side**2))
     images = torch.rand((size, 3, side, side), device=world.device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.arange(size, device=world.device) % num_classes
-    options = step.StepOptions(
-        loss=Loss(**cfg.loss.model_dump(exclude={"class_weights"})),
-        clip_norm=cfg.optim.clip_norm,
-        precision=cfg.train.precision,
-        freeze_bn=cfg.model.freeze_bn,
-        compiled=compiled,
-        run=run,
-    )
     steps = 1 if is_cpu else 20  # before the device is waited for
 
     def take() -> int:

@@ -119,16 +119,16 @@ def check_pace(case: Case) -> Iterator[Finding]:
                     workers: capacity.loader_rate(cfg, case.train, micro, world, workers, seconds)
                     for workers in sorted({1, case.workers})
                 }
-            model = capacity.model_rate(cfg, len(case.train.classes), micro, world, seconds)
+            model = capacity.model_rate(cfg, case.train, micro, world, seconds)
     except torch.OutOfMemoryError:
         todo = "set a smaller train.micro_batch, or model.grad_checkpointing=true"
         yield Finding(FAIL, f"a step of {micro} images does not fit into the GPU", todo)
         return
     yield pace_finding(model, loads, case.workers, case.cores, shares_cores=not case.has_gpu)
     if case.has_gpu:
-        ranks, classes = case.request.ranks, len(case.train.classes)
-        room = batch.memory_room(world.device, ranks)
-        fits = build.fitting_micro_batch(cfg, classes, ranks, room)
+        ranks, classes = case.options.ranks, len(case.train.classes)
+        free = batch.memory_room(world.device, ranks)
+        fits = build.fitting_micro_batch(cfg, classes, ranks, free)
         yield expectation(model, loads, case.workers, case.cores, fits, len(case.train) / ranks)
 
 
