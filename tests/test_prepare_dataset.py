@@ -23,7 +23,8 @@ from sklearn.datasets import load_digits
 from tars import special, tar
 from torchvision.datasets import FashionMNIST, Imagenette
 
-from data.prepare import public_sets
+from data.errors import DataError
+from data.prepare import members, public_sets
 from data.prepare.public_sets import FASHION_CLASSES, Entry, read_idx
 from data.sources import FolderSource
 from scripts import prepare_dataset
@@ -588,3 +589,11 @@ def test_a_data_set_that_cannot_be_used_is_told_in_a_line(tmp_path):
     write_parquet(train, pets(4), PETS)
     write_parquet(tmp_path / "hub" / "test.parquet", [row for row in pets(4) if row[2]], PETS)
     assert "only one of train and val has images of cat" in refused()
+
+
+def test_a_packed_archive_with_too_large_a_file_is_refused_unread(tmp_path):
+    vast = tarfile.TarInfo("a/vast")
+    vast.size = members.MAX_MEMBER + 1
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(vast.tobuf() + bytes(1024)))
+    with pytest.raises(DataError, match=r"a\.tar\.gz: refused.*too large a file"):
+        list(members.contents_of_tar_gz(tmp_path / "a.tar.gz"))
