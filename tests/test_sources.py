@@ -140,20 +140,17 @@ def labels_of(source: Source) -> list[int]:
 
 
 def check_members(source: Source) -> None:
+    """Members and counts of classes, which differ in size, are those that the labels say."""
     labels = labels_of(source)
     assert len(set(labels)) == len(source.classes) > 2
     for i, label in enumerate(labels):
         assert list(source.members(i)) == [k for k, other in enumerate(labels) if other == label]
+    assert source.class_counts() == np.bincount(labels).tolist()
+    assert len(set(source.class_counts())) > 1
 
 
 def test_members_of_a_folder_source_are_the_images_of_a_class(folder):
     check_members(FolderSource(folder))
-
-
-def test_counts_of_a_folder_source_are_those_of_its_labels(folder):
-    source = FolderSource(folder)
-    assert source.class_counts() == np.bincount(labels_of(source)).tolist()
-    assert len(set(source.class_counts())) > 1
 
 
 def test_a_folder_named_like_an_image_is_none(tmp_path):
@@ -193,21 +190,15 @@ def refusal(root: Path) -> str:
     return str(error.value)
 
 
-def test_a_missing_folder_is_named(tmp_path):
-    assert f"{tmp_path / 'nowhere'}: no such data folder" in refusal(tmp_path / "nowhere")
-
-
-def test_a_file_in_place_of_the_folder_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    assert str(tmp_path / "file") in refusal(tmp_path / "file")
-
-
-def test_a_folder_without_class_folders_is_named(tmp_path):
+def test_a_root_that_is_none_is_named(tmp_path):
     (tmp_path / "image.png").touch()
+    assert f"{tmp_path / 'nowhere'}: no such data folder" in refusal(tmp_path / "nowhere")
+    assert str(tmp_path / "image.png") in refusal(tmp_path / "image.png")
     assert f"{tmp_path}: holds no class folders" in refusal(tmp_path)
 
 
-def test_a_class_without_images_is_named(folder):
+def test_a_class_without_images_is_named_and_one_given_as_the_root(folder):
+    assert refusal(folder / "Bee").endswith(f"only images; if Bee is a class, give {folder}")
     (folder / "empty" / "deep").mkdir(parents=True)
     (folder / "empty" / "deep" / "notes.txt").touch()
     assert f"{folder / 'empty'}: no images in it" in refusal(folder)
@@ -246,10 +237,6 @@ def test_a_class_may_be_called_train_or_test(tmp_path, folders):
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.png").touch()
     assert FolderSource(tmp_path).classes == folders.split()
-
-
-def test_a_class_given_as_the_root_is_told_from_its_images(folder):
-    assert refusal(folder / "Bee").endswith(f"only images; if Bee is a class, give {folder}")
 
 
 def laid_out(root: Path, *images: str) -> FolderSource:
@@ -357,24 +344,13 @@ def pixels(source: SyntheticSource, index: int) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(source.read(index)[0])).convert("RGB"), np.float64)
 
 
-def test_synthetic_spec_states_images_and_classes():
+def test_synthetic_spec_states_images_and_classes_which_are_balanced():
     source = open_source("synthetic:23x5")
     assert len(source) == 23
     assert len(set(source.classes)) == 5
     assert source.classes == sorted(source.classes)
-
-
-def test_synthetic_classes_are_balanced():
-    counts = np.bincount(labels_of(open_source("synthetic:23x5")))
-    assert sorted(counts) == [4, 4, 5, 5, 5]
-
-
-def test_members_of_a_synthetic_source_are_the_images_of_a_class():
-    check_members(open_source("synthetic:23x5"))
-
-
-def test_counts_of_a_synthetic_source_are_those_of_its_labels():
-    assert SyntheticSource(10, 4).class_counts() == [3, 3, 2, 2]
+    assert source.class_counts() == [5, 5, 5, 4, 4]
+    check_members(source)
 
 
 def test_synthetic_images_are_the_same_in_every_process_and_differ_from_each_other():
@@ -415,19 +391,12 @@ def mismatch(classes: list[str], expected: list[str]) -> str:
     return str(error.value)
 
 
-def test_equal_class_lists_pass():
+def test_unknown_and_missing_classes_are_counted_and_three_of_them_named():
     check_same_classes(["a", "b"], ["a", "b"], "VAL", "TRAIN")
-
-
-def test_unknown_and_missing_classes_are_counted_and_named():
     assert mismatch(["a", "c"], ["a", "b"]) == (
         "VAL: its classes are not those of TRAIN: 1 unknown (c) and 1 missing (b)"
     )
-
-
-def test_of_many_differing_classes_three_are_named():
-    message = mismatch(["a"], list("abcdef"))
-    assert message.endswith("5 missing (b, c, d, …)")
+    assert mismatch(["a"], list("abcdef")).endswith("5 missing (b, c, d, …)")
     assert mismatch(["a"], list("abcd")).endswith("3 missing (b, c, d)")
 
 
