@@ -61,6 +61,10 @@ class Expected:
     val_images: int
     synsets: Callable[[], Sequence[str]]  # all classes, sorted
 
+    def images(self, split: str) -> int:
+        """Return the number of images of "train" or "val"."""
+        return self.train_images if split == "train" else self.val_images
+
 
 def _synsets() -> list[str]:
     from timm.data import ImageNetInfo

@@ -205,7 +205,7 @@ def space_fault(out: Path, splits: Sequence[str], layout: Layout, expected: Expe
     """Describe a disk without room for what is not written yet; empty if it has enough."""
     needed = 0.0
     for split in splits:  # the images are those of the archives, whatever the form
-        size, images = getattr(expected, split).size or 0, getattr(expected, f"{split}_images")
+        size, images = getattr(expected, split).size or 0, expected.images(split)
         needed += layout.bytes_missing(out / split, size, expected.classes, images)
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free

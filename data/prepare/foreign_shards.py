@@ -42,8 +42,8 @@ def index_shards(
         index_folder(folder, list(expected.synsets()), workers, done)
     source = ShardSource(folder)  # refuses shards that are gone
     try:
-        total = expected.train_images if split == "train" else expected.val_images
-        check_counts(folder, dict(zip(source.classes, source.class_counts())), {}, total)
+        counts = dict(zip(source.classes, source.class_counts()))
+        check_counts(folder, counts, {}, expected.images(split))
     except DataError:
         if is_new:  # of shards that are still to be completed
             (folder / INDEX).unlink()

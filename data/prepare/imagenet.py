@@ -129,7 +129,6 @@ def sort_images(
     for images in classes.values():
         check_names(images, bool, str(where))
     counts = {synset: len(images) for synset, images in classes.items()}
-    total = expected.train_images if split == "train" else expected.val_images
     wanted = Counter(labels.values()) if split == "val" else {}
-    check_counts(where, counts, wanted, total)
+    check_counts(where, counts, wanted, expected.images(split))
     return [listing(images) for images in classes.values()]

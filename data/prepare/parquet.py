@@ -229,9 +229,8 @@ def imagenet_source(
         classes[synset].append(Member(name, row.number, UNKNOWN))
     for images in classes.values():
         check_names(images, bool, str(path))
-    total = expected.train_images if split == "train" else expected.val_images
     counts = {synset: len(images) for synset, images in classes.items()}
-    check_counts(path, counts, {}, total)
+    check_counts(path, counts, {}, expected.images(split))
     listings = [listing(images) for images in classes.values()]
     source = ParquetSource(path, files, columns, synsets, listings)
     source.remarks = _signs_of_conversion(files, columns)
