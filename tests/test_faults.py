@@ -225,6 +225,7 @@ def moved(config: Path, spoiled: tuple[Path, list[str]]) -> tuple[Path, Path]:
     ):
         result = run("train.py", *command, ranks=ranks)
         assert result.returncode == 0, result.stderr
+        assert "passed over" not in result.stdout  # else steps would only be taken again
     return place / "one", place / "two"
 
 
