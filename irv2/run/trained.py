@@ -128,9 +128,7 @@ def seen_as(network: Trained, stated: dict[str, Any]) -> Trained:
 
     Raises WeightsError for a view that cannot be.
     """
-    return replace(
-        network, data=_data(network.data.model_dump() | stated, "not possible")
-    )
+    return replace(network, data=_data(network.data.model_dump() | stated, "not possible"))
 
 
 def part(which: str) -> str:
