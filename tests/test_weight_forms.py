@@ -603,6 +603,10 @@ def test_weights_that_are_not_finite_are_refused_also_to_begin_from(tmp_path, ne
         path = saved(tmp_path / "a.pth", state)
         message = r"mixed_5b\.branch0\.bn\.running_var holds numbers that are not finite"
         assert_refused(path, network, state, message)
+    state["mixed_5b.branch0.bn.running_var"][3] = -1e-3
+    path = saved(tmp_path / "a.pth", state)
+    message = r"mixed_5b\.branch0\.bn\.running_var holds variances below zero"
+    assert_refused(path, network, state, message)
 
 
 def test_claims_of_more_than_is_stored_take_no_memory(tmp_path, network, monkeypatch):
