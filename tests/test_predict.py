@@ -224,10 +224,8 @@ def test_standard_input_without_an_end_is_left(piped, photographs, monkeypatch):
     """No more is kept of it than a picture, or a name, can have."""
     monkeypatch.setattr(pictures, "MAX_BYTES", 10_000)
     endless = (photographs / "a.jpg").read_bytes() + bytes(40_000)
-    assert piped(endless) == [pictures.Picture("-", None, "cannot be read (over 10,000 bytes)")]
-    assert piped(b"x" * 200_000) == [
-        pictures.Picture("-", None, "holds a name of over 65,536 bytes")
-    ]
+    assert piped(endless) == [Picture("-", None, "cannot be read (over 10,000 bytes)")]
+    assert piped(b"x" * 200_000) == [Picture("-", None, "holds a name of over 65,536 bytes")]
 
 
 def test_a_file_of_names_is_read(photographs, tmp_path, small_weights):
