@@ -92,7 +92,8 @@ def open_image(encoded: bytes) -> Image.Image:
     """
     Image.MAX_IMAGE_PIXELS = max_pixels()  # Pillow's own, of twice as many, for images within files
     image = Image.open(io.BytesIO(encoded), formats=decoded_formats())
-    check_size(*image.size, count_scans(encoded) if encoded.startswith(JPEG_START) else 1)
+    has_scans = encoded.startswith(JPEG_START) or image.format == "BLP"  # which may hold a JPEG
+    check_size(*image.size, count_scans(encoded) if has_scans else 1)
     return image
 
 

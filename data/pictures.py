@@ -69,12 +69,11 @@ def _standard_input() -> Iterator[Unseen]:
     with open(0, "rb", closefd=False) as stream:
         head = stream.peek(HEAD)
         if _is_image(head) and not _begins_with_a_name(head):
-            parts = iter(lambda: stream.read(HEAD), b"")
-            content = b"".join(islice(parts, MAX_BYTES // HEAD + 1))
-            if len(content) > MAX_BYTES:
+            parts = list(islice(iter(lambda: stream.read(HEAD), b""), MAX_BYTES // HEAD + 1))
+            if sum(map(len, parts)) > MAX_BYTES:
                 yield Picture(STANDARD_INPUT, None, f"cannot be read (over {MAX_BYTES:,} bytes)")
             else:
-                yield Encoded(STANDARD_INPUT, content)
+                yield Encoded(STANDARD_INPUT, b"".join(parts))
         else:
             yield from _list(STANDARD_INPUT, stream)
 

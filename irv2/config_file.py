@@ -37,7 +37,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path}: must hold sections such as data: and train:")
     # A section whose lines are all commented out is null in YAML: as good as left out.
     tree = {key: {} if value is None else value for key, value in tree.items()}
-    return from_tree(_overridden(tree, _parsed(overrides)), default_name=path.stem)
+    name = path.stem if path.stem.strip(".") else "run"  # "...yaml" would lead out of runs/
+    return from_tree(_overridden(tree, _parsed(overrides)), default_name=name)
 
 
 def from_tree(tree: dict[str, Any], default_name: str = "run") -> Config:

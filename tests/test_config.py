@@ -89,6 +89,8 @@ def test_a_run_is_named_after_its_file_unless_it_names_itself(tmp_path):
     assert load(tmp_path).directory == Path("runs/study")
     assert load(tmp_path, MINIMAL + "run: {name: mine}").directory == Path("runs/mine")
     assert load(tmp_path, MINIMAL, "run.dir=elsewhere").directory == Path("elsewhere")
+    (tmp_path / "...yaml").write_text(MINIMAL)
+    assert config_file.load(tmp_path / "...yaml").directory == Path("runs/run")
 
 
 def test_compile_true_of_older_configs_means_regions(tmp_path):

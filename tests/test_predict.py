@@ -223,10 +223,9 @@ def test_what_is_neither_picture_nor_list_is_one_line(piped, content):
 def test_standard_input_without_an_end_is_left(piped, photographs, monkeypatch):
     """No more is kept of it than a picture, or a name, can have."""
     monkeypatch.setattr(pictures, "MAX_BYTES", 10_000)
-    (picture,) = piped((photographs / "a.jpg").read_bytes() + bytes(40_000))
-    assert picture.error == "cannot be read (over 10,000 bytes)"
-    (picture,) = piped(b"x" * 200_000)
-    assert picture.error == "holds a name of over 65,536 bytes"
+    endless = (photographs / "a.jpg").read_bytes() + bytes(40_000)
+    assert piped(endless) == [Picture("-", None, "cannot be read (over 10,000 bytes)")]
+    assert piped(b"x" * 200_000) == [Picture("-", None, "holds a name of over 65,536 bytes")]
 
 
 def test_a_file_of_names_is_read(photographs, tmp_path, small_weights):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import warnings
 from itertools import product
 from pathlib import Path
@@ -423,6 +424,10 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded(monkeypatc
     scan = encoded[encoded.rindex(b"\xff\xda") : -2]
     with pytest.raises(DecodeError, match="3,010 scans of 40 x 30 px"):
         decode(encoded[:-2] + 3000 * scan + encoded[-2:])
+    places = struct.pack("<16I16I", 158, *[0] * 15, len(encoded) + 3000 * len(scan), *[0] * 15)
+    texture = b"BLP1" + struct.pack("<6i", 0, 0, 40, 30, 4, 1) + places + struct.pack("<I", 2)
+    with pytest.raises(DecodeError, match="3,010 scans of 40 x 30 px"):  # a JPEG within
+        decode(texture + encoded[:-2] + 3000 * scan + encoded[-2:])
 
 
 def test_telephones_images_are_read():

@@ -436,7 +436,7 @@ def test_programs_take_and_name_the_weights_that_are_asked_for(tmp_path, network
     found = trained.load_weights(str(out))
     assert is_same(found, state) and (found.which, found.data.eval_crop) == ("raw", 0.5)
     status, _, error = call(validate, *told, "--std", 0, 1, 1)
-    assert (status, error.count("\n")) == (1, 1) and "no such view is possible (data.std" in error
+    assert (status, error.count("\n")) == (1, 1) and "not possible (data.std" in error
 
 
 def test_an_order_of_classes_that_is_a_guess_is_said_and_one_that_is_known_is_taken(
@@ -603,6 +603,10 @@ def test_weights_that_are_not_finite_are_refused_also_to_begin_from(tmp_path, ne
         path = saved(tmp_path / "a.pth", state)
         message = r"mixed_5b\.branch0\.bn\.running_var holds numbers that are not finite"
         assert_refused(path, network, state, message)
+    state["mixed_5b.branch0.bn.running_var"][3] = -1e-3
+    path = saved(tmp_path / "a.pth", state)
+    message = r"mixed_5b\.branch0\.bn\.running_var holds variances below zero"
+    assert_refused(path, network, state, message)
 
 
 def test_claims_of_more_than_is_stored_take_no_memory(tmp_path, network, monkeypatch):

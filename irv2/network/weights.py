@@ -105,7 +105,7 @@ def load_into(model: nn.Module, state: State, source: str, assign: bool = False)
     """
     kinds = {name: value.dtype for name, value in model.state_dict().items() if name in state}
     for name, kind in kinds.items():
-        if fault := _fault(state[name], kind.is_floating_point):
+        if fault := _fault(name, state[name], kind.is_floating_point):
             raise WeightsError(f"{source}: {name} {fault}")
     if assign:
         as_own = {"copy": True, "memory_format": torch.contiguous_format}
@@ -117,7 +117,7 @@ def load_into(model: nn.Module, state: State, source: str, assign: bool = False)
         raise WeightsError(f"{source}: does not fit this network: {reason}") from None
 
 
-def _fault(value: Tensor, is_weight: bool) -> str | None:
+def _fault(name: str, value: Tensor, is_weight: bool) -> str | None:
     """Say what is wrong with a tensor that should hold a layer's weights, or else a counter."""
     if value.layout is not torch.strided or (is_weight and value.dtype not in FLOATS):
         kind = str(value.dtype).removeprefix("torch.")
@@ -127,4 +127,6 @@ def _fault(value: Tensor, is_weight: bool) -> str | None:
     is_filled = is_weight and value.numel() > 0
     if is_filled and not torch.stack(value.float().aminmax()).isfinite().all():
         return "holds numbers that are not finite"
+    if name.endswith("running_var") and is_filled and value.min() < 0:  # their roots are NaN,
+        return "holds variances below zero"  # of which fused convolutions on CPUs make zero
     return None

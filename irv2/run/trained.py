@@ -128,9 +128,7 @@ def seen_as(network: Trained, stated: dict[str, Any]) -> Trained:
 
     Raises WeightsError for a view that cannot be.
     """
-    return replace(
-        network, data=_data(network.data.model_dump() | stated, "no such view is possible")
-    )
+    return replace(network, data=_data(network.data.model_dump() | stated, "not possible"))
 
 
 def part(which: str) -> str:
@@ -183,4 +181,5 @@ def _data(stored: dict[str, Any], fault: str) -> Data:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, ("data", *first["loc"])))
-        raise WeightsError(f"{fault} ({key}: {first['msg']})") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise WeightsError(f"{fault} ({key}: {reason})") from None
