@@ -49,6 +49,7 @@ class InHand:
     def __init__(self, processes: int) -> None:
         self._names = RawArray("c", max(1, processes) * LONGEST_NAME)
         self._since = RawArray("d", max(1, processes))  # by the machine's clock; 0: nothing
+        self.for_too_long = False  # of the process that waits for them
 
     def note(self, process: int, name: str) -> None:
         """Note what a process has in hand from now on; nothing for an empty name."""
@@ -149,6 +150,10 @@ def batches_of(loader: DataLoader[Made], in_hand: InHand) -> Iterator[Made]:
     except GeneratorExit:
         del iterator  # torch's own end: workers finish what they do
         raise
+    except RuntimeError:  # of torch's handler of SIGCHLD, which cuts in once for each worker
+        if in_hand.for_too_long:
+            raise hanging(loader.timeout, in_hand.names()) from None
+        raise
     finally:
         end_workers()
         atexit.unregister(end_workers)
@@ -163,7 +168,7 @@ def next_batch(
     one that takes longer than `timeout_s`, and RuntimeError, in torch's words, for what torch
     overlooks: a batch's memory is fetched from its worker, which may be about to die, or hang.
     """
-    arrived, hung = threading.Event(), threading.Event()
+    arrived = threading.Event()
 
     def watch() -> None:
         limit = timeout_s + RESCUE_S if workers else math.inf
@@ -173,7 +178,7 @@ def next_batch(
         if first < limit:
             say_waiting(first, in_hand.names())
         if workers and not arrived.wait(limit - first):
-            hung.set()
+            in_hand.for_too_long = True
             for worker in workers:
                 worker.kill()
 
@@ -182,7 +187,7 @@ def next_batch(
     try:
         return next(iterator, None)
     except (OSError, EOFError, RuntimeError) as error:
-        if hung.is_set() or str(error).startswith("DataLoader timed out"):
+        if in_hand.for_too_long or str(error).startswith("DataLoader timed out"):
             raise hanging(timeout_s, in_hand.names()) from None
         if isinstance(error, RuntimeError):
             raise

@@ -90,18 +90,22 @@ def tree(value: Any, rng: random.Random) -> Any:
     for _ in range(rng.randint(1, 3)):
         places = list(_places(value))
         if not places:
-            return rng.choice(STRANGE)
+            return strange(rng)
         holder, key = rng.choice(places)
         deed = rng.randrange(5)
         if deed == 0:
             del holder[key]
         elif deed == 1 and isinstance(holder, dict):
-            holder[rng.choice(["a\nb", "", "x" * 200, "__class__", "0"])] = rng.choice(STRANGE)
+            holder[rng.choice(["a\nb", "", "x" * 200, "__class__", "0"])] = strange(rng)
         elif deed == 2 and isinstance(holder, list):
             holder.extend(holder[key : key + 1] * rng.choice([1, 1000]))
         else:
-            holder[key] = rng.choice(STRANGE)
+            holder[key] = strange(rng)
     return value
+
+
+def strange(rng: random.Random) -> Any:
+    return copy.deepcopy(rng.choice(STRANGE))  # which the next change may change
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -69,7 +69,7 @@ NAMES = {
 OTHERS = {  # private names that are not PyTorch's
     *("_asdict", "_fields", "_replace"),  # of named tuples, whose documentation has them
     "_exit",  # os._exit, likewise
-    *("_cat_file", "_info"),  # of fsspec's asynchronous file systems, likewise
+    *("_call_s3", "_info"),  # of s3fs, and of all of fsspec's asynchronous file systems
 }
 
 

@@ -1,4 +1,4 @@
-"""Getting training images in beside what others make for speed, on one core: OpenCV, SPDL, DALI.
+"""Getting training images in beside what others make for speed, on one core: OpenCV and DALI.
 
 The view is the same for all: the training crop, resized bilinearly, flipped and normalised, without
 colour. OpenCV does not smooth what it makes smaller, as the others do.
@@ -86,23 +86,6 @@ def with_opencv(paths: Sequence[str]) -> Way:
     return in_batches(paths, lambda batch: np.stack([load(*each) for each in batch]))
 
 
-def with_spdl(paths: Sequence[str]) -> Way:
-    import spdl.io
-
-    def load(path: str, draw: Draw) -> Any:
-        left, top, width, height, mirrored = draw
-        crop = f"crop={width}:{height}:{left}:{top}"
-        scale = f"scale={SIZE}:{SIZE}:flags=bilinear{',hflip' if mirrored else ''},format=rgb24"
-        packets = spdl.io.demux_image(path)
-        return spdl.io.decode_packets(packets, filter_desc=f"{crop},{scale}")
-
-    def together(batch: Sequence[tuple[str, Draw]]) -> np.ndarray:
-        frames = [load(*each) for each in batch]
-        return spdl.io.to_numpy(spdl.io.convert_frames(frames))
-
-    return in_batches(paths, together)
-
-
 def with_dali(paths: Sequence[str]) -> Way:
     from nvidia.dali import fn, pipeline_def, types
 
@@ -134,10 +117,9 @@ def with_dali(paths: Sequence[str]) -> Way:
     return rate(len(paths), work)
 
 
-NAMES = {"cv2": "OpenCV", "spdl.io": "SPDL", "nvidia.dali": "DALI on the CPU"}
+NAMES = {"cv2": "OpenCV", "nvidia.dali": "DALI on the CPU"}
 PEERS: dict[str, Callable[[Sequence[str]], Way]] = {
     "cv2": with_opencv,
-    "spdl.io": with_spdl,
     "nvidia.dali": with_dali,
 }
 
