@@ -23,8 +23,11 @@ def answering(answer: Answer) -> Iterator[str]:
     class Handler(StreamRequestHandler):
         def handle(self) -> None:
             lines = iter(self.rfile.readline, b"")
-            method, path, _ = next(lines).decode("latin-1").split(" ")
-            while next(lines).strip():
+            first = next(lines, b"")
+            if not first:  # the client has given up before it asked
+                return
+            method, path, _ = first.decode("latin-1").split(" ")
+            while next(lines, b"").strip():
                 pass
             sent = 0
             with suppress(OSError):  # the client has seen enough
