@@ -63,7 +63,7 @@ def read_regular(path: str | Path, limit: int = sys.maxsize) -> bytes:
         return file.read()
 
 
-def check_zip(path: Path) -> None:
+def check_torch_zip(path: Path) -> None:
     """Raise ValueError for a file of torch.save that is damaged, or would grow as it is read.
 
     torch.load compares no checksums. Its older form is no archive, and is let pass.

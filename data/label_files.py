@@ -17,7 +17,7 @@ import torch
 from data import ilsvrc
 from data.base import Source
 from data.errors import DataError, enumeration
-from data.files import check_zip, read_regular
+from data.files import check_torch_zip, read_regular
 from data.image_formats import image_extensions, read_image
 
 METAS = ("meta.mat", "meta_clsloc.mat")  # of the development kits of 2012 and of later years
@@ -103,7 +103,7 @@ def _from_meta_bin(path: Path) -> dict[str, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            check_zip(path)
+            check_torch_zip(path)
             _, synsets = torch.load(path, weights_only=True)
         if not all(isinstance(name, str) for name in synsets):
             raise TypeError("no list of names")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.errors import enumeration, panics_as_errors
-from data.files import check_zip
+from data.files import check_torch_zip
 from irv2.network.forms import names
 from irv2.network.forms.base import State, Weights, WeightsError, in_one_line
 from irv2.network.forms.kinds import STATE_DICT
@@ -44,7 +44,7 @@ def read_torch(path: Path) -> Any:
     Raises WeightsError.
     """
     try:
-        check_zip(path)
+        check_torch_zip(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
