@@ -25,9 +25,10 @@ from irv2.run import directory, resume, trackers
 from irv2.run.resume import Experiment
 from irv2.run.run import Run
 from irv2.run.stopping import StopRequest
-from irv2.training import distributed, finetune, step
+from irv2.training import distributed, exchange, finetune, step
 from irv2.training.distributed import World
 from irv2.training.state import TrainState
+from irv2.training.step import StepOptions
 
 
 def train(cfg: Config, resume_from: str, world: World, stop: StopRequest) -> int:
@@ -48,7 +49,13 @@ def train(cfg: Config, resume_from: str, world: World, stop: StopRequest) -> int
     experiment = build.experiment(cfg, division, train_data)
     with open_run(cfg, experiment, state, schedule.total_steps, resume_from, world) as run:
         run.announce(state.model, division, train_data, val_data)
-        network = distributed.parallel(state.model, options.compiled, world, cfg.train.reduce_dtype)
+        network = exchange.parallel(
+            state.model,
+            world,
+            compiled=options.compiled,
+            reduce_dtype=options.reduce_dtype,
+            recorded=options.recorded,
+        )
         run.pace.ceiling = build.pace_ceiling(cfg, len(classes), world)
         step.settle(state, network, division.micro_batch, cfg.data.largest_size, options)
         batches = input_pipeline.training_batches(
@@ -63,7 +70,7 @@ def train(cfg: Config, resume_from: str, world: World, stop: StopRequest) -> int
             if stopping or evaluating or state.step % cfg.checkpoint.every_steps == 0:
                 run.save(state, order)
             if evaluating and not stopping:
-                stopping = not evaluate(run, state, val_data, stop)
+                stopping = not evaluate(run, state, val_data, options, stop)
             if stopping or is_last:
                 break
 
@@ -120,7 +127,9 @@ def open_run(
         yield stack.enter_context(Run(cfg, experiment, state, total_steps, world))
 
 
-def evaluate(run: Run, state: TrainState, val_data: Source, stop: StopRequest) -> bool:
+def evaluate(
+    run: Run, state: TrainState, val_data: Source, options: StepOptions, stop: StopRequest
+) -> bool:
     """Evaluate averaged and raw weights and keep the best; False if a signal cut it short.
 
     Evaluations already in the log are skipped; one that was cut short is repeated on resuming.
@@ -129,7 +138,9 @@ def evaluate(run: Run, state: TrainState, val_data: Source, stop: StopRequest) -
         if run.has_evaluated(state.step, which):
             continue
         with run.log.progress(len(val_data), f"evaluating {which}") as bar:
-            predictions = evaluation.predict(run.cfg, model, val_data, run.world, bar, stop)
+            predictions = evaluation.predict(
+                run.cfg, model, val_data, run.world, bar, stop, options.run
+            )
         if predictions is None:
             return False
         interval = evaluation.shown_interval(predictions)

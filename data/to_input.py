@@ -7,13 +7,13 @@ the bit on every device; with colour they agree up to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data import user_cache
 from data.native import native
 
 LEVELS = 256
@@ -31,11 +31,15 @@ class ToInput:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in channels-last memory, on the same device.
 
     mean, std: of each channel, for pixels in [0, 1]; where no colour changes, the result is exactly
-    timm's (pixel / 255 - mean) / std. compiled: whether to torch.compile what runs on a GPU.
+    timm's (pixel / 255 - mean) / std. compiler: of what runs on a GPU, as torch.compile.
     """
 
     def __init__(
-        self, mean: list[float], std: list[float], device: torch.device, compiled: bool = False
+        self,
+        mean: list[float],
+        std: list[float],
+        device: torch.device,
+        compiler: Callable[[Callable], Callable] | None = None,
     ) -> None:
         self.device = device
         means, stds = torch.tensor(mean), torch.tensor(std)
@@ -45,9 +49,7 @@ class ToInput:
         self._scale = tuple(np.float32(1 / s) for s in std)
         self._shift = tuple(np.float32(-m / s) for m, s in zip(mean, std))
         self._constants = [tensor.to(device) for tensor in (table, means, stds)]
-        if compiled:
-            user_cache.give_inductor_its_own(torch.__version__)
-        self._transform = torch.compile(transform) if compiled else transform
+        self._transform = transform if compiler is None else compiler(transform)
 
     def __call__(self, images: Tensor, flips: Tensor, colours: Tensor | None) -> Tensor:
         """flips: bool [B], mirrored left to right; colours: float32 [B, 3], rows of `Colour`."""

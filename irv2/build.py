@@ -71,6 +71,7 @@ def step_options(cfg: Config, accumulation: int, train_data: Source, world: Worl
         freeze_bn=cfg.model.freeze_bn,
         compiled=compiled,
         run=run,
+        reduce_dtype=cfg.train.reduce_dtype,
     )
 
 

@@ -32,6 +32,7 @@ from irv2.run.logbook import Logbook
 from irv2.run.stopping import Stopped, StopRequest, until_stopped
 from irv2.run.trained import Trained
 from irv2.scoring import EvalOptions
+from irv2.training import graph
 from irv2.training.distributed import World
 from irv2.training.metrics import Predictions
 
@@ -200,9 +201,18 @@ def _order(each: Evaluation) -> list[str]:
 
 
 def predict(
-    cfg: Config, model: nn.Module, val_data: Source, world: World, bar: tqdm, stop: StopRequest
+    cfg: Config,
+    model: nn.Module,
+    val_data: Source,
+    world: World,
+    bar: tqdm,
+    stop: StopRequest,
+    call: graph.Run = graph.plainly,
 ) -> Predictions | None:
-    """Predictions for a run's validation images; None if a signal came first."""
+    """Predictions for a run's validation images; None if a signal came first.
+
+    call: as `StepOptions.run`, for the network's forward.
+    """
     batches = input_pipeline.evaluation_batches(
         cfg.data,
         val_data,
@@ -217,7 +227,7 @@ def predict(
     with_answers = ((batch, batch.labels) for batch in batches)
     try:
         return scoring.collect(
-            scoring.scored(model, with_answers, EvalOptions(cfg.train.precision)),
+            scoring.scored(model, with_answers, EvalOptions(cfg.train.precision, run=call)),
             world,
             lambda images, _: bar.update(images * world.size),
         )

@@ -26,6 +26,7 @@ from data.to_input import ToInput
 from data.workers import Workers
 from irv2.config import Config
 from irv2.data_section import Data
+from irv2.network import regions
 from irv2.sections import RunSection
 from irv2.training.distributed import World
 
@@ -156,7 +157,7 @@ def _batches_of_size(
         source,
         view,
         (order[batch] for batch in positions),
-        ToInput(data.mean, data.std, world.device, bool(cfg.train.compile)),
+        _to_input(data, bool(cfg.train.compile), world),
         Workers(data.workers, cfg.run.timeout_s),
         replace_bad=True,
         checksums=cfg.log.ledger,
@@ -187,8 +188,11 @@ def evaluation_batches(
     size = max(1, views_at_once // views)
     places = stream.evaluation_batches(len(numbers), size, world.rank, world.size)
     keys = [[(0, int(numbers[place])) for _, place in batch] for batch in places]
-    to_input = ToInput(data.mean, data.std, world.device, compiled)
-    return loader.load(source, view, keys, to_input, workers)
+    return loader.load(source, view, keys, _to_input(data, compiled, world), workers)
+
+
+def _to_input(data: Data, compiled: bool, world: World) -> ToInput:
+    return ToInput(data.mean, data.std, world.device, regions.compiled if compiled else None)
 
 
 def evaluation_view(data: Data, protocol: str = "timm") -> loader.View:

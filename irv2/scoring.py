@@ -16,6 +16,7 @@ from data.errors import UserError
 from data.loader import Batch
 from irv2.network.accelerate import fold_batch_norm
 from irv2.training.distributed import World, WorldError
+from irv2.training.graph import Run, plainly
 from irv2.training.metrics import Collector, Predictions, Scored
 from irv2.training.step import PRECISIONS
 
@@ -28,6 +29,7 @@ class EvalOptions:
     mirrored: bool = False  # show each view also mirrored left to right
     competing: Tensor | None = None  # bool [C], the classes that may be answers; None: all
     at_once: int | None = None  # most views in one forward
+    run: Run = plainly  # or a Recorder: see irv2/training/graph.py
 
 
 def check_compiler(device: torch.device) -> None:
@@ -68,17 +70,23 @@ def scored(
 
 def _scores(model: nn.Module, views: Tensor, images: int, options: EvalOptions) -> Tensor:
     """Return one row of scores per image, NaN where a logit is not finite."""
-    dtype = PRECISIONS[options.precision]
-    with torch.autocast(views.device.type, dtype, enabled=dtype is not None):
-        parts = views.split(options.at_once or len(views))
-        logits = [torch.cat([model(part) for part in parts])]
-        if options.mirrored:
-            logits.append(torch.cat([model(part.flip(3)) for part in parts]))
+    logits = options.run(_logits, model, views, options)
     each = torch.cat([part.view(images, -1, part.shape[1]) for part in logits], 1).float()
     is_sound = each.isfinite().all(2, keepdim=True).all(1, keepdim=True)
     each = each.where(is_sound, float("nan"))
     count = each.shape[1]  # of views of an image
     return each[:, 0] if count == 1 else each.log_softmax(2).logsumexp(1) - math.log(count)
+
+
+def _logits(model: nn.Module, views: Tensor, options: EvalOptions) -> tuple[Tensor, ...]:
+    """Return logits [N, C] of views [N, 3, H, W], and of their mirror images if these count."""
+    dtype = PRECISIONS[options.precision]
+    with torch.autocast(views.device.type, dtype, enabled=dtype is not None):
+        parts = views.split(options.at_once or len(views))
+        straight = torch.cat([model(part) for part in parts])
+        if not options.mirrored:
+            return (straight,)
+        return straight, torch.cat([model(part.flip(3)) for part in parts])
 
 
 def collect(

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from irv2.training.graph import Outputs
+from irv2.training.graph import Outputs, Recorder
+from irv2.training.state import TrainState
 
 TO_THE_HOST = ("_local_scalar_dense", "nonzero")
 
@@ -67,3 +68,13 @@ class Tapes:
                     tensor.copy_(value)
         self.tapes.append(tape)
         return tape.replay, outputs
+
+
+def recorder(state: TrainState) -> Recorder:
+    """Records the steps of a state that is laid out in buffers."""
+
+    def kept() -> list[Tensor]:
+        tensors = [t for part in state.tensors().values() for t in part.values()]
+        return [*tensors, *(group.gradient for group in state.flat.groups)]
+
+    return Recorder(Tapes(kept))

@@ -6,11 +6,23 @@ import copy
 
 import pytest
 import torch
-from small_network import ALONE, everything, images, lay_out, new_state, pieces, small_network
-from tape import Tapes
+from small_network import (
+    ALONE,
+    evaluate,
+    everything,
+    images,
+    lay_out,
+    new_state,
+    numbered,
+    pieces,
+    randomised,
+    small_network,
+)
+from tape import Tapes, recorder
 from torch import Tensor, nn
 
 from irv2.network.model import inception_resnet_v2
+from irv2.scoring import EvalOptions
 from irv2.training import graph
 from irv2.training.distributed import World
 from irv2.training.graph import WARM_UP, GraphError, Recorder
@@ -23,14 +35,6 @@ CUDA = torch.device("cuda")
 
 def flat_state(network: nn.Module) -> TrainState:
     return lay_out(new_state(network))
-
-
-def recorder(state: TrainState) -> Recorder:
-    def kept() -> list[Tensor]:
-        tensors = [t for part in state.tensors().values() for t in part.values()]
-        return [*tensors, *(group.gradient for group in state.flat.groups)]
-
-    return Recorder(Tapes(kept))
 
 
 def assert_identical(ours: TrainState, theirs: TrainState) -> None:
@@ -82,6 +86,48 @@ def test_a_resumed_run_that_records_anew_equals_an_unbroken_one():
     assert_identical(resumed, unbroken)
 
 
+def test_images_of_another_size_are_recorded_anew():
+    """As `data.train_sizes` has them; what was recorded for the first size stays."""
+    torch.manual_seed(0)
+    plain, replayed = (flat_state(pooling_network()) for _ in range(2))
+    record = recorder(replayed)
+    sizes = [8] * (WARM_UP + 2) + [10] * (WARM_UP + 2) + [8]
+    for state, options in ((plain, StepOptions()), (replayed, StepOptions(run=record))):
+        for number, size in enumerate(sizes):
+            x = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(number))
+            batch = iter([(x, torch.arange(4))])
+            train_step(state, state.model, batch, 0.01, options, ALONE)
+    assert len(record._recorded) == 3  # forward and backward of each size, and the update
+    assert_identical(replayed, plain)
+
+
+def pooling_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 6),
+    )
+
+
+def test_a_recorded_evaluation_equals_a_plain_one():
+    """With two networks, as in training, and a last batch that is smaller."""
+    networks = [randomised(small_network()) for _ in range(2)]
+    with torch.no_grad():
+        networks[1][0].weight.neg_()
+    record, (x, labels) = Recorder(Tapes(list)), images(2 * (WARM_UP + 2) + 1)
+    for network in networks:
+        recorded, plain = (
+            evaluate(network, numbered(pieces((x, labels), 2)), options=EvalOptions(run=run))
+            for run in (record, graph.plainly)
+        )
+        assert recorded.top.tolist() == plain.top.tolist()
+        assert recorded.loss.tolist() == plain.loss.tolist()
+    assert len(record._recorded) == 2
+
+
 @pytest.mark.parametrize("mixed", [False, True], ids=["labels", "shares"])
 def test_the_whole_networks_step_can_be_recorded(mixed):
     """Its auxiliary head, mixed labels and class weights, too; nothing is asked by the host."""
@@ -120,7 +166,7 @@ def test_what_cannot_be_recorded_ends_the_run_with_what_to_do(when):
     ("precision", "kind", "world", "mode", "told"),
     [
         ("bf16", "rmsprop_tf", ALONE, False, "needs a GPU"),
-        ("bf16", "rmsprop_tf", World(0, 2, CUDA), "regions", "gradients of 2 ranks"),
+        ("bf16", "rmsprop_tf", World(0, 2, CUDA), "graph", ""),
         ("fp16", "rmsprop_tf", World(0, 1, CUDA), "regions", "fp16's loss scaler"),
         ("bf16", "adamw", World(0, 1, CUDA), "regions", "with adamw the host decides"),
         ("bf16", "rmsprop_tf", World(0, 1, CUDA), "graph", ""),

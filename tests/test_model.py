@@ -639,6 +639,16 @@ def test_state_dict_has_timms_names_with_biases_and_loads_into_another_folded_ne
 # ---------------------------------------------------------------------- compiled
 
 
+def test_a_function_that_fails_to_compile_runs_as_it_is(caplog):
+    def backend(graph: nn.Module, inputs: list) -> Callable:
+        raise RuntimeError("no registers left")
+
+    torch._dynamo.reset()
+    double = regions.compiled(lambda x: 2 * x, backend)
+    assert double(torch.tensor([1.0, 2.0])).tolist() == [2.0, 4.0]
+    assert "could not be compiled and runs uncompiled: no registers left" in caplog.text
+
+
 @pytest.mark.slow
 def test_repeats_of_a_block_share_one_graph(monkeypatch, tmp_path):
     """Graphs are traced, but run by PyTorch's own operations, which is quick to set up.
@@ -667,7 +677,7 @@ def test_repeats_of_a_block_share_one_graph(monkeypatch, tmp_path):
     layers, kinds = 6, 7  # alone; mixed_5b, block35, mixed_6a, block17, mixed_7a, block8, the last
     assert counters["stats"]["unique_graphs"] == layers + kinds
     failed = said.pop(3)
-    assert failed == "a region could not be compiled and runs uncompiled: no registers left"
+    assert failed == "a part could not be compiled and runs uncompiled: no registers left"
     expected = [f"compiling {n} of {layers + kinds} regions" for n in range(1, layers + kinds + 1)]
     assert [line.partition(",")[0] for line in said] == expected
     assert list(model.state_dict()) == list(eager.state_dict())  # names are as before

@@ -21,6 +21,7 @@ from small_network import (
     copied,
     evaluate,
     images,
+    lay_out,
     new_state,
     numbered,
     pieces,
@@ -29,12 +30,13 @@ from small_network import (
     train,
     trainable,
 )
+from tape import recorder
 from torch import Tensor
 
 from irv2.network.accelerate import accelerate
 from irv2.network.model import inception_resnet_v2
 from irv2.run import directory
-from irv2.training import distributed
+from irv2.training import distributed, exchange, graph
 from irv2.training.distributed import Place, World, WorldError
 from irv2.training.state import TrainState
 from irv2.training.step import StepOptions, settle, train_mode, train_step
@@ -87,13 +89,29 @@ def two_ranks(world: World, folder: Path) -> dict:
         "unshared": [check_shared(world, folder / name) for name in ("shared", f"own-{rank}")],
         "alone": gradients(World(rank, 1, world.device), "bf16"),  # nothing travels
         **{reduce_dtype: gradients(world, reduce_dtype) for reduce_dtype in ("fp32", "bf16")},
+        "recorded": {
+            dtype: [long_run(world, dtype, recorded) for recorded in (True, False)]
+            for dtype in ("fp32", "bf16")
+        },
     }
+
+
+def long_run(world: World, reduce_dtype: str, recorded: bool) -> dict[str, dict[str, Tensor]]:
+    """A GPU's step on the CPU, recorded and replayed or as DistributedDataParallel has it."""
+    state = lay_out(new_state(small_network(drop_rate=0.5)))
+    network = exchange.parallel(state.model, world, reduce_dtype=reduce_dtype, recorded=recorded)
+    run = recorder(state) if recorded else graph.plainly
+    options = StepOptions(accumulation=2, clip_norm=0.5, seed=1, run=run, reduce_dtype=reduce_dtype)
+    for number in range(graph.WARM_UP + 2):
+        mine = (part.split(4)[world.rank] for part in images(8, seed=number))
+        train_step(state, network, pieces(tuple(mine), 2), LR, options, world)
+    return {part: copied(tensors) for part, tensors in state.tensors().items()}
 
 
 def three_steps(world: World, freeze_bn: bool, micro_batch: int) -> dict:
     """Three steps of 8 images over all ranks, each rank its slice of them."""
     state = new_state(small_network())
-    network = distributed.parallel(state.model, False, world)
+    network = exchange.parallel(state.model, world)
     share = 8 // world.size
     options = StepOptions(
         accumulation=share // micro_batch, clip_norm=0.5, freeze_bn=freeze_bn, seed=1
@@ -123,7 +141,7 @@ def gradients(world: World, reduce_dtype: str) -> dict[str, Tensor]:
     """Gradient that a rank applies: of its two images, averaged with the other's."""
     torch.manual_seed(0)
     state = new_state(accelerate(inception_resnet_v2(10, blocks=(1, 1, 1), width=0.25)))
-    network = distributed.parallel(state.model, False, world, reduce_dtype)
+    network = exchange.parallel(state.model, world, reduce_dtype=reduce_dtype)
     generator = torch.Generator().manual_seed(world.rank)
     x = torch.rand(SIZE, generator=generator) * 2 - 1
     labels = torch.randint(10, SIZE[:1], generator=generator)
@@ -218,6 +236,16 @@ def test_a_world_of_one_needs_no_process_group():
     assert ALONE.votes(True, False) == [True, False]
 
 
+@pytest.mark.parametrize("reduce_dtype", ["fp32", "bf16"])
+def test_ranks_whose_steps_are_recorded_equal_those_whose_are_not(ranks, reduce_dtype):
+    """To the bit on two ranks, whose sum has one order; with two micro-batches a step."""
+    for found in ranks:
+        recorded, wrapped = found["recorded"][reduce_dtype]
+        assert differing(recorded, wrapped) == []
+    ours, theirs = (found["recorded"][reduce_dtype][0] for found in ranks)
+    assert differing(ours, theirs) == []
+
+
 # ---------------------------------------------------------------------------------- in bfloat16
 
 
@@ -278,7 +306,7 @@ def is_continued(world: World, settled: bool, reduce_dtype: str) -> bool:
 def started(world: World, settled: bool, reduce_dtype: str) -> tuple[TrainState, torch.nn.Module]:
     torch.manual_seed(0)
     state = new_state(accelerate(inception_resnet_v2(10, blocks=(1, 1, 1), width=0.25)))
-    network = distributed.parallel(state.model, False, world, reduce_dtype)
+    network = exchange.parallel(state.model, world, reduce_dtype=reduce_dtype)
     if settled:
         before = copied(state.model.state_dict())
         settle(state, network, SIZE[0], SIZE[2], StepOptions())

@@ -1,4 +1,4 @@
-"""torch.compile for parts of a network, each by itself; equal parts share one result."""
+"""torch.compile for functions and parts of a network; what fails to compile runs uncompiled."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 import torch._functorch.config as autograd_config
 from torch import nn
 
+from data import user_cache
+
 PACE_S = 5.0  # between two lines of progress
 BACKWARD = "force_non_lazy_backward_lowering"  # compile backward with forward; not in all versions
 
@@ -23,14 +25,24 @@ def compile_each(
 ) -> None:
     """torch.compile modules at their next call, each for the one size of images that it meets.
 
-    say: takes a line of progress now and then. A region that fails to compile runs uncompiled.
+    Equal parts share one result. say: takes a line of progress now and then.
     """
+    user_cache.give_inductor_its_own(torch.__version__)
     # Seven kinds of blocks and as many of layers, in training and in evaluation.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     kinds = len(set(map(repr, regions)))
     compiler = _Compiler(backend, kinds, say or logging.getLogger(__name__).info)
     for region in regions:
         region.compile(backend=compiler, dynamic=False)  # else a second size is symbolic
+
+
+def compiled(
+    function: Callable[..., Any], backend: str | Callable[..., Callable] = "inductor"
+) -> Callable[..., Any]:
+    """torch.compile a small function at its calls, each for the sizes that it meets."""
+    user_cache.give_inductor_its_own(torch.__version__)
+    compiler = _Compiler(backend, 0, logging.getLogger(__name__).warning)
+    return torch.compile(function, backend=compiler, dynamic=False)
 
 
 class _Compiler:
@@ -45,7 +57,7 @@ class _Compiler:
         self._graphs, self._said_at, self._has_failed = 0, -PACE_S, False
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
-        if time.monotonic() - self._said_at >= PACE_S:
+        if self._kinds and time.monotonic() - self._said_at >= PACE_S:
             number = self._graphs % self._kinds + 1  # evaluation has as many once more
             self._say(f"compiling {number} of {self._kinds} regions, once per machine and version")
             self._said_at = time.monotonic()
@@ -56,7 +68,7 @@ class _Compiler:
         except Exception as error:  # of whichever part of a compiler
             if not self._has_failed:
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                self._say(f"a region could not be compiled and runs uncompiled: {reason}")
+                self._say(f"a part could not be compiled and runs uncompiled: {reason}")
             self._has_failed = True
             return graph
 

@@ -10,7 +10,9 @@ import torch
 from irv2.network import memory
 from irv2.training.distributed import WorldError
 
-MEMORY_SHARE = 0.85  # of a device, planned by train.micro_batch=auto: the sizes are estimates
+# Share of a device that train.micro_batch=auto plans: sizes are estimates, and a GPU holds more, as
+# gradients a second time (flat.py) and a recorded step's images.
+MEMORY_SHARE = 0.85
 
 
 class Division(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import inspect
 import os
 import re
 import secrets
@@ -16,11 +15,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from data import user_cache
 from data.errors import UserError
 from data.names import shown
 
@@ -145,29 +141,6 @@ def choose_device(name: str) -> torch.device:
             f"use torchrun --nproc-per-node={available} or fewer"
         )
     return torch.device("cuda", local_rank)
-
-
-def parallel(
-    model: nn.Module, compiled: bool, world: World, reduce_dtype: str = "fp32"
-) -> nn.Module:
-    """Wrap the model for training: compiled on request, gradients averaged over ranks.
-
-    With `reduce_dtype` "bf16" gradients travel rounded to bfloat16, which halves the traffic; they
-    are accumulated and applied in the parameters' type.
-    """
-    if compiled:
-        user_cache.give_inductor_its_own(torch.__version__)
-        model.compile_regions(world.say)
-    if world.size == 1:
-        return model
-    # Running statistics are averaged by the step itself, so none are broadcast. The option has a
-    # new name in newer releases of PyTorch.
-    known = inspect.signature(DistributedDataParallel).parameters
-    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True, **{option: False})
-    if reduce_dtype == "bf16":
-        network.register_comm_hook(None, bf16_compress_hook)
-    return network
 
 
 def keep_freed_memory() -> None:

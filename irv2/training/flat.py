@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from irv2.network import regions
 from irv2.training.optim import RMSpropTF
 
 UNIT = 16  # elements: each tensor begins at a multiple of 64 bytes, as vectors and cuDNN want it
@@ -61,7 +62,7 @@ class Flat:
         self.statistics = [values for values, _ in averaged]
         self.before = [values.clone() for values in self.statistics]
         self._averaged = averaged + _moved(still)
-        self._rmsprop = torch.compile(rmsprop_, dynamic=False) if compiled else rmsprop_
+        self._rmsprop = regions.compiled(rmsprop_) if compiled else rmsprop_
 
     def begin(self) -> None:
         """Start a step: no gradients yet, and the running statistics remembered."""

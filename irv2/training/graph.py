@@ -1,8 +1,8 @@
-"""A step's work recorded as CUDA graphs, which a GPU runs without waiting for its host.
+"""Work recorded as CUDA graphs, which a GPU runs without waiting for its host.
 
-The work is functions of tensors: a forward and backward of a micro-batch, and the update. Whatever
-changes from step to step - images, labels, learning rates, the average's share - comes in as a
-tensor; dropout's seed is the generator's, which a graph asks at each replay.
+The work is functions of tensors: a forward and backward of a micro-batch, the update, the forward
+of an evaluation. Whatever changes from step to step - images, labels, learning rates, the average's
+share - comes in as a tensor; dropout's seed is the generator's, which a graph asks at each replay.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ def mode_here(asked: Mode, precision: str, world: World, kind: str) -> Mode:
         world.say("train.compile=graph: needs a GPU; here the step runs uncompiled")
         return False
     obstacle = None
-    if world.size > 1:
-        obstacle = f"gradients of {world.size} ranks are exchanged in it"
-    elif precision == "fp16":
+    if precision == "fp16":
         obstacle = "fp16's loss scaler asks the host about every step"
     elif kind != "rmsprop_tf":
         obstacle = f"with {kind} the host decides whether it was good"
@@ -106,8 +104,6 @@ class Recorded(NamedTuple):
     def __call__(self, *arguments: Any) -> Outputs:
         for place, argument in zip(self.arguments, arguments, strict=True):
             if isinstance(argument, Tensor):
-                if argument.shape != place.shape:
-                    raise ValueError(f"recorded for {place.shape}, called with {argument.shape}")
                 place.copy_(argument)
         self.replay()
         if isinstance(self.outputs, Tensor):
@@ -118,8 +114,7 @@ class Recorded(NamedTuple):
 class Recorder:
     """Calls functions, plainly at first; then records each once, and replays it from then on.
 
-    A function's tensors may have other values in each call, but not other shapes; its remaining
-    arguments are the same in all calls.
+    Anew for other shapes of a function's tensors, and for other values of its remaining arguments.
     """
 
     def __init__(self, graphs: Graphs) -> None:
@@ -129,14 +124,15 @@ class Recorder:
 
     def __call__(self, function: Callable[..., Outputs], *arguments: Any) -> Outputs:
         """Call the function, or replay it. Raises GraphError if it cannot be recorded."""
-        self._calls[function] += 1
-        if self._calls[function] > WARM_UP and function not in self._recorded:
-            self._record(function, arguments)
-        if function in self._recorded:
-            return self._recorded[function](*arguments)
+        call = function, *map(_form, arguments)
+        self._calls[call] += 1
+        if self._calls[call] > WARM_UP and call not in self._recorded:
+            self._recorded[call] = self._record(function, arguments)
+        if call in self._recorded:
+            return self._recorded[call](*arguments)
         return self._graphs.run(partial(function, *arguments))
 
-    def _record(self, function: Callable[..., Outputs], arguments: tuple) -> None:
+    def _record(self, function: Callable[..., Outputs], arguments: tuple) -> Recorded:
         places = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
         try:
             replay, outputs = self._graphs.record(partial(function, *places))
@@ -147,4 +143,11 @@ class Recorder:
                 f"train.compile=graph: {function.__name__} cannot be recorded ({reason}); the same "
                 "command with train.compile=regions trains on"
             ) from error
-        self._recorded[function] = Recorded(replay, places, outputs)
+        return Recorded(replay, places, outputs)
+
+
+def _form(argument: Any) -> Hashable:
+    """Return what must be the same in a replay: of a tensor all but its values."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    return argument

@@ -15,7 +15,7 @@ GROUP = "group_step"  # of an optimizer that counts the steps of its groups, as 
 COUNTERS = ("step", "images_seen", "bad_images", "bad_steps", "bad_steps_in_a_row")
 
 
-@dataclass
+@dataclass(eq=False)
 class TrainState:
     """The state of a run: `step` counts steps, `images_seen` is the position in the stream."""
 

@@ -7,7 +7,6 @@ optimizers than RMSProp).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from irv2.training import exchange
 from irv2.training.distributed import World
 from irv2.training.flat import Flat
 from irv2.training.graph import Run, plainly
@@ -40,6 +40,12 @@ class StepOptions:
     freeze_bn: bool = False
     compiled: bool = False  # the update on a GPU, too, by torch.compile
     run: Run = plainly  # or a Recorder: see graph.py
+    reduce_dtype: str = "fp32"  # in which gradients travel between ranks
+
+    @property
+    def recorded(self) -> bool:
+        """True if forward, backward and update are recorded, and then replayed."""
+        return self.run is not plainly
 
 
 class Before(NamedTuple):
@@ -76,7 +82,7 @@ def forward_backward(
     """
     torch.manual_seed(dropout_seed(options.seed, state.step, world.rank, part))
     is_last = part == options.accumulation - 1
-    with _gradients_exchanged(network, is_last):
+    with exchange.in_backward(network, is_last):
         return options.run(_backward, state, network, images, labels, options)
 
 
@@ -96,6 +102,9 @@ def update(
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     world.average_([loss, *(s for s in before.statistics if s.is_floating_point())])
+    if options.recorded:
+        gradients = (group.gradient for group in state.flat.groups)
+        exchange.average_(gradients, world, options.reduce_dtype)
     # Gradients are averages over ranks, so one rank's bad number is seen by all of them.
     if state.flat is not None:
         norm, good = options.run(state.flat.update, loss, options.clip_norm, *rates(state))
@@ -235,10 +244,3 @@ def dropout_seed(seed: int, step: int, rank: int, part: int) -> int:
         mixed = (mixed ^ value) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
         mixed ^= mixed >> 32
     return mixed
-
-
-def _gradients_exchanged(network: nn.Module, exchange: bool) -> AbstractContextManager:
-    """Average gradients over ranks in this backward, or only add them up."""
-    if exchange or not isinstance(network, DistributedDataParallel):
-        return nullcontext()
-    return network.no_sync()

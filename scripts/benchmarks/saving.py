@@ -15,7 +15,7 @@ from irv2 import build, config_file
 from irv2.report import markdown
 from irv2.run import checkpoint, resume
 from irv2.run.saving import BackgroundSaver
-from irv2.training import distributed
+from irv2.training import distributed, exchange
 from irv2.training.step import RUNNING, StepOptions, begin, forward_backward, update
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ def measure(rounds: int) -> dict[str, Any]:
         BackgroundSaver(Path(directory), cfg.checkpoint.keep, 0, tqdm.write, RUNNING) as saver,
     ):
         state = build.new_state(cfg, 10, world.device)
-        network = distributed.parallel(state.model, bool(cfg.train.compile), world)
+        network = exchange.parallel(state.model, world, compiled=bool(cfg.train.compile))
         size = (cfg.train.global_batch, 3, cfg.data.image_size, cfg.data.image_size)
         batch = torch.rand(size, device=world.device), torch.arange(size[0]) % 10
         options = StepOptions(clip_norm=cfg.optim.clip_norm)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data.files import write_atomically
 from irv2 import build, config_file
-from irv2.training import distributed, step
+from irv2.training import distributed, exchange, step
 from irv2.training.distributed import World
 from irv2.training.loss import Loss
 from scripts.benchmarks.alternation import seconds
@@ -50,7 +50,7 @@ class RankTrainer:
         )
         self.world = world
         self.state = build.new_state(self.cfg, CLASSES, world.device)
-        self.network = distributed.parallel(self.state.model, False, world)
+        self.network = exchange.parallel(self.state.model, world)
         generator = torch.Generator().manual_seed(world.rank)
         x = torch.rand(batch, 3, size, size, generator=generator) * 2 - 1
         self.x = x.contiguous(memory_format=torch.channels_last)
@@ -136,8 +136,8 @@ def measure(case: dict[str, Any], rounds: int, world: World) -> dict[str, list[f
             note("half_batch_s", sum(alone.passes(case["batch"] // 2)))
             note("reduce_of_one_s", seconds(exchange_of_one.run))
         note("apart_s", together(lambda: both.passes()))
-        for name, exchange in exchanges.items():
-            note(name, together(exchange.run))
+        for name, each in exchanges.items():
+            note(name, together(each.run))
         note("message_s", together(lambda: send(message)) / MESSAGES)
     return {**times, "gradient_bytes": 4 * numbers}
 
