@@ -22,6 +22,7 @@ from data.workers import Workers
 from irv2.network import regions
 from irv2.network.accelerate import accelerate
 from irv2.network.model import inception_resnet_v2
+from irv2.network.pooling import FastMaxPool
 from irv2.run import checkpoint
 from irv2.run.saving import BackgroundSaver
 from irv2.training import distributed, exchange, graph, metrics, optim
@@ -162,6 +163,20 @@ def test_float32_gradients_are_as_near_to_float64_as_the_cpus() -> None:
     for name, expected in exact.items():
         own, theirs = ((g[name] - expected).norm() for g in (there, host))
         assert own <= 10 * theirs + 1e-5 * expected.norm() + 1e-7 * whole, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_maximum_is_the_plain_one(dtype: torch.dtype) -> None:
+    pool = FastMaxPool(3, stride=2)
+    x = torch.randn(4, 16, 35, 35, device=CUDA, dtype=dtype).to(memory_format=torch.channels_last)
+    plain, compiled = (x.clone().requires_grad_() for _ in range(2))
+    ways = ((plain, pool), (compiled, torch.compile(pool, dynamic=False)))
+    outputs = [way(each) for each, way in ways]
+    assert torch.equal(*outputs)
+    gradient = torch.randn_like(outputs[0])
+    for output in outputs:
+        output.backward(gradient)
+    assert torch.allclose(plain.grad, compiled.grad, rtol=2**-7, atol=1e-6)
 
 
 def recorded(state: TrainState, count: int, precision: str, run: Run) -> None:

@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 from irv2.network import regions
 from irv2.network.accelerate import accelerate, fold_batch_norm
 from irv2.network.model import InceptionResnetV2, inception_resnet_v2
+from irv2.network.pooling import Gathered
 
 TOLERANCE = 1e-5  # norm of the difference / norm of the reference
 BATCHES_BEFORE = 7  # the counter of every batch norm in the random state
@@ -639,6 +640,19 @@ def test_state_dict_has_timms_names_with_biases_and_loads_into_another_folded_ne
 # ---------------------------------------------------------------------- compiled
 
 
+@pytest.mark.parametrize("size", [(9, 9), (10, 12), (3, 3), (8, 7)], ids=str)
+def test_a_gathered_maximum_is_that_of_pytorch(size):
+    """To the bit, of equal numbers too, and of those that are not finite."""
+    x = images(2, 5, *size).mul(2).round()
+    x[0, 0, 0, 0], x[0, 1], x[1, 2, 1, 1] = float("nan"), -float("inf"), float("inf")
+    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+    found, expected = Gathered.apply(ours), F.max_pool2d(theirs, 3, 2)
+    assert torch.equal(found.nan_to_num(99), expected.nan_to_num(99))
+    gradient = torch.randn_like(expected)
+    found.backward(gradient), expected.backward(gradient)
+    assert torch.equal(ours.grad, theirs.grad)
+
+
 def test_a_function_that_fails_to_compile_runs_as_it_is(caplog):
     def backend(graph: nn.Module, inputs: list) -> Callable:
         raise RuntimeError("no registers left")
@@ -674,11 +688,13 @@ def test_repeats_of_a_block_share_one_graph(monkeypatch, tmp_path):
     for each in (model, eager):
         each(x).square().sum().backward()
     assert symbolic == []  # each graph is of one size
-    layers, kinds = 6, 7  # alone; mixed_5b, block35, mixed_6a, block17, mixed_7a, block8, the last
-    assert counters["stats"]["unique_graphs"] == layers + kinds
+    # Six layers and two maxima alone; mixed_5b, block35, mixed_6a, block17, mixed_7a, block8, the
+    # last of these.
+    kinds = 6 + 2 + 7
+    assert counters["stats"]["unique_graphs"] == kinds
     failed = said.pop(3)
     assert failed == "a part could not be compiled and runs uncompiled: no registers left"
-    expected = [f"compiling {n} of {layers + kinds} regions" for n in range(1, layers + kinds + 1)]
+    expected = [f"compiling {n} of {kinds} regions" for n in range(1, kinds + 1)]
     assert [line.partition(",")[0] for line in said] == expected
     assert list(model.state_dict()) == list(eager.state_dict())  # names are as before
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from irv2.network.accelerate import accelerate
 from irv2.network.blocks import Conv, ConvNormAct, NormOptions
 from irv2.network.model import inception_resnet_v2
+from irv2.network.pooling import FastMaxPool, Gathered
 from irv2.training import flat, optim
 from irv2.training.distributed import World
 from irv2.training.loss import Loss
@@ -74,6 +75,31 @@ def test_the_update_is_one_kernel_for_each_group_that_moves_each_number_once():
     (code,), (moved,) = generated.code, generated.moved
     assert code.count("@triton.jit") == 1
     assert 36 * count <= moved <= 36 * count + 64
+
+
+@pytest.mark.slow
+def test_a_maximum_is_one_kernel_each_way_that_moves_each_number_once():
+    """Inductor's own has three in backward and moves 6.4 times the input."""
+    generated = Generated()
+    torch._dynamo.reset()
+    pool = torch.compile(Gathered.apply, backend=generated, dynamic=False)
+    x = torch.randn(8, 64, 147, 147, dtype=torch.bfloat16)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    y = pool(x)
+    y.float().sum().backward()
+    assert [code.count("@triton.jit") for code in generated.code] == [1, 1]
+    once = x.nbytes + y.nbytes + y.numel()  # with the place of each maximum, a byte
+    assert generated.moved == [once, once]
+
+
+def test_a_maximum_is_compiled_its_own_way_where_a_gpu_trains(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with FakeTensorMode():
+        for device in (CUDA, torch.device("cpu")):
+            x = torch.empty(1, 4, 9, 9, device=device, requires_grad=True)
+            own, other = (FastMaxPool(3, stride=2, padding=p)(x).grad_fn.name() for p in (0, 1))
+            assert ("Gathered" in own) == (device == CUDA)
+            assert "Gathered" not in other
 
 
 @pytest.mark.slow

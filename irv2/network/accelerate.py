@@ -4,8 +4,9 @@
     fast = fold_batch_norm(model)                 # for inference alone
     plain(model)                                  # an ordinary module again
 
-Parallel 1x1 convolutions become one (merged.py), ReLUs work in place, and on CPUs operations are
-fused (cpu/). Weights stay the same, and so do the names and the order of state dicts.
+Parallel 1x1 convolutions become one (merged.py), ReLUs work in place, on CPUs operations are fused
+(cpu/), and compiled for a GPU maxima have kernels of their own (pooling.py). Weights stay the same,
+and so do the names and the order of state dicts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from irv2.network.blocks import Block, ConvNormAct
 from irv2.network.merged import MergedBlock, merge, split
+from irv2.network.pooling import FastMaxPool
 
 try:  # the one place that knows of the folder cpu/, which may be missing
     from irv2.network.cpu import update as loops
@@ -26,7 +28,8 @@ except ImportError as error:
         raise
     loops, FUSED = None, {}
 
-PLAIN = {fused: plain for plain, fused in FUSED.items()}
+FAST = {nn.MaxPool2d: FastMaxPool, **FUSED}
+PLAIN = {fast: plain for plain, fast in FAST.items()}
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -40,7 +43,7 @@ def accelerate(model: nn.Module) -> nn.Module:
             merge(module)
     _set_in_place(model, True)
     for module in model.modules():
-        module.__class__ = FUSED.get(type(module), type(module))
+        module.__class__ = FAST.get(type(module), type(module))
     return model
 
 

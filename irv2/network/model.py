@@ -26,6 +26,7 @@ from irv2.network.blocks import (
     NormOptions,
     Stack,
 )
+from irv2.network.pooling import FastMaxPool
 from irv2.network.regions import compile_each
 
 FIRST_CHANNELS, NUM_FEATURES = 32, 1536  # of the first layer and the last map, at width 1
@@ -202,7 +203,7 @@ class InceptionResnetV2(nn.Module):
             region
             for child in self.children()
             for region in (child if isinstance(child, nn.Sequential) else [child])
-            if isinstance(region, Block | ConvNormAct | AuxHead)
+            if isinstance(region, Block | ConvNormAct | AuxHead | FastMaxPool)
         ]
         compile_each(regions, say, backend)
 

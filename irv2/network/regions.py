@@ -30,7 +30,8 @@ def compile_each(
     user_cache.give_inductor_its_own(torch.__version__)
     # Seven kinds of blocks and as many of layers, in training and in evaluation.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    kinds = len(set(map(repr, regions)))
+    # Equal blocks see maps of one size; a layer without parts, such as a maximum, of its own.
+    kinds = len({repr(region) if list(region.children()) else id(region) for region in regions})
     compiler = _Compiler(backend, kinds, say or logging.getLogger(__name__).info)
     for region in regions:
         region.compile(backend=compiler, dynamic=False)  # else a second size is symbolic
