@@ -13,8 +13,9 @@ from contextlib import suppress
 from fractions import Fraction
 
 import numpy as np
+import torch
 
-from data import class_lists, levels, loader, sources, stream, subset, transforms
+from data import class_lists, levels, loader, sources, stream, subset, transforms, user_cache
 from data.augment import Augment, Mix
 from data.base import Source
 from data.errors import DataError, ImageError
@@ -192,6 +193,8 @@ def evaluation_batches(
 
 
 def _to_input(data: Data, compiled: bool, world: World) -> ToInput:
+    if compiled:
+        user_cache.give_inductor_its_own(torch.__version__)
     return ToInput(data.mean, data.std, world.device, regions.compiled if compiled else None)
 
 

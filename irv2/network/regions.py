@@ -12,8 +12,6 @@ import torch
 import torch._functorch.config as autograd_config
 from torch import nn
 
-from data import user_cache
-
 PACE_S = 5.0  # between two lines of progress
 BACKWARD = "force_non_lazy_backward_lowering"  # compile backward with forward; not in all versions
 
@@ -27,7 +25,6 @@ def compile_each(
 
     Equal parts share one result. say: takes a line of progress now and then.
     """
-    user_cache.give_inductor_its_own(torch.__version__)
     # Seven kinds of blocks and as many of layers, in training and in evaluation.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     # Equal blocks see maps of one size; a layer without parts, such as a maximum, of its own.
@@ -41,7 +38,6 @@ def compiled(
     function: Callable[..., Any], backend: str | Callable[..., Callable] = "inductor"
 ) -> Callable[..., Any]:
     """torch.compile a small function at its calls, each for the sizes that it meets."""
-    user_cache.give_inductor_its_own(torch.__version__)
     compiler = _Compiler(backend, 0, logging.getLogger(__name__).warning)
     return torch.compile(function, backend=compiler, dynamic=False)
 

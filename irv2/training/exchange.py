@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from data import user_cache
 from irv2.training.distributed import World
 
 
@@ -33,6 +34,7 @@ def parallel(
     are accumulated and applied in the parameters' type. recorded: `average_` is called instead.
     """
     if compiled:
+        user_cache.give_inductor_its_own(torch.__version__)
         model.compile_regions(world.say)
     if world.size == 1 or recorded:
         return model
