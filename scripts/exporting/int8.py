@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data import sources
 from data.workers import TIMEOUT_S, Workers
-from irv2 import evaluation, formats, input_pipeline, scoring
+from irv2 import cli, evaluation, formats, input_pipeline, scoring
 from irv2.engines import int8
 from irv2.engines.graph import onnx_graph
 from irv2.evaluation import Evaluation, LabelFiles
@@ -51,7 +51,8 @@ def quantized(
     graph = onnx_graph(network.model.eval(), network.data.image_size)
     content, run = make(graph, calibration(network, arguments.calibrate))
     row("calibrated", f"on images of {arguments.calibrate}")
-    before, after = (evaluated(model, validation) for model in (network.model, run))
+    before = evaluated(network.model, validation, "before")
+    after = evaluated(run, validation, "int8")
     loss = before.top1 - after.top1
     row("before", in_words(before, validation))
     row("int8", f"{in_words(after, validation)}; {loss:+.2f} points lost, "
@@ -84,11 +85,13 @@ def calibration(network: Trained, location: str) -> Iterator[Tensor]:
         yield batch.images
 
 
-def evaluated(run: nn.Module, validation: Evaluation) -> Predictions:
+def evaluated(run: nn.Module, validation: Evaluation, title: str) -> Predictions:
+    """Evaluate a network on one process, with a bar on a terminal."""
     batches = validation.batches(64, Workers(None, TIMEOUT_S), ALONE)
-    return scoring.collect(
-        scoring.scored(run, batches, validation.options("fp32", 64, ALONE)), ALONE
-    )
+    with cli.progress(title, validation.share(ALONE), ALONE) as shown:
+        return scoring.collect(
+            scoring.scored(run, batches, validation.options("fp32", 64, ALONE)), ALONE, shown
+        )
 
 
 def in_words(predictions: Predictions, validation: Evaluation) -> str:
