@@ -25,7 +25,7 @@ from irv2.run import directory, resume, trackers
 from irv2.run.resume import Experiment
 from irv2.run.run import Run
 from irv2.run.stopping import StopRequest
-from irv2.training import distributed, exchange, finetune, step
+from irv2.training import distributed, finetune, prepare, step
 from irv2.training.distributed import World
 from irv2.training.state import TrainState
 from irv2.training.step import StepOptions
@@ -49,15 +49,10 @@ def train(cfg: Config, resume_from: str, world: World, stop: StopRequest) -> int
     experiment = build.experiment(cfg, division, train_data)
     with open_run(cfg, experiment, state, schedule.total_steps, resume_from, world) as run:
         run.announce(state.model, division, train_data, val_data)
-        network = exchange.parallel(
-            state.model,
-            world,
-            compiled=options.compiled,
-            reduce_dtype=options.reduce_dtype,
-            recorded=options.recorded,
+        network = prepare.network(
+            state, division.micro_batch, cfg.data.largest_size, options, world
         )
         run.pace.ceiling = build.pace_ceiling(cfg, len(classes), world)
-        step.settle(state, network, division.micro_batch, cfg.data.largest_size, options)
         batches = input_pipeline.training_batches(
             cfg, train_data, order, state.images_seen, division.micro_batch, world
         )

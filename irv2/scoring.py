@@ -60,17 +60,22 @@ def scored(
     for classes that do not compete; NaN, which is counted wrong, where a logit is not finite.
     """
     model.eval()
+    # What is recorded shares a generator with training, whose tensors must stay ordinary ones.
+    mode = torch.inference_mode if options.run is plainly else torch.no_grad
+    full = None  # size of a batch; the last is smaller, and comes too seldom to be recorded
     for batch, answers in batches:
-        with torch.inference_mode():
-            scores = _scores(model, batch.images, len(batch.keys), options)
+        full = full or batch.images.shape
+        run = options.run if batch.images.shape == full else plainly
+        with mode():
+            scores = _scores(model, batch.images, len(batch.keys), options, run)
             if options.competing is not None:
                 scores = scores.masked_fill(~options.competing, -float("inf"))
         yield Scored(scores, answers, [index for _, index in batch.keys], batch.sizes)
 
 
-def _scores(model: nn.Module, views: Tensor, images: int, options: EvalOptions) -> Tensor:
+def _scores(model: nn.Module, views: Tensor, images: int, options: EvalOptions, run: Run) -> Tensor:
     """Return one row of scores per image, NaN where a logit is not finite."""
-    logits = options.run(_logits, model, views, options)
+    logits = run(_logits, model, views, options)
     each = torch.cat([part.view(images, -1, part.shape[1]) for part in logits], 1).float()
     is_sound = each.isfinite().all(2, keepdim=True).all(1, keepdim=True)
     each = each.where(is_sound, float("nan"))
@@ -81,7 +86,9 @@ def _scores(model: nn.Module, views: Tensor, images: int, options: EvalOptions) 
 def _logits(model: nn.Module, views: Tensor, options: EvalOptions) -> tuple[Tensor, ...]:
     """Return logits [N, C] of views [N, 3, H, W], and of their mirror images if these count."""
     dtype = PRECISIONS[options.precision]
-    with torch.autocast(views.device.type, dtype, enabled=dtype is not None):
+    # Weights are cast once for all parts; but a cast that was kept would outlive a graph's memory.
+    keeps = options.run is plainly
+    with torch.autocast(views.device.type, dtype, enabled=dtype is not None, cache_enabled=keeps):
         parts = views.split(options.at_once or len(views))
         straight = torch.cat([model(part) for part in parts])
         if not options.mirrored:

@@ -12,7 +12,7 @@ import small_meta
 import torch
 import torch.distributed as dist
 from same_run import checkpoint_of, differing
-from small_network import everything
+from small_network import evaluate, everything, numbered
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,7 +25,8 @@ from irv2.network.model import inception_resnet_v2
 from irv2.network.pooling import FastMaxPool
 from irv2.run import checkpoint
 from irv2.run.saving import BackgroundSaver
-from irv2.training import distributed, exchange, graph, metrics, optim
+from irv2.scoring import EvalOptions
+from irv2.training import distributed, exchange, graph, metrics, optim, prepare
 from irv2.training.distributed import World
 from irv2.training.graph import Run
 from irv2.training.state import TrainState, running_average
@@ -216,6 +217,38 @@ def test_recorded_steps_equal_plain_ones_to_the_bit(precision: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("begins", [False, True], ids=["after steps", "before the first step"])
+def test_recorded_evaluations_beside_training_equal_plain_ones(begins: bool) -> None:
+    """Raw and averaged weights, in turn with recorded steps, the last batch a smaller one."""
+
+    def results(record: bool) -> list:
+        run = graph.Recorder(graph.CudaGraphs()) if record else graph.plainly
+        state, world = state_on(CUDA, drop_rate=0.2), World(0, 1, CUDA)
+        options = StepOptions(clip_norm=2.0, precision="bf16", run=run)
+        network = prepare.network(state, 8, 75, options, world)
+        generator = torch.Generator(CUDA).manual_seed(1)
+        x = torch.randn(8 * (graph.WARM_UP + 2) + 3, 3, 75, 75, device=CUDA, generator=generator)
+        x, labels = x.to(memory_format=torch.channels_last), torch.arange(len(x), device=CUDA) % 3
+        found = []
+        for turn in range(3):
+            if turn > 0 or not begins:
+                for number in range(graph.WARM_UP + 2):
+                    images, answers = batch(CUDA)
+                    one = iter([(images.roll(number, 0), answers)])
+                    train_step(state, network, one, 0.01, options, world)
+            for model in (state.ema.module, state.model):
+                batches = numbered(zip(x.split(8), labels.split(8)))
+                scores = evaluate(model, batches, world, EvalOptions("bf16", run=run))
+                found += [scores.top.tolist(), scores.loss.tolist()]
+        return found
+
+    distributed.set_up(CUDA, deterministic=True)
+    try:
+        assert results(record=True) == results(record=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_group_of_one_rank_accumulates_as_no_group_does(tmp_path: Path) -> None:
     """NCCL, DistributedDataParallel and no_sync: the same weights as without them."""
     distributed.set_up(CUDA, deterministic=True)
@@ -225,7 +258,7 @@ def test_a_group_of_one_rank_accumulates_as_no_group_does(tmp_path: Path) -> Non
         ends = []
         for wrapped in (False, True):
             state, world = state_on(CUDA), World(0, 1, CUDA)
-            network = exchange.parallel(state.model, world)
+            network = exchange.wrapped(state.model, world)
             if wrapped:
                 network = DistributedDataParallel(state.model, gradient_as_bucket_view=True)
             options = StepOptions(accumulation=2, clip_norm=2.0)
@@ -242,12 +275,18 @@ def test_a_group_of_one_rank_accumulates_as_no_group_does(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_ranks_on_two_gpus_train(tmp_path: Path) -> None:
-    config = programs.write_project(tmp_path)
-    overrides = ("run.device=cuda", "train.compile=graph", f"train.max_steps={graph.WARM_UP + 3}")
-    trained = programs.run("train.py", "--config", config, *overrides, ranks=2)
-    assert trained.returncode == 0, trained.stderr
-    assert "train.compile=graph" not in trained.stdout  # it was recorded
+def test_two_ranks_on_two_gpus_train_alike_recorded_or_not(tmp_path: Path) -> None:
+    """To the bit: a sum of two has one order."""
+    config, steps = programs.write_project(tmp_path), graph.WARM_UP + 3
+    ends = []
+    for mode in ("graph", "regions"):
+        overrides = (f"run.dir={tmp_path / mode}", f"train.compile={mode}")
+        overrides += ("run.device=cuda", "run.deterministic=true", f"train.max_steps={steps}")
+        trained = programs.run("train.py", "--config", config, *overrides, ranks=2)
+        assert trained.returncode == 0, trained.stderr
+        assert "train.compile=graph" not in trained.stdout  # it was recorded
+        ends.append(checkpoint_of(tmp_path / mode, steps).parts)
+    assert differing(*ends) == []
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -87,7 +87,7 @@ def test_a_resumed_run_that_records_anew_equals_an_unbroken_one():
 
 
 def test_images_of_another_size_are_recorded_anew():
-    """As `data.train_sizes` has them; what was recorded for the first size stays."""
+    """And what was recorded for the first size stays."""
     torch.manual_seed(0)
     plain, replayed = (flat_state(pooling_network()) for _ in range(2))
     record = recorder(replayed)
@@ -113,12 +113,12 @@ def pooling_network() -> nn.Module:
 
 
 def test_a_recorded_evaluation_equals_a_plain_one():
-    """With two networks, as in training, and a last batch that is smaller."""
+    """With two networks, as in training; the last batch, which is smaller, is not recorded."""
     networks = [randomised(small_network()) for _ in range(2)]
     with torch.no_grad():
         networks[1][0].weight.neg_()
     record, (x, labels) = Recorder(Tapes(list)), images(2 * (WARM_UP + 2) + 1)
-    for network in networks:
+    for network in 4 * networks:
         recorded, plain = (
             evaluate(network, numbered(pieces((x, labels), 2)), options=EvalOptions(run=run))
             for run in (record, graph.plainly)
@@ -158,7 +158,7 @@ def test_what_cannot_be_recorded_ends_the_run_with_what_to_do(when):
     state.model[0].register_forward_hook(ask)
     options = StepOptions(run=recorder(state))
     steps(state, WARM_UP, options)
-    with pytest.raises(GraphError, match=r"_backward cannot be recorded .*train\.compile=regions"):
+    with pytest.raises(GraphError, match=r"backward cannot be recorded .*train\.compile=regions"):
         steps(state, 1, options)
 
 

@@ -15,11 +15,11 @@ from irv2.network.accelerate import accelerate
 from irv2.network.blocks import Conv, ConvNormAct, NormOptions
 from irv2.network.model import inception_resnet_v2
 from irv2.network.pooling import FastMaxPool, Gathered
-from irv2.training import flat, optim
+from irv2.training import flat, optim, prepare
 from irv2.training.distributed import World
 from irv2.training.loss import Loss
 from irv2.training.state import TrainState, running_average
-from irv2.training.step import StepOptions, lay_out, train_step
+from irv2.training.step import StepOptions, train_step
 
 NO_KERNEL = {"prim::device", "aten::empty_like", "aten::detach", "aten::as_strided"}
 
@@ -51,7 +51,8 @@ def test_a_step_on_a_gpu_asks_it_for_no_number(monkeypatch, precision):
         labels = torch.zeros(2, dtype=torch.int64, device=CUDA)
         loss = Loss(class_weights=torch.ones(5, device=CUDA))
         options = StepOptions(loss, clip_norm=2.0, precision=precision)
-        lay_out(state, options)
+        prepare.network(state, 2, 75, options, World(0, 1, CUDA))
+        assert state.flat is not None  # before an evaluation that may be recorded
         for name in ("is_available", "is_bf16_supported"):  # autocast asks
             monkeypatch.setattr(torch.cuda, name, lambda *_: True)
         with StaysThere() as operations:
@@ -90,6 +91,8 @@ def test_a_maximum_is_one_kernel_each_way_that_moves_each_number_once():
     assert [code.count("@triton.jit") for code in generated.code] == [1, 1]
     once = x.nbytes + y.nbytes + y.numel()  # with the place of each maximum, a byte
     assert generated.moved == [once, once]
+    as_it_lies = "(8, 147, 147, 64), (1382976, 9408, 64, 1)"
+    assert f"empty_strided_cuda({as_it_lies}, torch.bfloat16)" in generated.code[1]
 
 
 def test_a_maximum_is_compiled_its_own_way_where_a_gpu_trains(monkeypatch):

@@ -36,10 +36,10 @@ from torch import Tensor
 from irv2.network.accelerate import accelerate
 from irv2.network.model import inception_resnet_v2
 from irv2.run import directory
-from irv2.training import distributed, exchange, graph
+from irv2.training import distributed, exchange, graph, prepare
 from irv2.training.distributed import Place, World, WorldError
 from irv2.training.state import TrainState
-from irv2.training.step import StepOptions, settle, train_mode, train_step
+from irv2.training.step import StepOptions, train_mode, train_step
 
 pytestmark = pytest.mark.slow
 
@@ -99,7 +99,7 @@ def two_ranks(world: World, folder: Path) -> dict:
 def long_run(world: World, reduce_dtype: str, recorded: bool) -> dict[str, dict[str, Tensor]]:
     """A GPU's step on the CPU, recorded and replayed or as DistributedDataParallel has it."""
     state = lay_out(new_state(small_network(drop_rate=0.5)))
-    network = exchange.parallel(state.model, world, reduce_dtype=reduce_dtype, recorded=recorded)
+    network = state.model if recorded else exchange.wrapped(state.model, world, reduce_dtype)
     run = recorder(state) if recorded else graph.plainly
     options = StepOptions(accumulation=2, clip_norm=0.5, seed=1, run=run, reduce_dtype=reduce_dtype)
     for number in range(graph.WARM_UP + 2):
@@ -111,7 +111,7 @@ def long_run(world: World, reduce_dtype: str, recorded: bool) -> dict[str, dict[
 def three_steps(world: World, freeze_bn: bool, micro_batch: int) -> dict:
     """Three steps of 8 images over all ranks, each rank its slice of them."""
     state = new_state(small_network())
-    network = exchange.parallel(state.model, world)
+    network = exchange.wrapped(state.model, world)
     share = 8 // world.size
     options = StepOptions(
         accumulation=share // micro_batch, clip_norm=0.5, freeze_bn=freeze_bn, seed=1
@@ -141,7 +141,7 @@ def gradients(world: World, reduce_dtype: str) -> dict[str, Tensor]:
     """Gradient that a rank applies: of its two images, averaged with the other's."""
     torch.manual_seed(0)
     state = new_state(accelerate(inception_resnet_v2(10, blocks=(1, 1, 1), width=0.25)))
-    network = exchange.parallel(state.model, world, reduce_dtype=reduce_dtype)
+    network = exchange.wrapped(state.model, world, reduce_dtype)
     generator = torch.Generator().manual_seed(world.rank)
     x = torch.rand(SIZE, generator=generator) * 2 - 1
     labels = torch.randint(10, SIZE[:1], generator=generator)
@@ -306,10 +306,10 @@ def is_continued(world: World, settled: bool, reduce_dtype: str) -> bool:
 def started(world: World, settled: bool, reduce_dtype: str) -> tuple[TrainState, torch.nn.Module]:
     torch.manual_seed(0)
     state = new_state(accelerate(inception_resnet_v2(10, blocks=(1, 1, 1), width=0.25)))
-    network = exchange.parallel(state.model, world, reduce_dtype=reduce_dtype)
+    network = exchange.wrapped(state.model, world, reduce_dtype)
     if settled:
         before = copied(state.model.state_dict())
-        settle(state, network, SIZE[0], SIZE[2], StepOptions())
+        prepare.settle(state, network, SIZE[0], SIZE[2], StepOptions())
         after = state.model.state_dict()
         assert all(torch.equal(after[name], value) for name, value in before.items())
         assert all(p.grad is None for p in state.model.parameters())

@@ -24,7 +24,7 @@ from irv2 import build, config_file, evaluation, input_pipeline
 from irv2.network import weights
 from irv2.network.model import inception_resnet_v2
 from irv2.run import checkpoint, directory, resume
-from irv2.training import distributed, exchange, step
+from irv2.training import distributed, exchange, prepare, step
 from irv2.training.distributed import World
 
 pytestmark = pytest.mark.slow
@@ -266,12 +266,11 @@ def test_ranks_exchange_as_the_config_says_in_a_settled_order(tmp_path, monkeypa
     monkeypatch.setattr(World, "average_", lambda *_: done.append("step"))
     monkeypatch.setattr(distributed, "start", lambda *_: nullcontext(two))
     monkeypatch.setattr(directory, "check_shared", lambda *_: None)
-    monkeypatch.setattr(exchange, "parallel", lambda model, _, **how: done.append(how) or model)
-    monkeypatch.setattr(step, "settle", lambda *_: done.append("settled"))
+    monkeypatch.setattr(exchange, "wrapped", lambda model, *how: done.append(how[1:]) or model)
+    monkeypatch.setattr(prepare, "settle", lambda *_: done.append("settled"))
     overrides = ("train.reduce_dtype=bf16", "train.max_steps=1")
     assert call(train, "--config", programs.write_project(tmp_path), *overrides).status == 0
-    assert done[1:] == ["settled", "step"]
-    assert done[0] == {"compiled": False, "reduce_dtype": "bf16", "recorded": False}
+    assert done == [("bf16",), "settled", "step"]
 
 
 def test_the_loop_takes_the_steps_that_train_step_takes(tmp_path) -> None:

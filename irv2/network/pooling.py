@@ -51,6 +51,8 @@ class Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
         (place,) = ctx.saved_tensors
+        # Channels last, as they lie in memory: indexing would else leave them in another order.
+        place, last = place.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
         vertical, horizontal = (
             _windows(side, count, gradient.device)
             for side, count in zip(ctx.sides, gradient.shape[2:])
@@ -58,11 +60,12 @@ class Gathered(torch.autograd.Function):
         total = None
         for row, above, has_row in vertical:
             for column, before, has_column in horizontal:
-                own = (above * KERNEL).unsqueeze(1) + before
-                is_own = (place[:, :, row][..., column] == own) & has_row.unsqueeze(1) & has_column
-                part = torch.where(is_own, gradient[:, :, row][..., column].float(), 0.0)
+                own = ((above * KERNEL).unsqueeze(1) + before).unsqueeze(2)
+                exists = has_row.view(-1, 1, 1) & has_column.view(-1, 1)
+                is_own = (place[:, row][:, :, column] == own) & exists
+                part = torch.where(is_own, last[:, row][:, :, column].float(), 0.0)
                 total = part if total is None else total + part
-        return total.to(gradient.dtype)
+        return total.to(gradient.dtype).permute(0, 3, 1, 2)
 
 
 def _windows(side: int, count: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:

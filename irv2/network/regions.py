@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,12 +35,13 @@ def compile_each(
         region.compile(backend=compiler, dynamic=False)  # else a second size is symbolic
 
 
+@cache
 def compiled(
     function: Callable[..., Any], backend: str | Callable[..., Callable] = "inductor"
 ) -> Callable[..., Any]:
-    """torch.compile a small function at its calls, each for the sizes that it meets."""
+    """torch.compile a small function, once; from its second size on for any."""
     compiler = _Compiler(backend, 0, logging.getLogger(__name__).warning)
-    return torch.compile(function, backend=compiler, dynamic=False)
+    return torch.compile(function, backend=compiler)
 
 
 class _Compiler:

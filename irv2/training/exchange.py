@@ -16,27 +16,16 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from data import user_cache
 from irv2.training.distributed import World
 
 
-def parallel(
-    model: nn.Module,
-    world: World,
-    *,
-    compiled: bool = False,
-    reduce_dtype: str = "fp32",
-    recorded: bool = False,
-) -> nn.Module:
-    """Prepare the model for training: compiled on request, its gradients averaged over ranks.
+def wrapped(model: nn.Module, world: World, reduce_dtype: str = "fp32") -> nn.Module:
+    """Wrap the model, so that its gradients are averaged over ranks while backward runs.
 
     With `reduce_dtype` "bf16" gradients travel rounded to bfloat16, which halves the traffic; they
-    are accumulated and applied in the parameters' type. recorded: `average_` is called instead.
+    are accumulated and applied in the parameters' type.
     """
-    if compiled:
-        user_cache.give_inductor_its_own(torch.__version__)
-        model.compile_regions(world.say)
-    if world.size == 1 or recorded:
+    if world.size == 1:
         return model
     # Running statistics are averaged by the step itself, so none are broadcast. The option has a
     # new name in newer releases of PyTorch.
@@ -56,7 +45,7 @@ def in_backward(network: nn.Module, is_last: bool) -> AbstractContextManager:
 
 
 def average_(gradients: Iterable[Tensor], world: World, reduce_dtype: str = "fp32") -> None:
-    """Replace buffers of gradients by their means over all ranks; see `parallel`.
+    """Replace buffers of gradients by their means over all ranks; see `wrapped`.
 
     Divides before it adds up, as DistributedDataParallel does.
     """

@@ -61,7 +61,11 @@ def mode_here(asked: Mode, precision: str, world: World, kind: str) -> Mode:
 
 
 class Graphs(Protocol):
-    """A device that can record work; what it records replays in the order in which it was made."""
+    """A device that can record work.
+
+    All that is recorded shares one memory. That is safe in any order of replays, one at a time: no
+    graph reads what another has left there, and outputs are copied before the next replay.
+    """
 
     def run(self, work: Callable[[], Outputs]) -> Outputs:
         """Do the work as it will be recorded, but at once."""
@@ -115,6 +119,7 @@ class Recorder:
     """Calls functions, plainly at first; then records each once, and replays it from then on.
 
     Anew for other shapes of a function's tensors, and for other values of its remaining arguments.
+    Tensors that a function finds elsewhere, as a model's, stay where they are.
     """
 
     def __init__(self, graphs: Graphs) -> None:
@@ -136,6 +141,8 @@ class Recorder:
         places = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
         try:
             replay, outputs = self._graphs.record(partial(function, *places))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             # The device, its memory and its generators are in an unknown state from here on.
@@ -147,7 +154,7 @@ class Recorder:
 
 
 def _form(argument: Any) -> Hashable:
-    """Return what must be the same in a replay: of a tensor all but its values."""
+    """Return what must be the same in a replay: of a tensor its form."""
     if isinstance(argument, Tensor):
         return argument.shape, argument.stride(), argument.dtype, argument.device
     return argument

@@ -83,7 +83,7 @@ def forward_backward(
     torch.manual_seed(dropout_seed(options.seed, state.step, world.rank, part))
     is_last = part == options.accumulation - 1
     with exchange.in_backward(network, is_last):
-        return options.run(_backward, state, network, images, labels, options)
+        return options.run(backward, state, network, images, labels, options)
 
 
 def update(
@@ -161,7 +161,7 @@ def train_step(
     return loss, update(state, loss, before, lr, options, world)
 
 
-def _backward(
+def backward(
     state: TrainState, network: nn.Module, images: Tensor, labels: Tensor, options: StepOptions
 ) -> Tensor:
     dtype = PRECISIONS[options.precision]
@@ -186,30 +186,6 @@ def lay_out(state: TrainState, options: StepOptions) -> None:
         state.flat = Flat(
             state.model, state.ema.module, state.optimizer, statistics, options.compiled
         )
-
-
-def settle(
-    state: TrainState, network: nn.Module, micro_batch: int, image_size: int, options: StepOptions
-) -> None:
-    """Have DistributedDataParallel lay out its buffers of gradients before the first step.
-
-    It does so after its first backward, and from then on ranks add up in another order; a resumed
-    run would differ from an unbroken one in its first step. Changes nothing in `state`.
-    """
-    if not isinstance(network, DistributedDataParallel):
-        return
-    train_mode(state.model, options.freeze_bn)
-    lay_out(state, options)
-    before = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
-    device = next(state.model.parameters()).device
-    images = torch.zeros(micro_batch, 3, image_size, image_size, device=device)
-    labels = torch.zeros(micro_batch, dtype=torch.int64, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    _backward(state, network, images, labels, options)
-    state.optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for buffer, value in before:
-            buffer.copy_(value)
 
 
 def train_mode(model: nn.Module, freeze_bn: bool) -> None:

@@ -18,7 +18,7 @@ from data import sources
 from irv2 import build, config_file, input_pipeline
 from irv2.config import Config
 from irv2.report import markdown
-from irv2.training import distributed, exchange, step
+from irv2.training import distributed, prepare, step
 from irv2.training.distributed import World
 from irv2.training.state import TrainState
 from irv2.training.step import StepOptions
@@ -51,9 +51,7 @@ def compare(cfg: Config, rounds: int) -> dict[str, Any]:
             pairs = ((batch.images, batch.labels) for batch in batches)
             state = build.new_state(cfg, len(source.classes), world.device)
             options = build.step_options(cfg, 1, source, world)
-            network = exchange.parallel(
-                state.model, world, compiled=options.compiled, recorded=options.recorded
-            )
+            network = prepare.network(state, size, cfg.data.image_size, options, world)
 
             def way(pairs: Iterator) -> Way:
                 return rate(

@@ -17,7 +17,7 @@ from data.errors import UserError
 from irv2.network.accelerate import accelerate, fold_batch_norm
 from irv2.network.model import inception_resnet_v2
 from irv2.report import markdown
-from irv2.training import distributed, exchange, graph, optim
+from irv2.training import distributed, graph, optim, prepare
 from irv2.training.loss import Loss
 from irv2.training.state import TrainState, running_average
 from irv2.training.step import PRECISIONS, StepOptions, train_step
@@ -95,11 +95,11 @@ def our_trainer(model: nn.Module, case: Setting, mode: graph.Mode = False) -> Tr
     """Make steps as train.py does with this `train.compile`."""
     world = distributed.World(0, 1, case.device)
     compiled, run = graph.chosen(mode, case.precision, world)
-    model = exchange.parallel(model, world, compiled=compiled)
     state = our_state(model, case.device, case.precision)
     options = StepOptions(
         Loss(SMOOTHING), clip_norm=CLIP, precision=case.precision, compiled=compiled, run=run
     )
+    model = prepare.network(state, case.batch, case.image_size, options, world)
     batch = case.images(), case.labels()
 
     def step() -> Tensor:

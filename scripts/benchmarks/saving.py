@@ -15,7 +15,7 @@ from irv2 import build, config_file
 from irv2.report import markdown
 from irv2.run import checkpoint, resume
 from irv2.run.saving import BackgroundSaver
-from irv2.training import distributed, exchange
+from irv2.training import distributed, prepare
 from irv2.training.step import RUNNING, StepOptions, begin, forward_backward, update
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,10 +38,10 @@ def measure(rounds: int) -> dict[str, Any]:
         BackgroundSaver(Path(directory), cfg.checkpoint.keep, 0, tqdm.write, RUNNING) as saver,
     ):
         state = build.new_state(cfg, 10, world.device)
-        network = exchange.parallel(state.model, world, compiled=bool(cfg.train.compile))
-        size = (cfg.train.global_batch, 3, cfg.data.image_size, cfg.data.image_size)
-        batch = torch.rand(size, device=world.device), torch.arange(size[0]) % 10
+        images, side = cfg.train.global_batch, cfg.data.image_size
+        batch = torch.rand((images, 3, side, side), device=world.device), torch.arange(images) % 10
         options = StepOptions(clip_norm=cfg.optim.clip_norm)
+        network = prepare.network(state, images, side, options, world)
 
         def window(saving: bool) -> float:
             started, stalled_before = time.perf_counter(), saver.stalled_s

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data.files import write_atomically
 from irv2 import build, config_file
-from irv2.training import distributed, exchange, step
+from irv2.training import distributed, exchange, prepare, step
 from irv2.training.distributed import World
 from irv2.training.loss import Loss
 from scripts.benchmarks.alternation import seconds
@@ -50,13 +50,13 @@ class RankTrainer:
         )
         self.world = world
         self.state = build.new_state(self.cfg, CLASSES, world.device)
-        self.network = exchange.parallel(self.state.model, world)
+        self.network = exchange.wrapped(self.state.model, world)
         generator = torch.Generator().manual_seed(world.rank)
         x = torch.rand(batch, 3, size, size, generator=generator) * 2 - 1
         self.x = x.contiguous(memory_format=torch.channels_last)
         self.labels = torch.arange(batch) % CLASSES
         self.options = step.StepOptions(clip_norm=self.cfg.optim.clip_norm)
-        step.settle(self.state, self.network, batch, size, self.options)
+        prepare.settle(self.state, self.network, batch, size, self.options)
 
     def step(self) -> None:
         batches = cycle([(self.x, self.labels)])

@@ -10,7 +10,7 @@ import torch
 from data.base import Source
 from irv2 import build, input_pipeline
 from irv2.config import Config
-from irv2.training import exchange, step
+from irv2.training import prepare, step
 from irv2.training.distributed import World
 
 PREFETCHED = 2  # batches of each worker that wait to be fetched, torch's prefetch_factor
@@ -65,10 +65,8 @@ def model_rate(
     is_cpu, num_classes = world.device.type == "cpu", len(source.classes)
     state = build.new_state(cfg, num_classes, world.device)
     options = build.step_options(cfg, 1, source, world)
-    network = exchange.parallel(
-        state.model, world, compiled=options.compiled, recorded=options.recorded
-    )
     size, side = micro_batch, cfg.data.largest_size
+    network = prepare.network(state, size, side, options, world)
     if is_cpu:  # at least two: batch norm needs more than one value per channel
         size = max(2, min(micro_batch, CPU_PIXELS // side**2))
     images = torch.rand((size, 3, side, side), device=world.device)
