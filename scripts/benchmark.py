@@ -8,7 +8,7 @@
   python scripts/benchmark.py optimizer           clipping, RMSProp and average, beside timm's
   python scripts/benchmark.py start               from starting train.py to its first step
   python scripts/benchmark.py data                getting images in, beside timm's transforms
-  python scripts/benchmark.py data --peers        the same beside OpenCV and DALI
+  python scripts/benchmark.py data --peers        the same beside OpenCV, DALI and SPDL
                                                   (requirements-benchmark.txt)
   python scripts/benchmark.py data --end-to-end   training from JPEGs, beside training from memory;
                                                   wants a GPU
