@@ -78,6 +78,7 @@ def properties() -> Iterator[None]:
         (CudaInterface, "get_compute_capability", staticmethod(lambda _=None: 90)),
         (CudaInterface, "is_available", staticmethod(lambda: True)),
         (scheduler, "has_triton", lambda: True),
+        (torch._C, "_conv_determine_backend_memory_format", lambda *_: torch.channels_last),
         (DeviceProperties, "create", classmethod(lambda _cls, _device: device)),
     ]
     device = DeviceProperties("cuda", 0, 132, 90, 9, 65536, 2048, 1024, 32)
@@ -109,7 +110,8 @@ class Generated:
             if "device" in node.kwargs:
                 node.kwargs = {**node.kwargs, "device": CUDA}
         compile_fx.record_original_output_strides(there)
-        FakeTensorProp(there, mode).propagate_dont_convert_inputs(*inputs)
+        with properties():
+            FakeTensorProp(there, mode).propagate_dont_convert_inputs(*inputs)
         kinds = {name: options.get(name, False) for name in ("is_inference", "is_backward")}
         with V.set_fake_mode(mode), properties():
             lowering = GraphLowering(there, example_inputs=inputs, **kinds)
