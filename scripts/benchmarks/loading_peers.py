@@ -127,9 +127,10 @@ def with_spdl(paths: Sequence[str], view: TrainView) -> Way:
 
     try:
         load(paths[0], next(draws(paths, view))[1])
-    except RuntimeError as error:
+    except RuntimeError:
         raise UserError(
-            f"SPDL needs FFmpeg's libraries, as of the package ffmpeg: {error}"
+            "SPDL finds no libraries of FFmpeg: install the system's package ffmpeg, or leave SPDL "
+            "out: pip uninstall spdl-io"
         ) from None
     return in_batches(paths, view, load)
 
