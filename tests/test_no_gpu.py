@@ -101,7 +101,8 @@ def test_a_maximum_is_compiled_its_own_way_where_a_gpu_trains(monkeypatch):
     with FakeTensorMode():
         for device in (CUDA, torch.device("cpu")):
             x = torch.empty(1, 4, 9, 9, device=device, requires_grad=True)
-            own, other = (FastMaxPool(3, stride=2, padding=p)(x).grad_fn.name() for p in (0, 1))
+            pools = (FastMaxPool(3, stride=2, padding=padding) for padding in (0, 1))
+            own, other = (type(pool(x).grad_fn).__name__ for pool in pools)
             assert ("Gathered" in own) == (device == CUDA)
             assert "Gathered" not in other
 
