@@ -644,7 +644,8 @@ def test_state_dict_has_timms_names_with_biases_and_loads_into_another_folded_ne
 def test_a_gathered_maximum_is_that_of_pytorch(size):
     """To the bit, of equal numbers too, and of those that are not finite."""
     x = images(2, 5, *size).mul(2).round()
-    x[0, 0, 0, 0], x[0, 1], x[1, 2, 1, 1] = float("nan"), -float("inf"), float("inf")
+    x[0, 0, 0, 0], x[1, 3, 1, 2] = float("nan"), float("nan")
+    x[0, 1], x[1, 2, 1, 1] = -float("inf"), float("inf")
     ours, theirs = (x.clone().requires_grad_() for _ in range(2))
     found, expected = Gathered.apply(ours), F.max_pool2d(theirs, 3, 2)
     assert torch.equal(found.nan_to_num(99), expected.nan_to_num(99))
