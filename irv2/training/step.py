@@ -164,6 +164,7 @@ def train_step(
 def backward(
     state: TrainState, network: nn.Module, images: Tensor, labels: Tensor, options: StepOptions
 ) -> Tensor:
+    """Do what `forward_backward` does, as it may be recorded: random numbers are already seeded."""
     dtype = PRECISIONS[options.precision]
     # No weight is used twice, and a cast that was kept would outlive a graph's memory.
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None, cache_enabled=False):
